@@ -1,0 +1,50 @@
+// Neighbour pairs of one structure under any mixture of periodic and open directions and any cell, skewed ones
+// included, with a Verlet skin: within a relaxation only distances are recomputed until an atom has moved skin / 2.
+//
+// Half list: every pair (i, j, image) once. An atom and its own image form a pair with i == j, also once.
+//   i[p], j[p]        atoms                       p = 0 .. size() - 1
+//   d[3 p .. 3 p + 2] r_j + image - r_i, angstrom
+//   r[p]              its length, r[p] < cutoff
+#pragma once
+
+#include <vector>
+
+#include "thalweg/core.hpp"
+
+namespace thalweg {
+
+class NeighborList {
+ public:
+  explicit NeighborList(double cutoff, double skin = 0.5);
+
+  /// Brings the pairs up to date with the structure. Rebuilds the candidates when an atom has moved by more than
+  /// skin / 2 since they were found, or when n, cell or pbc changed. The order of pairs is deterministic given the
+  /// positions alone (it does not depend on when the candidates were found), so energies are reproducible bit for bit
+  /// from a fresh list. Throws Error if a periodic direction has a zero or degenerate lattice vector or a position is
+  /// not finite.
+  void update(const StructureView& structure);
+
+  std::size_t size() const { return r_.size(); }
+  const std::int32_t* i() const { return i_.data(); }
+  const std::int32_t* j() const { return j_.data(); }
+  const double* d() const { return d_.data(); }
+  const double* r() const { return r_.data(); }
+  double cutoff() const { return cutoff_; }
+  std::size_t rebuilds() const { return rebuilds_; }
+
+ private:
+  void rebuild(const StructureView& structure);
+
+  double cutoff_, skin_;
+  std::size_t rebuilds_ = 0;
+  // candidates within cutoff + skin, and the structure they were found for
+  std::vector<std::int32_t> candidate_i_, candidate_j_;
+  std::vector<double> candidate_shift_, reference_;
+  double cell_[9] = {};
+  std::uint8_t pbc_[3] = {};
+  // pairs within cutoff
+  std::vector<std::int32_t> i_, j_;
+  std::vector<double> d_, r_;
+};
+
+}  // namespace thalweg

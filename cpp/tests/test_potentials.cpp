@@ -1,0 +1,2 @@
+#include "minitest.hpp"
+MINITEST_MAIN

@@ -1,0 +1,1 @@
+"""Global optimisation of atomic structures."""
