@@ -50,6 +50,10 @@ RELAX_AT_ONCE = 64
 ORPHAN_GRACE = 10.0
 
 
+class FolderTaken(ConfigurationError):
+    """A run folder that belongs to another configuration."""
+
+
 class Watcher(Protocol):
     """Told how the restarts get on (progress displays)."""
 
@@ -158,8 +162,10 @@ def prepare(configuration: Configuration, folder: str | Path) -> Configuration:
     folder belongs to another configuration.
     """
     run_folder = RunFolder(Path(folder))
-    configuration.make_calculator()
-    problem = configuration.make_problem()
+    with configuration.make_search(
+        seed=configuration.search.seed, store=None
+    ) as trial:  # finds mistakes before workers do
+        problem = trial.problem
     resolved = configuration
     if problem.template is not None:
         template = _extxyz(problem.template.to_ase())
@@ -172,8 +178,8 @@ def prepare(configuration: Configuration, folder: str | Path) -> Configuration:
         )
         if run_folder.template.is_file():
             if run_folder.config.is_file() and run_folder.template.read_bytes() != template:
-                raise ConfigurationError(
-                    f"'{folder}' belongs to another configuration: its template differs; choose another folder with --out"
+                raise FolderTaken(
+                    f"'{folder}' belongs to another configuration: its template differs; choose another --out"
                 )
         else:
             write_atomically(run_folder.template, template)
@@ -182,8 +188,8 @@ def prepare(configuration: Configuration, folder: str | Path) -> Configuration:
     if not created:
         changed = difference(found, resolved)
         if changed:
-            raise ConfigurationError(
-                f"'{folder}' belongs to another configuration: {changed[0]}; choose another folder with --out, or use "
+            raise FolderTaken(
+                f"'{folder}' belongs to another configuration: {changed[0]}; choose another --out, or use "
                 f"`thalweg resume {folder} --iterations ... --restarts ...` to go on"
             )
     return found
@@ -745,3 +751,36 @@ def best_structures(results: Results) -> list[Any]:
         atoms.info |= {"restart": index, "evaluation": row + 1}
         found.append((float(history.rows.columns["energy"][row]), index, atoms))
     return [atoms for _, _, atoms in sorted(found, key=lambda entry: entry[:2])]
+
+
+def all_structures(results: Results) -> list[Any]:
+    """ASE Atoms: every evaluated structure that did not fail, restart by restart, with energy, forces and info."""
+    out = []
+    for index, history in results.histories.items():
+        good = np.flatnonzero(history.rows.ok) if len(history.rows) else np.zeros(0, int)
+        for row, atoms in zip(good, history.rows.take(good).to_ase() if len(good) else [], strict=True):
+            atoms.info |= {"restart": index, "evaluation": int(row) + 1}
+            out.append(atoms)
+    return out
+
+
+def export(structures: Sequence[Any], out: Path) -> None:
+    """Writes ASE Atoms in the format that the name asks for. Raises ThalwegError when that cannot be done."""
+    import ase.db
+    import ase.io
+
+    try:
+        if out.suffix == ".db":
+            with ase.db.connect(out) as database:
+                for atoms in structures:
+                    database.write(atoms, key_value_pairs={key: int(value) for key, value in atoms.info.items()})
+        elif out.suffix in (".xyz", ".extxyz"):
+            write_atomically(out, _extxyz(structures))
+        else:
+            ase.io.write(out, list(structures))
+    except ThalwegError:
+        raise
+    except OSError as problem:
+        raise _disk_error(out, problem) from problem
+    except Exception as problem:
+        raise ThalwegError(f"cannot write {out}: {problem}") from problem

@@ -231,7 +231,10 @@ def _stage_figure(results: Results) -> str:
     axes = figure.add_subplot()
     bars = axes.barh(names, [totals[name] for name in names], color=COLOURS[0], height=0.62)
     axes.bar_label(
-        bars, [f"{_seconds(totals[name])}  ({100 * totals[name] / whole:.0f} %)" for name in names], padding=4, fontsize=9
+        bars,
+        [f"{_seconds(totals[name])}  ({100 * totals[name] / whole:.0f} %)" for name in names],
+        padding=4,
+        fontsize=9,
     )
     axes.set_xlabel("seconds, all restarts")
     axes.margins(x=0.28)
@@ -243,7 +246,7 @@ def _stage_figure(results: Results) -> str:
 
 
 def chosen_structures(named: Sequence[tuple[str, Results]]) -> list[tuple[float, str, int, int, Any]]:
-    """(energy, run, restart, evaluation, structure) by energy: the best of each restart and the lowest distinct ones."""
+    """(energy, run, restart, evaluation, structure) by energy: best of each restart and the lowest distinct ones."""
     found = []
     for name, results in named:
         for index, energies in _energies(results).items():
@@ -349,13 +352,16 @@ def _structures(named: Sequence[tuple[str, Results]]) -> str:
 _CSS = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
-body { margin: 0; background: #f3f4f6; color: #111827; font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
+body { margin: 0; background: #f3f4f6; color: #111827;
+  font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
 main { max-width: 1180px; margin: 0 auto; padding: 24px 20px 60px; }
-h1 { font-size: 26px; margin: 0 0 2px; } h2 { font-size: 19px; margin: 34px 0 10px; } h3 { font-size: 15px; margin: 0 0 6px; }
+h1 { font-size: 26px; margin: 0 0 2px; } h2 { font-size: 19px; margin: 34px 0 10px; }
+h3 { font-size: 15px; margin: 0 0 6px; }
 .quiet { color: #6b7280; } .error { color: #b91c1c; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px; margin: 16px 0; }
 .card, .panel { background: #fff; border: 1px solid #e5e7eb; border-radius: 10px; padding: 12px 16px; }
-.card .label { color: #6b7280; font-size: 12.5px; } .card .value { font-size: 21px; font-weight: 600; overflow-wrap: anywhere; }
+.card .label { color: #6b7280; font-size: 12.5px; }
+.card .value { font-size: 21px; font-weight: 600; overflow-wrap: anywhere; }
 .card .note { color: #6b7280; font-size: 12.5px; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 12px; }
 .figures svg { width: 100%; height: auto; display: block; }
@@ -366,7 +372,8 @@ th { position: sticky; top: 0; background: #fff; color: #6b7280; font-weight: 50
 th.text, td.text { text-align: left; white-space: normal; } tr.best td { background: #ecfdf5; }
 pre { margin: 0; overflow-x: auto; font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; }
 .viewer { display: flex; flex-wrap: wrap; gap: 16px; }
-.viewer .half { flex: 1 1 440px; min-width: 0; height: 560px; position: relative; display: flex; flex-direction: column; }
+.viewer .half { flex: 1 1 440px; min-width: 0; height: 560px; position: relative;
+  display: flex; flex-direction: column; }
 #viewer-map { flex: 1; min-height: 0; display: flex; flex-direction: column; }
 #viewer-map > div:first-child { flex: 1; min-height: 0; height: auto !important; }
 #viewer-structure { flex: 1; min-height: 0; width: 100%; } #viewer-info { flex-shrink: 0; }
