@@ -50,6 +50,10 @@ RELAX_AT_ONCE = 64
 ORPHAN_GRACE = 10.0
 
 
+class FolderTaken(ConfigurationError):
+    """A run folder that belongs to another configuration."""
+
+
 class Watcher(Protocol):
     """Told how the restarts get on (progress displays)."""
 
@@ -158,8 +162,10 @@ def prepare(configuration: Configuration, folder: str | Path) -> Configuration:
     folder belongs to another configuration.
     """
     run_folder = RunFolder(Path(folder))
-    configuration.make_calculator()
-    problem = configuration.make_problem()
+    with configuration.make_search(
+        seed=configuration.search.seed, store=None
+    ) as trial:  # finds mistakes before workers do
+        problem = trial.problem
     resolved = configuration
     if problem.template is not None:
         template = _extxyz(problem.template.to_ase())
@@ -172,8 +178,8 @@ def prepare(configuration: Configuration, folder: str | Path) -> Configuration:
         )
         if run_folder.template.is_file():
             if run_folder.config.is_file() and run_folder.template.read_bytes() != template:
-                raise ConfigurationError(
-                    f"'{folder}' belongs to another configuration: its template differs; choose another folder with --out"
+                raise FolderTaken(
+                    f"'{folder}' belongs to another configuration: its template differs; choose another --out"
                 )
         else:
             write_atomically(run_folder.template, template)
@@ -182,8 +188,8 @@ def prepare(configuration: Configuration, folder: str | Path) -> Configuration:
     if not created:
         changed = difference(found, resolved)
         if changed:
-            raise ConfigurationError(
-                f"'{folder}' belongs to another configuration: {changed[0]}; choose another folder with --out, or use "
+            raise FolderTaken(
+                f"'{folder}' belongs to another configuration: {changed[0]}; choose another --out, or use "
                 f"`thalweg resume {folder} --iterations ... --restarts ...` to go on"
             )
     return found
@@ -277,20 +283,22 @@ def measure(configuration: Configuration, folder: RunFolder, index: int, history
         same = previous is not None and previous.get("target") == result["target"]
         before = previous if same and previous is not None else {}
         result |= _success(configuration, history, energies, before, target.threshold, result["delivered_evaluation"])
-    ended = why_ended(configuration, history.iterations, result["evaluations"], result["delivered_evaluation"] is not None)
+    # the last ticket of a run is its finishing touch; without it the iterations alone are not the whole
+    result["closed"] = bool(history.finished)
+    ended = why_ended(configuration, result)
     if ended is not None:
         result["finished"], result["reason"] = True, ended
     return result
 
 
-def why_ended(configuration: Configuration, iterations: int, evaluations: int, delivered: bool) -> str | None:
-    """Why a restart has nothing left to do, or None."""
+def why_ended(configuration: Configuration, result: dict[str, Any]) -> str | None:
+    """Why the restart with this result has nothing left to do, or None."""
     search = configuration.search
-    if search.target is not None and search.target.stop and delivered:
+    if search.target is not None and search.target.stop and result.get("delivered_evaluation") is not None:
         return "target reached"
-    if search.max_evaluations is not None and evaluations >= search.max_evaluations:
+    if search.max_evaluations is not None and result.get("evaluations", 0) >= search.max_evaluations:
         return f"{search.max_evaluations} evaluations spent"
-    if iterations >= search.iterations:
+    if result.get("closed") and result.get("iterations", 0) >= search.iterations:
         return f"{search.iterations} iterations done"
     return None
 
@@ -337,27 +345,25 @@ def _load_result(path: Path) -> dict[str, Any] | None:
 def _search(configuration: Configuration, folder: RunFolder, index: int, link: _Link) -> str:
     """Runs restart `index` from where its store ends; returns why it stopped."""
     search = configuration.make_search(seed=configuration.search.seed + index, store=folder.store(index))
-    target = configuration.search.target
+    target, iterations = configuration.search.target, configuration.search.iterations
 
-    def ended() -> str | None:
-        delivered = target is not None and search.best_energy is not None and search.best_energy <= target.threshold
-        return why_ended(configuration, search.iteration, search.evaluations, delivered)
+    def reached() -> bool:
+        return target is not None and target.stop and search.best_energy <= target.threshold
 
     def observe(step: Any, search: Any) -> None:
         link.progress(index, search.iteration, search.evaluations, search.best_energy)
-        why = ended()
-        if why is not None and search.iteration < configuration.search.iterations:
-            raise Stop(why)
+        if reached():
+            search.request_stop("target reached")  # the finishing touch would only cost evaluations
+            raise Stop("target reached")
 
     try:
-        link.attach(search)
         link.progress(index, search.iteration, search.evaluations, search.best_energy)
-        why = ended()
-        if why is not None:
-            return why
+        if reached():
+            return "target reached"
+        link.attach(search)
         search.callbacks.append(observe)
-        found = search.run(configuration.search.iterations - search.iteration)
-        return ended() or str(found.reason)
+        found = search.run(max(0, iterations - search.iteration), evaluations=configuration.search.max_evaluations)
+        return str(found.reason)
     finally:
         link.attach(None)
         search.close()
@@ -543,13 +549,8 @@ def run(
     pending: deque[int] = deque()
     for index in wanted:
         result = _load_result(run_folder.result(index))
-        done = result is not None and why_ended(
-            configuration,
-            result.get("iterations", 0),
-            result.get("evaluations", 0),
-            result.get("delivered_evaluation") is not None,
-        )
-        if result is not None and done:
+        done = why_ended(configuration, result) if result is not None else None
+        if result is not None and done is not None:
             outcome.results[index] = result | {"finished": True, "reason": done}
             if watcher is not None:
                 watcher.done(index, outcome.results[index])
@@ -750,3 +751,36 @@ def best_structures(results: Results) -> list[Any]:
         atoms.info |= {"restart": index, "evaluation": row + 1}
         found.append((float(history.rows.columns["energy"][row]), index, atoms))
     return [atoms for _, _, atoms in sorted(found, key=lambda entry: entry[:2])]
+
+
+def all_structures(results: Results) -> list[Any]:
+    """ASE Atoms: every evaluated structure that did not fail, restart by restart, with energy, forces and info."""
+    out = []
+    for index, history in results.histories.items():
+        good = np.flatnonzero(history.rows.ok) if len(history.rows) else np.zeros(0, int)
+        for row, atoms in zip(good, history.rows.take(good).to_ase() if len(good) else [], strict=True):
+            atoms.info |= {"restart": index, "evaluation": int(row) + 1}
+            out.append(atoms)
+    return out
+
+
+def export(structures: Sequence[Any], out: Path) -> None:
+    """Writes ASE Atoms in the format that the name asks for. Raises ThalwegError when that cannot be done."""
+    import ase.db
+    import ase.io
+
+    try:
+        if out.suffix == ".db":
+            with ase.db.connect(out) as database:
+                for atoms in structures:
+                    database.write(atoms, key_value_pairs={key: int(value) for key, value in atoms.info.items()})
+        elif out.suffix in (".xyz", ".extxyz"):
+            write_atomically(out, _extxyz(structures))
+        else:
+            ase.io.write(out, list(structures))
+    except ThalwegError:
+        raise
+    except OSError as problem:
+        raise _disk_error(out, problem) from problem
+    except Exception as problem:
+        raise ThalwegError(f"cannot write {out}: {problem}") from problem

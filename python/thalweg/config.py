@@ -11,7 +11,6 @@ valid one. Lengths are in angstrom, energies in eV.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
 import json
 import math
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic.errors import PydanticSchemaGenerationError
 
 from thalweg.errors import ConfigurationError, nearest
 
@@ -45,6 +45,7 @@ __all__ = [
     "TargetSection",
     "make_calculator",
     "recipe_options",
+    "typed_options",
 ]
 
 # Iterations when the file gives none: what each method needs to be useful on a cluster of ten atoms.
@@ -73,7 +74,11 @@ def _is_matrix(value: Any) -> bool:
 def _symbols(value: Any) -> Any:
     if isinstance(value, str):
         return value
-    if isinstance(value, dict) and value and all(isinstance(n, int) and not isinstance(n, bool) for n in value.values()):
+    if (
+        isinstance(value, dict)
+        and value
+        and all(isinstance(n, int) and not isinstance(n, bool) for n in value.values())
+    ):
         return value
     raise ValueError('expected a formula such as "Au4Ni4" or a table of counts such as {Au = 4, Ni = 4}')
 
@@ -100,8 +105,8 @@ def _box(value: Any) -> Any:
         if _is_number(vectors) or _is_vector(vectors) or _is_matrix(vectors):
             return value
     raise ValueError(
-        "expected an edge length, or {corner = [x, y, z], vectors = [[...], [...], [...]]} (angstrom; vectors may also be "
-        "three lengths)"
+        "expected an edge length, or {corner = [x, y, z], vectors = [[...], [...], [...]]} (angstrom; vectors may also "
+        "be three lengths)"
     )
 
 
@@ -206,14 +211,16 @@ class Configuration:
         return cls.from_dict(data, folder=path.parent, source=str(path))
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, folder: str | Path = ".", source: str = "configuration") -> Configuration:
+    def from_dict(
+        cls, data: Mapping[str, Any], *, folder: str | Path = ".", source: str = "configuration"
+    ) -> Configuration:
         """The same from nested dictionaries."""
         mistakes: list[str] = []
         for name in data:
             if name == "campaign":
                 mistakes.append(
-                    "[campaign] (crossing lists of settings) is not in this version; write one file per setting, or loop "
-                    "over `thalweg run FILE --set key=value --out DIR`"
+                    "[campaign] (crossing lists of settings) is not in this version; write one file per setting, or "
+                    "loop over `thalweg run FILE --set key=value --out DIR`"
                 )
             elif name not in SECTIONS:
                 mistakes.append(f"unknown section [{name}]; sections are {_listed(SECTIONS)}.{nearest(name, SECTIONS)}")
@@ -288,19 +295,22 @@ class Configuration:
         path = self.template_path()
         if path is not None:
             return Problem.from_atoms(_read_template(path), self.problem.symbols, **options)
-        options |= {key: getattr(self.problem, key) for key in ("cell", "pbc") if getattr(self.problem, key) is not None}
+        options |= {
+            key: getattr(self.problem, key) for key in ("cell", "pbc") if getattr(self.problem, key) is not None
+        }
         return Problem(self.problem.symbols, **options)
 
     def make_calculator(self) -> Any:
         """The calculator. Raises ConfigurationError."""
         return make_calculator(self.calculator.name, **self.calculator.arguments)
 
-    def make_search(self, *, seed: int, store: str | Path) -> Search:
-        """A search with this seed on this store; it continues where the store ends."""
+    def make_search(self, *, seed: int, store: str | Path | None) -> Search:
+        """A search with this seed on this store; it continues where the store ends. None: in memory."""
         from thalweg.recipes import RECIPES
 
         recipe = RECIPES[self.search.method]
-        return recipe(self.make_problem(), self.make_calculator(), store=store, seed=seed, **self.options)
+        options = typed_options(self.search.method, self.options)
+        return recipe(self.make_problem(), self.make_calculator(), store=store, seed=seed, **options)
 
 
 def parse_override(text: str) -> dict[str, Any]:
@@ -364,19 +374,21 @@ def recipe_options(method: str, given: Mapping[str, Any] | None = None) -> dict[
             continue
         annotation = hints.get(name, Any)
         try:
-            model = create_model("Option", __config__=_STRICT, value=(annotation, ...))
-        except Exception:
-            mistakes.append(f"search.{name}: this option takes a Python object and can only be set from Python")
-            continue
-        try:
-            # JSON mode is strict about types and yet takes a list where the recipe wants a tuple
-            model.model_validate_json(json.dumps({"value": value}))
+            _typed(annotation, value)
             values[name] = value
+        except PydanticSchemaGenerationError:
+            mistakes.append(f"search.{name}: this option takes a Python object and can only be set from Python")
         except TypeError:
             mistakes.append(f"search.{name}: dates and times have no meaning here")
         except ValidationError as problem:
             details = {error["type"]: error["msg"] for error in problem.errors()}
-            if set(details) & {"value_error", "greater_than", "greater_than_equal", "less_than", "less_than_equal"}:
+            if set(details) & {
+                "value_error",
+                "greater_than",
+                "greater_than_equal",
+                "less_than",
+                "less_than_equal",
+            }:
                 expected = "; ".join(message[0].lower() + message[1:] for message in details.values())
             else:
                 expected = f"expected {_described(annotation)}"
@@ -387,6 +399,20 @@ def recipe_options(method: str, given: Mapping[str, Any] | None = None) -> dict[
     if mistakes:
         raise ConfigurationError("\n".join(mistakes))
     return values
+
+
+def typed_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Checked options as the recipe wants them: tuples, and tables with whole numbers as keys."""
+    from thalweg.recipes import RECIPES
+
+    hints = _annotations(RECIPES[method])
+    return {name: _typed(hints.get(name, Any), value) for name, value in options.items()}
+
+
+def _typed(annotation: Any, value: Any) -> Any:
+    # JSON mode is strict about types and yet takes a list for a tuple and "5" for a key that is a number
+    model: Any = create_model("Option", __config__=_STRICT, value=(annotation, ...))
+    return model.model_validate_json(json.dumps({"value": value})).value
 
 
 def _annotations(recipe: Callable[..., Any]) -> dict[str, Any]:
@@ -401,20 +427,26 @@ def _fits_toml(value: Any) -> bool:
         return True
     if isinstance(value, (list, tuple)):
         return all(map(_fits_toml, value))
-    return isinstance(value, Mapping) and all(isinstance(k, str) and _fits_toml(v) for k, v in value.items())
+    return isinstance(value, Mapping) and all(isinstance(k, (str, int)) and _fits_toml(v) for k, v in value.items())
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
     if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
+        return {str(key): _plain(one) for key, one in value.items()}
     return value
 
 
 # ---- words for people ----------------------------------------------------------------------------------------
 
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes", type(None): "nothing"}
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text in quotes",
+    type(None): "nothing",
+}
 
 
 def _described(annotation: Any) -> str:
@@ -433,7 +465,9 @@ def _described(annotation: Any) -> str:
         if origin is tuple and Ellipsis not in arguments and inner:
             return "[" + ", ".join(_described(one) for one in inner) + "]"
         return "a list of " + _described(inner[0]).removeprefix("a ") + "s" if inner else "a list"
-    if origin in (dict,) or (isinstance(origin, type) and issubclass(origin, Mapping)):
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        if arguments and arguments[0] is int:
+            return "a table from iteration to value such as {0 = ..., 5 = ...}"
         return "a table"
     return getattr(annotation, "__name__", str(annotation))
 
@@ -501,60 +535,16 @@ def _line(model: type[BaseModel], section: str, error: Any) -> str:
 
 
 def make_calculator(name: str, **arguments: Any) -> Any:
-    """A calculator from its name: built in ("emt", "lj"), any of ASE's, or "module:factory" of your own.
-
-    Raises ConfigurationError for unknown names and for arguments that the calculator refuses.
-    """
+    """`thalweg.calculators.make_calculator` that also finds "module:factory" in the working folder."""
     from thalweg import calculators
 
-    builtin: Mapping[str, Any] = calculators.BUILTIN
-    if ":" in name:
-        factory = _imported(name)
-    elif name in builtin:
-        factory = builtin[name]
-    else:
-        from ase.calculators.calculator import get_calculator_class, names
-
-        if name not in names:
-            known = [*builtin, *names]
-            raise ConfigurationError(
-                f"calculator.name: there is no calculator '{name}'; built in are {_listed(builtin)}, ASE's go by ASE's "
-                f'name, your own by "module:factory".{nearest(name, known)}'
-            )
-        try:
-            factory = get_calculator_class(name)
-        except ImportError as problem:
-            raise ConfigurationError(f"calculator.name: ASE cannot load '{name}': {problem}") from None
-    try:
-        return factory(**arguments)
-    except ConfigurationError:
-        raise
-    except Exception as problem:
-        with contextlib.suppress(TypeError, ValueError):
-            accepted = [p for p in inspect.signature(factory).parameters if p not in ("self", "kwargs", "args")]
-            unknown = [key for key in arguments if key not in accepted]
-            if unknown and isinstance(problem, TypeError):
-                guess = nearest(unknown[0], accepted) or (f" It takes {_listed(accepted)}." if accepted else " It takes none.")
-                raise ConfigurationError(f"calculator.{unknown[0]}: '{name}' has no such argument.{guess}") from None
-        raise ConfigurationError(f"calculator: '{name}' cannot be made: {problem}") from problem
-
-
-def _imported(name: str) -> Callable[..., Any]:
-    module_name, _, attribute = name.partition(":")
     here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)  # a console script does not look into the working folder by itself
+    if ":" in name and here not in sys.path:
+        sys.path.insert(0, here)  # a console script does not look there by itself
     try:
-        module = importlib.import_module(module_name)
-    except ImportError as problem:
-        raise ConfigurationError(f"calculator.name: cannot import '{module_name}' of '{name}': {problem}") from problem
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        public = [key for key in vars(module) if not key.startswith("_")]
-        raise ConfigurationError(
-            f"calculator.name: '{module_name}' has no callable '{attribute}'.{nearest(attribute, public)}"
-        )
-    return factory
+        return calculators.make_calculator(name, **arguments)
+    except ConfigurationError as problem:
+        raise ConfigurationError(f"calculator: {problem}") from problem
 
 
 def _read_template(path: Path) -> Any:

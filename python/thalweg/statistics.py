@@ -38,7 +38,7 @@ class SuccessCurve:
         return _first_at_or_above(self.evaluations, self.success, fraction)
 
     def quantile_band(self, fraction: float) -> tuple[float, float]:
-        """Confidence bounds of `quantile(fraction)`: where the edges of the band cross (Brookmeyer and Crowley 1982)."""
+        """Confidence bounds of `quantile(fraction)`: where the band's edges cross (Brookmeyer and Crowley 1982)."""
         return (
             _first_at_or_above(self.evaluations, self.upper, fraction),
             _first_at_or_above(self.evaluations, self.lower, fraction),
@@ -49,9 +49,7 @@ class SuccessCurve:
         return float(self.success[np.searchsorted(self.evaluations, evaluations, side="right") - 1])
 
 
-def success_curve(
-    evaluations: npt.ArrayLike, succeeded: npt.ArrayLike, *, confidence: float = 0.95
-) -> SuccessCurve:
+def success_curve(evaluations: npt.ArrayLike, succeeded: npt.ArrayLike, *, confidence: float = 0.95) -> SuccessCurve:
     """1 - Kaplan-Meier survival with an exponential Greenwood band (thesis A.1-A.4; Kalbfleisch and Prentice).
 
     evaluations: (n,) count at which each restart succeeded, or at which it ended without success (censored).
@@ -175,6 +173,15 @@ def first_reaching(energies: npt.ArrayLike, threshold: float) -> int | None:
     """1-based count of the first evaluation with energy <= threshold [eV]; failed ones (NaN) count; None if none."""
     reached = np.flatnonzero(np.asarray(energies, dtype=np.float64) <= threshold)
     return int(reached[0]) + 1 if len(reached) else None
+
+
+def describe_median(curve: SuccessCurve) -> str:
+    """ "5 of 8 restarts, median 41 evaluations (95 % band 30 to 77)"."""
+    low, high = (f"{value:.0f}" if math.isfinite(value) else "beyond" for value in curve.quantile_band(0.5))
+    median, share = curve.quantile(0.5), f"{curve.successes} of {curve.restarts} restarts"
+    if math.isinf(median):
+        return f"{share}, median not reached"
+    return f"{share}, median {median:.0f} evaluations ({100 * curve.confidence:.0f} % band {low} to {high})"
 
 
 def _first_at_or_above(evaluations: IntArray, values: FloatArray, fraction: float) -> float:
