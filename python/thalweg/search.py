@@ -260,11 +260,13 @@ class Search:
         self._store.append("told", asked.ticket, body, timing=seconds)
         self._carry = {**self._carry, **self._kept}
         self._learn(asked.ticket, asked.kind, asked.context.iteration, asked.chosen, settled)
+        carry = MappingProxyType(self._carry)
         step = Step(
-            asked.context.iteration, asked.proposed, asked.refined, asked.chosen, evaluated, MappingProxyType(self._carry), seconds
+            asked.context.iteration, asked.proposed, asked.refined, asked.chosen, evaluated, carry, seconds, asked.kind
         )
-        for observer in self.callbacks:
-            observer(step, self)
+        if asked.kind == "search" or len(evaluated):
+            for observer in self.callbacks:
+                observer(step, self)
         if self._barren >= self.barren_steps:
             self._store.commit()
             raise ThalwegError(
