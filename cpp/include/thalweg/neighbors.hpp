@@ -7,6 +7,7 @@
 //   r[p]              its length, r[p] < cutoff
 #pragma once
 
+#include <cstddef>
 #include <vector>
 
 #include "thalweg/core.hpp"
@@ -20,11 +21,15 @@ class NeighborList {
   /// Brings the pairs up to date with the structure. Rebuilds the candidates when an atom has moved by more than
   /// skin / 2 since they were found, or when n, cell or pbc changed. The order of pairs is deterministic given the
   /// positions alone (it does not depend on when the candidates were found), so energies are reproducible bit for bit
-  /// from a fresh list. Throws Error if a periodic direction has a zero or degenerate lattice vector or a position is
-  /// not finite.
+  /// from a fresh list: (i, j, image) rises. Throws Error if a periodic direction has a zero or degenerate lattice
+  /// vector, or a position is not finite or beyond 1e9 angstrom. No allocation while the number of pairs does not grow.
   void update(const StructureView& structure);
 
-  std::size_t size() const { return r_.size(); }
+  /// Throws Error if the lattice of the periodic directions cannot be used: the checks of update() that do not depend
+  /// on positions.
+  void check_cell(const StructureView& structure) const;
+
+  std::size_t size() const { return count_; }
   const std::int32_t* i() const { return i_.data(); }
   const std::int32_t* j() const { return j_.data(); }
   const double* d() const { return d_.data(); }
@@ -33,16 +38,21 @@ class NeighborList {
   std::size_t rebuilds() const { return rebuilds_; }
 
  private:
+  struct Lattice;
   void rebuild(const StructureView& structure);
+  void find_directly(const StructureView& structure, const Lattice& lattice);
+  void find_in_bins(const StructureView& structure, const Lattice& lattice);
+  void add_candidate(std::size_t i, std::size_t j, const double* shift);
 
   double cutoff_, skin_;
-  std::size_t rebuilds_ = 0;
+  bool built_ = false;
+  std::size_t rebuilds_ = 0, count_ = 0;
   // candidates within cutoff + skin, and the structure they were found for
   std::vector<std::int32_t> candidate_i_, candidate_j_;
-  std::vector<double> candidate_shift_, reference_;
+  std::vector<double> candidate_shift_, reference_, fractional_;
   double cell_[9] = {};
   std::uint8_t pbc_[3] = {};
-  // pairs within cutoff
+  // pairs within cutoff: the first count_ entries; the arrays are as long as the candidates
   std::vector<std::int32_t> i_, j_;
   std::vector<double> d_, r_;
 };
