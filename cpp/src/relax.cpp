@@ -1,1 +1,521 @@
-// in work
+#include "thalweg/relax.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <exception>
+#include <mutex>
+#include <numeric>
+#include <string>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace thalweg {
+namespace {
+
+constexpr double kTouch = 1e-9;         // angstrom: an atom this close to a wall is at it
+constexpr double kEnergySlack = 1e-8;   // a rise below this times max(1, |E|) is rounding, not a rise
+constexpr int kMostShortenings = 5;     // per direction
+constexpr std::size_t kWindow = 64;     // structures that one thread relaxes side by side
+
+double dot(const double* a, const double* b, std::size_t n) {
+  // Four sums: one chain of additions would wait for itself.
+  double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+  std::size_t i = 0;
+  for (; i + 4 <= n; i += 4) {
+    s0 += a[i] * b[i];
+    s1 += a[i + 1] * b[i + 1];
+    s2 += a[i + 2] * b[i + 2];
+    s3 += a[i + 3] * b[i + 3];
+  }
+  for (; i < n; ++i) s0 += a[i] * b[i];
+  return (s0 + s1) + (s2 + s3);
+}
+
+void add_scaled(double* to, double factor, const double* from, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) to[i] += factor * from[i];
+}
+
+double dot3(const double* a, const double* b) { return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]; }
+
+bool all_finite(const double* x, std::size_t n) {
+  double sum = 0;
+  for (std::size_t i = 0; i < n; ++i) sum += x[i] * 0.0;
+  return sum == 0.0;
+}
+
+// Largest length of the n rows of x.
+double largest_row(const double* x, std::size_t n) {
+  double most = 0;
+  for (std::size_t a = 0; a < n; ++a) most = std::max(most, dot3(x + 3 * a, x + 3 * a));
+  return std::sqrt(most);
+}
+
+// Multipliers of v = sum_k lambda_k n_k + rest, rest perpendicular to the chosen normals; false if they depend on one
+// another.
+bool multipliers(const double (*normals)[3], const int* chosen, int count, const double* v, double* lambda) {
+  double matrix[3][4];
+  for (int i = 0; i < count; ++i) {
+    for (int j = 0; j < count; ++j) matrix[i][j] = dot3(normals[chosen[i]], normals[chosen[j]]);
+    matrix[i][count] = dot3(normals[chosen[i]], v);
+  }
+  for (int i = 0; i < count; ++i) {
+    if (matrix[i][i] < 1e-10) return false;  // positive semi-definite: a small pivot means dependence
+    for (int row = i + 1; row < count; ++row) {
+      const double factor = matrix[row][i] / matrix[i][i];
+      for (int j = i; j <= count; ++j) matrix[row][j] -= factor * matrix[i][j];
+    }
+  }
+  for (int i = count - 1; i >= 0; --i) {
+    lambda[i] = matrix[i][count];
+    for (int j = i + 1; j < count; ++j) lambda[i] -= matrix[i][j] * lambda[j];
+    lambda[i] /= matrix[i][i];
+  }
+  return true;
+}
+
+}  // namespace
+
+Walls::Walls(const Confinement& box) : active(box.active) {
+  if (!active) return;
+  double vectors[9], longest = 0;
+  if (!all_finite(box.corner, 3) || !all_finite(box.vectors, 9))
+    throw Error("the confinement box must have a finite corner and vectors; give (corner (3,), vectors (3, 3))");
+  std::copy(box.vectors, box.vectors + 9, vectors);
+  const auto cross = [](const double* a, const double* b, double* c) {
+    c[0] = a[1] * b[2] - a[2] * b[1];
+    c[1] = a[2] * b[0] - a[0] * b[2];
+    c[2] = a[0] * b[1] - a[1] * b[0];
+  };
+  int flat = -1;
+  for (int k = 0; k < 3; ++k) {
+    const double length = std::sqrt(dot3(vectors + 3 * k, vectors + 3 * k));
+    longest = std::max(longest, length);
+    if (length == 0) flat = flat < 0 ? k : 3;
+  }
+  if (flat >= 0 && flat < 3) {
+    double* missing = vectors + 3 * flat;
+    cross(vectors + 3 * ((flat + 1) % 3), vectors + 3 * ((flat + 2) % 3), missing);
+    const double length = std::sqrt(dot3(missing, missing));
+    for (int c = 0; c < 3 && length > 0; ++c) missing[c] /= length;
+  }
+  for (int k = 0; k < 3; ++k) {
+    double* normal = normals + 3 * k;
+    cross(vectors + 3 * ((k + 1) % 3), vectors + 3 * ((k + 2) % 3), normal);
+    const double area = std::sqrt(dot3(normal, normal));
+    double depth = area > 0 ? dot3(normal, vectors + 3 * k) / area : 0;
+    if (!(std::abs(depth) > 1e-12 * longest))
+      throw Error("the vectors of the confinement box must span a volume (one of them may be zero: a flat box), but "
+                  "they are linearly dependent; give three independent rows");
+    const double sign = depth < 0 ? -1 : 1;
+    for (int c = 0; c < 3; ++c) normal[c] *= sign / area;
+    base[k] = dot3(normal, box.corner);
+    thickness[k] = k == flat ? 0.0 : std::abs(depth);
+    open[k] = box.open[k] != 0;
+  }
+}
+
+double Walls::outside(const double* x) const {
+  double most = -1e300;
+  for (int k = 0; k < 3; ++k) {
+    if (open[k]) continue;
+    const double h = height(k, x);
+    most = std::max({most, -h, h - thickness[k]});
+  }
+  return most;
+}
+
+double Walls::outside_closed(const double* x) const {
+  double most = -1e300;
+  for (int k = 0; k < 3; ++k) {
+    const double h = height(k, x);
+    most = std::max({most, -h, h - thickness[k]});
+  }
+  return most;
+}
+
+// The walls that one atom touches, as outward normals restricted to its free coordinates. A pair of opposite walls (a
+// flat box) and a wall that the force presses on hold the atom in both senses.
+struct Minimiser::Touching {
+  int count = 0;
+  double normals[3][3];
+  bool both[3];
+
+  // Replaces v by the nearest vector that points through none of the walls, and along those that hold in both senses.
+  // `press`: walls that v pressed on become walls that hold in both senses.
+  void project(double* v, bool press) {
+    int fewest = 0;
+    for (int k = 0; k < count; ++k) fewest += both[k];
+    for (int size = fewest; size <= count; ++size) {
+      for (int set = 0; set < (1 << count); ++set) {
+        int chosen[3], members = 0;
+        bool fits = true;
+        for (int k = 0; k < count; ++k) {
+          if ((set >> k) & 1) chosen[members++] = k;
+          else fits = fits && !both[k];
+        }
+        double lambda[3], rest[3] = {v[0], v[1], v[2]};
+        if (!fits || members != size || !multipliers(normals, chosen, members, v, lambda)) continue;
+        for (int m = 0; m < members; ++m) {
+          fits = fits && (both[chosen[m]] || lambda[m] >= 0);
+          for (int c = 0; c < 3; ++c) rest[c] -= lambda[m] * normals[chosen[m]][c];
+        }
+        const double slack = 1e-12 * (std::abs(v[0]) + std::abs(v[1]) + std::abs(v[2]));
+        for (int k = 0; k < count; ++k)
+          if (!((set >> k) & 1)) fits = fits && dot3(normals[k], rest) <= slack;
+        if (!fits) continue;
+        for (int c = 0; c < 3; ++c) v[c] = rest[c];
+        for (int m = 0; m < members && press; ++m) both[chosen[m]] = true;
+        return;
+      }
+    }
+    // Only reached when normals that hold in both senses depend on one another: leave what is perpendicular to all.
+    double basis[3][3];
+    int rank = 0;
+    for (int k = 0; k < count; ++k) {
+      double* axis = basis[rank];
+      std::copy(normals[k], normals[k] + 3, axis);
+      for (int b = 0; b < rank; ++b) {
+        const double along = dot3(basis[b], normals[k]);
+        for (int c = 0; c < 3; ++c) axis[c] -= along * basis[b][c];
+      }
+      const double length = std::sqrt(dot3(axis, axis));
+      if (length < 1e-5) continue;
+      for (int c = 0; c < 3; ++c) axis[c] /= length;
+      const double along = dot3(axis, v);
+      for (int c = 0; c < 3; ++c) v[c] -= along * axis[c];
+      ++rank;
+    }
+  }
+};
+
+Minimiser::Minimiser(const RelaxSettings& settings, const StructureView& start, const Confinement& confinement)
+    : settings_(settings), walls_(confinement), n_(start.n) {
+  const auto need = [](bool good, const char* what, double came) {
+    if (!good) throw Error(std::string("relaxation needs ") + what + ", but it is " + std::to_string(came));
+  };
+  need(settings.steps >= 0, "steps of at least 0", settings.steps);
+  need(settings.force_tolerance > 0, "a force_tolerance above 0 eV/angstrom", settings.force_tolerance);
+  need(settings.max_step > 0, "a max_step above 0 angstrom", settings.max_step);
+  need(settings.memory >= 1, "a memory of at least 1 pair", settings.memory);
+  need(settings.first_curvature > 0, "a first_curvature above 0 eV/angstrom^2", settings.first_curvature);
+  const std::size_t size = 3 * n_, ring = static_cast<std::size_t>(settings.memory);
+  trial_.assign(start.positions, start.positions + size);
+  if (!all_finite(trial_.data(), size)) throw Error("relaxation needs finite positions to start from");
+  best_ = trial_;
+  free_.assign(size, 1.0);
+  if (start.fixed != nullptr)
+    for (std::size_t i = 0; i < size; ++i) free_[i] = start.fixed[i] ? 0.0 : 1.0;
+  trial_forces_.assign(size, 0.0);
+  best_forces_.assign(size, 0.0);
+  projected_.assign(size, 0.0);
+  direction_.assign(size, 0.0);
+  history_s_.resize(ring * size);
+  history_y_.resize(ring * size);
+  history_rho_.resize(ring);
+  history_alpha_.resize(ring);
+}
+
+Minimiser::Touching Minimiser::touching(std::size_t atom, const double* x) const {
+  Touching out;
+  if (!walls_.active) return out;
+  const double* can = free_.data() + 3 * atom;
+  for (int k = 0; k < 3; ++k) {
+    if (walls_.open[k]) continue;
+    const double h = walls_.height(k, x);
+    const bool low = h <= kTouch, high = h >= walls_.thickness[k] - kTouch;
+    if (!low && !high) continue;
+    double* normal = out.normals[out.count];
+    for (int c = 0; c < 3; ++c) normal[c] = (high ? 1.0 : -1.0) * walls_.normals[3 * k + c] * can[c];
+    const double length = std::sqrt(dot3(normal, normal));
+    if (length < 1e-6) continue;  // this atom cannot move through that wall anyhow
+    for (int c = 0; c < 3; ++c) normal[c] /= length;
+    out.both[out.count++] = low && high;
+  }
+  return out;
+}
+
+// Brings `to` back inside along the free coordinates. `from` is allowed: each wall gives way to where the atom was.
+void Minimiser::confine(std::size_t atom, const double* from, double* to) const {
+  const double* can = free_.data() + 3 * atom;
+  double low[3], high[3];
+  for (int k = 0; k < 3; ++k) {
+    const double h = walls_.height(k, from);
+    low[k] = std::min(0.0, h);
+    high[k] = std::max(walls_.thickness[k], h);
+  }
+  for (int round = 0; round < 20; ++round) {
+    bool inside = true;
+    for (int k = 0; k < 3; ++k) {
+      if (walls_.open[k]) continue;
+      const double h = walls_.height(k, to);
+      const double excess = h > high[k] ? h - high[k] : h < low[k] ? h - low[k] : 0.0;
+      if (std::abs(excess) < 1e-12) continue;
+      inside = false;
+      const double* normal = walls_.normals + 3 * k;
+      double along = 0;
+      for (int c = 0; c < 3; ++c) along += normal[c] * normal[c] * can[c];
+      if (along < 1e-12) continue;
+      for (int c = 0; c < 3; ++c) to[c] -= excess / along * normal[c] * can[c];
+    }
+    if (inside) return;
+  }
+  // Skewed walls that the rounds did not satisfy: the box is convex, so part of the way is always inside.
+  double part = 1;
+  for (int k = 0; k < 3; ++k) {
+    if (walls_.open[k]) continue;
+    const double h0 = walls_.height(k, from), h = walls_.height(k, to);
+    if (h > high[k]) part = std::min(part, std::max(0.0, (high[k] - h0) / (h - h0)));
+    if (h < low[k]) part = std::min(part, std::max(0.0, (low[k] - h0) / (h - h0)));
+  }
+  for (int c = 0; c < 3; ++c) to[c] = from[c] + part * (to[c] - from[c]);
+}
+
+// The forces that count, and the largest of them on one atom.
+double Minimiser::project_forces() {
+  for (std::size_t i = 0; i < 3 * n_; ++i) projected_[i] = best_forces_[i] * free_[i];
+  if (walls_.active) {
+    for (std::size_t a = 0; a < n_; ++a) {
+      Touching held = touching(a, best_.data() + 3 * a);
+      if (held.count > 0) held.project(projected_.data() + 3 * a, false);
+    }
+  }
+  return largest_row(projected_.data(), n_);
+}
+
+// Stores the step from best to trial, if the curvature along it is positive.
+bool Minimiser::remember() {
+  const std::size_t size = 3 * n_;
+  const int row = (newest_ + 1) % settings_.memory;
+  double* s = history_s_.data() + static_cast<std::size_t>(row) * size;
+  double* y = history_y_.data() + static_cast<std::size_t>(row) * size;
+  for (std::size_t i = 0; i < size; ++i) {
+    s[i] = trial_[i] - best_[i];
+    y[i] = (best_forces_[i] - trial_forces_[i]) * free_[i];
+  }
+  const double sy = dot(s, y, size), ss = dot(s, s, size), yy = dot(y, y, size);
+  if (!(sy > 1e-8 * std::sqrt(ss * yy)) || !(sy > 0)) return false;
+  history_rho_[static_cast<std::size_t>(row)] = 1.0 / sy;
+  newest_ = row;
+  stored_ = std::min(stored_ + 1, settings_.memory);
+  return true;
+}
+
+void Minimiser::restart_direction() {
+  stored_ = 0;
+  newest_ = -1;
+  steepest_ = true;
+  for (std::size_t i = 0; i < 3 * n_; ++i) direction_[i] = projected_[i] / settings_.first_curvature;
+}
+
+void Minimiser::choose_direction() {
+  shortened_ = 0;
+  scale_ = 1;
+  if (stored_ == 0) {
+    restart_direction();
+  } else {
+    steepest_ = false;
+    const std::size_t size = 3 * n_;
+    double* d = direction_.data();
+    std::copy(projected_.begin(), projected_.end(), direction_.begin());
+    for (int k = 0; k < stored_; ++k) {
+      const std::size_t row = static_cast<std::size_t>((newest_ - k + settings_.memory) % settings_.memory);
+      history_alpha_[row] = history_rho_[row] * dot(history_s_.data() + row * size, d, size);
+      add_scaled(d, -history_alpha_[row], history_y_.data() + row * size, size);
+    }
+    const std::size_t last = static_cast<std::size_t>(newest_);
+    const double* y = history_y_.data() + last * size;
+    const double gamma = 1.0 / (history_rho_[last] * dot(y, y, size));
+    for (std::size_t i = 0; i < size; ++i) d[i] *= gamma;
+    for (int k = stored_ - 1; k >= 0; --k) {
+      const std::size_t row = static_cast<std::size_t>((newest_ - k + settings_.memory) % settings_.memory);
+      const double beta = history_rho_[row] * dot(history_y_.data() + row * size, d, size);
+      add_scaled(d, history_alpha_[row] - beta, history_s_.data() + row * size, size);
+    }
+    if (walls_.active) {
+      for (std::size_t a = 0; a < n_; ++a) {
+        Touching held = touching(a, best_.data() + 3 * a);
+        if (held.count == 0) continue;
+        double force[3];
+        for (int c = 0; c < 3; ++c) force[c] = best_forces_[3 * a + c] * free_[3 * a + c];
+        held.project(force, true);
+        held.project(d + 3 * a, false);
+      }
+    }
+    const double downhill = dot(d, projected_.data(), size);
+    if (!(downhill > 1e-8 * std::sqrt(dot(d, d, size) * dot(projected_.data(), projected_.data(), size))))
+      restart_direction();
+  }
+  limit_direction();
+  place_trial();
+}
+
+void Minimiser::limit_direction() {
+  const double most = largest_row(direction_.data(), n_);
+  if (most > settings_.max_step)
+    for (double& d : direction_) d *= settings_.max_step / most;
+}
+
+void Minimiser::place_trial() {
+  for (std::size_t i = 0; i < 3 * n_; ++i) trial_[i] = best_[i] + scale_ * direction_[i] * free_[i];
+  if (!walls_.active) return;
+  for (std::size_t a = 0; a < n_; ++a)
+    if (walls_.outside(trial_.data() + 3 * a) > 0) confine(a, best_.data() + 3 * a, trial_.data() + 3 * a);
+}
+
+// A step that failed: first a new direction that knows the curvature met on it, then shorter ones, then those along the
+// forces; false when all are used up.
+bool Minimiser::shorten(double energy, const double* forces, bool finite) {
+  if (finite && shortened_ == 0 && !corrected_) {
+    std::copy(forces, forces + 3 * n_, trial_forces_.begin());
+    if (remember()) {
+      corrected_ = true;
+      choose_direction();
+      return true;
+    }
+  }
+  if (shortened_ == kMostShortenings) {
+    if (steepest_) return false;
+    restart_direction();
+    limit_direction();
+    shortened_ = 0;
+    scale_ = 1;
+  } else {
+    double factor = 0.25;
+    if (finite) {
+      // Minimum of the parabola through both energies with the slope at the start.
+      double slope = 0;
+      for (std::size_t i = 0; i < 3 * n_; ++i) slope -= best_forces_[i] * (trial_[i] - best_[i]);
+      if (slope < 0) factor = std::clamp(-slope / (2 * (energy - best_energy_ - slope)), 0.1, 0.5);
+    }
+    scale_ *= factor;
+    ++shortened_;
+  }
+  place_trial();
+  return true;
+}
+
+void Minimiser::tell(double energy, const double* forces) {
+  if (done()) return;
+  ++evaluations_;
+  const std::size_t size = 3 * n_;
+  const bool first = evaluations_ == 1;
+  const bool finite = std::isfinite(energy) && all_finite(forces, size);
+  if (first && !finite) {  // nowhere to go back to
+    best_energy_ = energy;
+    best_forces_.assign(forces, forces + size);
+    stalled_ = true;
+    return;
+  }
+  if (!first) {
+    const double slack = kEnergySlack * std::max(1.0, std::abs(best_energy_));
+    if (!finite || energy > best_energy_ + slack) {
+      stalled_ = !shorten(energy, forces, finite);
+      return;
+    }
+    std::copy(forces, forces + size, trial_forces_.begin());
+    remember();
+    std::swap(best_, trial_);
+    std::swap(best_forces_, trial_forces_);
+  } else {
+    best_forces_.assign(forces, forces + size);
+  }
+  best_energy_ = energy;
+  corrected_ = false;
+  const double largest = project_forces();
+  if (largest < settings_.force_tolerance) {
+    converged_ = true;
+    trial_ = best_;
+  } else {
+    choose_direction();
+  }
+}
+
+RelaxResult relax(const Landscape& landscape, const BatchView& batch, const RelaxSettings& settings,
+                  const Confinement& confinement, int threads) {
+  batch.check();
+  const std::size_t n = batch.size();
+  RelaxResult result;
+  result.positions.assign(batch.positions.begin(), batch.positions.end());
+  result.energies.assign(n, 0.0);
+  result.forces.assign(3 * batch.atoms(), 0.0);
+  result.evaluations.assign(n, 0);
+  result.converged.assign(n, 0);
+  if (n == 0) return result;
+  Minimiser(settings, StructureView{}, confinement);  // bad settings are reported even if no thread gets that far
+
+  if (threads <= 0) threads = default_threads();
+  threads = static_cast<int>(std::min<std::size_t>(static_cast<std::size_t>(threads), n));
+  const std::size_t share = (n + static_cast<std::size_t>(threads) - 1) / static_cast<std::size_t>(threads);
+  const std::size_t window = std::min(kWindow, share);
+  std::vector<double> positions = result.positions, energies(n), forces(3 * batch.atoms());
+  std::atomic<std::size_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
+  std::mutex error_mutex;
+
+  // Each thread keeps up to `window` structures going and takes a new one from the queue when one is done. Who takes
+  // which does not matter: a structure's path depends on nothing but its own energies and forces.
+  const auto work = [&] {
+    try {
+      std::unique_ptr<Evaluator> evaluator;
+      std::vector<std::int64_t> rows;
+      std::vector<Minimiser> minimisers;
+      rows.reserve(window);
+      minimisers.reserve(window);
+      while (!failed.load(std::memory_order_relaxed)) {
+        while (rows.size() < window) {
+          const std::size_t row = next.fetch_add(1);
+          if (row >= n) break;
+          rows.push_back(static_cast<std::int64_t>(row));
+          minimisers.emplace_back(settings, batch[row], confinement);
+        }
+        if (rows.empty()) break;
+        if (!evaluator) evaluator = landscape.evaluator(batch);
+        for (std::size_t k = 0; k < rows.size(); ++k)
+          std::copy(minimisers[k].positions().begin(), minimisers[k].positions().end(),
+                    positions.begin() + 3 * batch.offsets[static_cast<std::size_t>(rows[k])]);
+        evaluator->evaluate(rows, positions.data(), energies.data(), forces.data());
+        std::size_t kept = 0;
+        for (std::size_t k = 0; k < rows.size(); ++k) {
+          const std::size_t row = static_cast<std::size_t>(rows[k]);
+          const std::int64_t first = 3 * batch.offsets[row];
+          Minimiser& minimiser = minimisers[k];
+          minimiser.tell(energies[row], forces.data() + first);
+          if (minimiser.done()) {
+            std::copy(minimiser.best_positions().begin(), minimiser.best_positions().end(),
+                      result.positions.begin() + first);
+            std::copy(minimiser.best_forces().begin(), minimiser.best_forces().end(), result.forces.begin() + first);
+            result.energies[row] = minimiser.best_energy();
+            result.evaluations[row] = minimiser.evaluations();
+            result.converged[row] = minimiser.converged();
+          } else {
+            rows[kept] = rows[k];
+            if (kept != k) std::swap(minimisers[kept], minimisers[k]);
+            ++kept;
+          }
+        }
+        rows.resize(kept);
+        minimisers.erase(minimisers.begin() + static_cast<std::ptrdiff_t>(kept), minimisers.end());
+      }
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(error_mutex);
+      if (!error) error = std::current_exception();
+      failed = true;
+    }
+  };
+  if (threads == 1) {
+    work();
+  } else {
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+#endif
+    work();
+  }
+  if (error) std::rethrow_exception(error);
+  return result;
+}
+
+}  // namespace thalweg

@@ -1,1 +1,67 @@
-"""Global optimisation of atomic structures."""
+"""thalweg finds the lowest-energy arrangement of atoms in as few energy evaluations as can be.
+
+    from thalweg import Problem, recipes
+    from thalweg.calculators import EMT
+
+    search = recipes.gofee(Problem("Au4Ni4", cell=12.0, box=6.0), EMT(), store="au4ni4.db", seed=1)
+    found = search.run(60)
+
+Importing thalweg loads NumPy and the compiled core; ASE and SciPy follow when something needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from thalweg._core import __version__
+
+if TYPE_CHECKING:
+    from thalweg import recipes
+    from thalweg.callbacks import Print, StopAfter, StopAt
+    from thalweg.descriptors import Fingerprint
+    from thalweg.errors import ConfigurationError, Stop, StoreError, ThalwegError
+    from thalweg.evaluate import Duplicate, Evaluate, Metropolis
+    from thalweg.generators import FirstOf, Permute, Random, Rattle
+    from thalweg.models import GPR
+    from thalweg.records import Asked, Batch, Context, Problem, Step
+    from thalweg.refine import Centre, Connected, MinDistance, Relax, Wrap
+    from thalweg.search import Found, Search
+    from thalweg.select import LCB, Best, KMeans, LastAccepted
+    from thalweg.store import History, Store, open_runs
+
+# name -> module that holds it; the module is loaded when the name is first used (PEP 562)
+_WHERE = {
+    name: module
+    for module, names in {
+        "callbacks": "Print StopAfter StopAt",
+        "descriptors": "Fingerprint",
+        "errors": "ConfigurationError Stop StoreError ThalwegError",
+        "evaluate": "Duplicate Evaluate Metropolis",
+        "generators": "FirstOf Permute Random Rattle",
+        "models": "GPR",
+        "records": "Asked Batch Context Problem Step",
+        "refine": "Centre Connected MinDistance Relax Wrap",
+        "search": "Found Search",
+        "select": "LCB Best KMeans LastAccepted",
+        "store": "History Store open_runs",
+    }.items()
+    for name in names.split()
+}
+_MODULES = ("calculators", "descriptors", "kernels", "recipes", "testing")
+
+__all__ = ["__version__", *_WHERE, *_MODULES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"thalweg.{name}")
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"thalweg.{_WHERE[name]}"), name)
+    from thalweg.errors import nearest
+
+    raise AttributeError(f"thalweg has no '{name}'.{nearest(name, __all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,786 @@
+"""Many restarts of one configuration in parallel, in a run folder.
+
+    OUT/config.toml            resolved configuration         OUT/summary.json   what came out, rewritten whole
+    OUT/template.extxyz        if the problem has one         OUT/best.extxyz    best of each restart, lowest first
+    OUT/restarts/000/store.db  the journal of restart 0       OUT/report.html    written by the command line
+    OUT/restarts/000/result.json  its line of the summary     OUT/restarts/000/error.txt  traceback, if it failed
+
+Restart i searches with seed + i, alone in a worker process, so that results do not depend on the number of workers.
+Several processes (job arrays) may share one folder as long as each runs restarts of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import multiprocessing
+import os
+import queue
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from thalweg.config import Configuration
+from thalweg.errors import ConfigurationError, Stop, StoreError, ThalwegError
+from thalweg.statistics import first_reaching
+from thalweg.store import History, read
+
+__all__ = ["Outcome", "RunFolder", "load_results", "prepare", "run", "summarise"]
+
+# Keys of [search] that change how long or how widely is searched, not what a restart does.
+EXTENDABLE = ("workers",)
+
+# Offline relaxation that decides about success: enough steps for any start, forces tight enough for 1 meV.
+RELAX_STEPS, RELAX_FORCE = 500, 0.005
+RELAX_AT_ONCE = 64
+
+# After its parent has died a worker may finish the evaluation that it is in, for so long [s].
+ORPHAN_GRACE = 10.0
+
+
+class FolderTaken(ConfigurationError):
+    """A run folder that belongs to another configuration."""
+
+
+class Watcher(Protocol):
+    """Told how the restarts get on (progress displays)."""
+
+    def progress(self, index: int, iteration: int, evaluations: int, best_energy: float | None) -> None:
+        """A step of restart `index` has ended."""
+
+    def done(self, index: int, result: dict[str, Any]) -> None:
+        """Restart `index` has ended; `result` is its entry in summary.json."""
+
+    def tick(self) -> None:
+        """Called a few times per second."""
+
+
+# ---- the folder ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where things are in a run folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def template(self) -> Path:
+        return self.path / "template.extxyz"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best.extxyz"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def restart(self, index: int) -> Path:
+        return self.path / "restarts" / f"{index:03d}"
+
+    def store(self, index: int) -> Path:
+        return self.restart(index) / "store.db"
+
+    def result(self, index: int) -> Path:
+        return self.restart(index) / "result.json"
+
+    def restarts(self) -> list[int]:
+        """Indices of the restarts that have a store."""
+        found = self.path.glob("restarts/*/store.db")
+        return sorted(int(store.parent.name) for store in found if store.parent.name.isdigit())
+
+    def configuration(self) -> Configuration:
+        """The resolved configuration. Raises ConfigurationError if this is no run folder."""
+        if not self.config.is_file():
+            what = "is not a run folder: it has no config.toml" if self.path.exists() else "does not exist"
+            raise ConfigurationError(f"'{self.path}' {what}")
+        return Configuration.load(self.config)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces a file in one step, so that readers and crashes see the old or the new content, never a part.
+
+    Raises ThalwegError when the disk is full or cannot be written to; the old file is then untouched.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as problem:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise _disk_error(path, problem) from problem
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _disk_error(path: Path, problem: OSError) -> ThalwegError:
+    if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ThalwegError(
+            f"cannot write {path}: the disk is full. Stored evaluations are safe; make room and run `thalweg resume`"
+        )
+    return ThalwegError(f"cannot write {path}: {problem.strerror or problem}")
+
+
+def prepare(configuration: Configuration, folder: str | Path) -> Configuration:
+    """Makes the run folder and writes its configuration; several processes may do so at once.
+
+    Returns the configuration as the folder has it, which is what every restart uses. Raises ConfigurationError when the
+    folder belongs to another configuration.
+    """
+    run_folder = RunFolder(Path(folder))
+    with configuration.make_search(
+        seed=configuration.search.seed, store=None
+    ) as trial:  # finds mistakes before workers do
+        problem = trial.problem
+    resolved = configuration
+    if problem.template is not None:
+        template = _extxyz(problem.template.to_ase())
+        resolved = Configuration(
+            configuration.problem.model_copy(update={"template": run_folder.template.name}),
+            configuration.calculator,
+            configuration.search,
+            configuration.options,
+            run_folder.path,
+        )
+        if run_folder.template.is_file():
+            if run_folder.config.is_file() and run_folder.template.read_bytes() != template:
+                raise FolderTaken(
+                    f"'{folder}' belongs to another configuration: its template differs; choose another --out"
+                )
+        else:
+            write_atomically(run_folder.template, template)
+    created = _create(run_folder.config, resolved.to_toml())
+    found = run_folder.configuration()
+    if not created:
+        changed = difference(found, resolved)
+        if changed:
+            raise FolderTaken(
+                f"'{folder}' belongs to another configuration: {changed[0]}; choose another --out, or use "
+                f"`thalweg resume {folder} --iterations ... --restarts ...` to go on"
+            )
+    return found
+
+
+def difference(there: Configuration, here: Configuration) -> list[str]:
+    """What keeps two configurations from sharing a folder, in words; empty if nothing."""
+    out = []
+    a, b = there.to_dict(), here.to_dict()
+    for section in a:
+        for key in {**a[section], **b[section]}:
+            before, now = a[section].get(key), b[section].get(key)
+            if before != now and not (section == "search" and key in EXTENDABLE):
+                out.append(f"{section}.{key} is {before} there and {now} here")
+    return out
+
+
+def _create(path: Path, text: str) -> bool:
+    """Writes a file that must not exist yet, whole or not at all; False if it exists."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            return False
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False, mode="w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(file.name, 0o666 & ~_umask())
+        try:
+            os.link(file.name, path)
+            return True
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            os.replace(file.name, path)
+            return True
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(file.name)
+    except OSError as problem:
+        raise _disk_error(path, problem) from problem
+
+
+def _extxyz(structures: Sequence[Any]) -> bytes:
+    import io
+
+    import ase.io
+
+    buffer = io.StringIO()
+    # without a structure ASE refuses; an empty file is a valid answer to "the best of no restart"
+    if structures:
+        ase.io.write(buffer, list(structures), format="extxyz", columns=_columns(structures))
+    return buffer.getvalue().encode()
+
+
+def _columns(structures: Sequence[Any]) -> list[str] | None:
+    constrained = any(structure.constraints for structure in structures)
+    return ["symbols", "positions", "move_mask"] if constrained else ["symbols", "positions"]
+
+
+# ---- one restart ---------------------------------------------------------------------------------------------
+
+
+def measure(configuration: Configuration, folder: RunFolder, index: int, history: History) -> dict[str, Any]:
+    """The entry of one restart in summary.json, from its store; what an earlier call relaxed is not relaxed again.
+
+    delivered_evaluation: first evaluation (1-based, failed ones count) whose own energy reaches the target.
+    success_evaluation: first evaluated structure whose relaxation in the true potential reaches it; None where the
+    calculator has no batched landscape.
+    """
+    previous = _load_result(folder.result(index))
+    rows = history.rows
+    energies = np.where(rows.ok, rows.columns["energy"], np.nan) if len(rows) else np.zeros(0)
+    seconds = rows.columns["seconds"] if len(rows) else np.zeros(0)
+    result: dict[str, Any] = {
+        "index": index,
+        "seed": configuration.search.seed + index,
+        "best_energy": float(np.nanmin(energies)) if np.any(np.isfinite(energies)) else None,
+        "iterations": int(history.iterations),
+        "evaluations": len(rows),
+        "seconds": round(float(seconds[-1]), 3) if len(rows) else 0.0,
+        "success_evaluation": None,
+        "delivered_evaluation": None,
+        "finished": False,
+        "reason": previous.get("reason", "") if previous else "",
+    }
+    target = configuration.search.target
+    if target is not None:
+        result["target"] = [target.energy, target.tolerance]
+        result["delivered_evaluation"] = first_reaching(energies, target.threshold)
+        same = previous is not None and previous.get("target") == result["target"]
+        before = previous if same and previous is not None else {}
+        result |= _success(configuration, history, energies, before, target.threshold, result["delivered_evaluation"])
+    # the last ticket of a run is its finishing touch; without it the iterations alone are not the whole
+    result["closed"] = bool(history.finished)
+    ended = why_ended(configuration, result)
+    if ended is not None:
+        result["finished"], result["reason"] = True, ended
+    return result
+
+
+def why_ended(configuration: Configuration, result: dict[str, Any]) -> str | None:
+    """Why the restart with this result has nothing left to do, or None."""
+    search = configuration.search
+    if search.target is not None and search.target.stop and result.get("delivered_evaluation") is not None:
+        return "target reached"
+    if search.max_evaluations is not None and result.get("evaluations", 0) >= search.max_evaluations:
+        return f"{search.max_evaluations} evaluations spent"
+    if result.get("closed") and result.get("iterations", 0) >= search.iterations:
+        return f"{search.iterations} iterations done"
+    return None
+
+
+def _success(
+    configuration: Configuration,
+    history: History,
+    energies: np.ndarray,
+    before: dict[str, Any],
+    threshold: float,
+    delivered: int | None,
+) -> dict[str, Any]:
+    if before.get("success_evaluation") is not None:
+        return {"success_evaluation": before["success_evaluation"], "checked": before["success_evaluation"]}
+    from thalweg import _core
+    from thalweg.calculators import landscape_of
+
+    landscape = landscape_of(configuration.make_calculator())
+    if landscape is None:
+        return {"success_evaluation": None}
+    # what is delivered needs no relaxation, and nothing after it matters
+    end = len(energies) if delivered is None else delivered - 1
+    checked = int(before.get("checked", 0))
+    while checked < end:
+        stop = min(checked + RELAX_AT_ONCE, end)
+        known = checked + np.flatnonzero(np.isfinite(energies[checked:stop]))
+        if len(known):
+            relaxed = _core.relax(landscape, history.rows.take(known), steps=RELAX_STEPS, force_tolerance=RELAX_FORCE)
+            reached = np.flatnonzero(np.asarray(relaxed[1]) <= threshold)
+            if len(reached):
+                first = int(known[reached[0]]) + 1
+                return {"success_evaluation": first, "checked": first}
+        checked = stop
+    return {"success_evaluation": delivered, "checked": end}
+
+
+def _load_result(path: Path) -> dict[str, Any] | None:
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        found = json.loads(path.read_text())
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def _search(configuration: Configuration, folder: RunFolder, index: int, link: _Link) -> str:
+    """Runs restart `index` from where its store ends; returns why it stopped."""
+    search = configuration.make_search(seed=configuration.search.seed + index, store=folder.store(index))
+    target, iterations = configuration.search.target, configuration.search.iterations
+
+    def reached() -> bool:
+        return target is not None and target.stop and search.best_energy <= target.threshold
+
+    def observe(step: Any, search: Any) -> None:
+        link.progress(index, search.iteration, search.evaluations, search.best_energy)
+        if reached():
+            search.request_stop("target reached")  # the finishing touch would only cost evaluations
+            raise Stop("target reached")
+
+    try:
+        link.progress(index, search.iteration, search.evaluations, search.best_energy)
+        if reached():
+            return "target reached"
+        link.attach(search)
+        search.callbacks.append(observe)
+        found = search.run(max(0, iterations - search.iteration), evaluations=configuration.search.max_evaluations)
+        return str(found.reason)
+    finally:
+        link.attach(None)
+        search.close()
+
+
+# ---- workers -------------------------------------------------------------------------------------------------
+
+
+class _Link:
+    """The worker's end of the pipe: a thread listens, so that a stop reaches a search that is computing."""
+
+    def __init__(self, connection: Connection):
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._search: Any = None
+        self._last = 0.0
+        self.stop_reason: str | None = None
+        self.orders: queue.Queue[tuple[Any, ...]] = queue.Queue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def send(self, *message: Any) -> None:
+        # a parent that has died is noticed by the listener
+        with contextlib.suppress(OSError, ValueError):
+            self._connection.send(message)
+
+    def progress(self, index: int, iteration: int, evaluations: int, best_energy: float | None) -> None:
+        now = time.monotonic()
+        if now - self._last >= 0.1:
+            self._last = now
+            finite = best_energy is not None and math.isfinite(best_energy)
+            self.send("progress", index, iteration, evaluations, float(best_energy) if finite else None)  # type: ignore[arg-type]
+
+    def attach(self, search: Any) -> None:
+        with self._lock:
+            self._search = search
+            if search is not None and self.stop_reason is not None:
+                search.request_stop(self.stop_reason)
+
+    def stop(self, reason: str) -> None:
+        with self._lock:
+            self.stop_reason = self.stop_reason or reason
+            if self._search is not None:
+                self._search.request_stop(self.stop_reason)
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                order = self._connection.recv()
+            except (EOFError, OSError):
+                self.stop("the process that started it died")
+                self.orders.put(("exit",))
+                time.sleep(ORPHAN_GRACE)
+                os._exit(1)
+            if order[0] == "stop":
+                self.stop(order[1])
+            else:
+                self.orders.put(order)
+
+
+def _worker(connection: Connection, path: str) -> None:
+    """Runs restarts as the parent orders them, until it says exit or dies."""
+    link = _Link(connection)
+
+    # A handler runs in the main thread between two bytecodes and must not wait for a lock that this thread may hold.
+    def terminate(number: int, frame: Any) -> None:
+        threading.Thread(target=link.stop, args=(signal.Signals(number).name,), daemon=True).start()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent passes it on
+    signal.signal(signal.SIGTERM, terminate)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    folder = RunFolder(Path(path))
+    configuration = folder.configuration()
+    while True:
+        order = link.orders.get()
+        if order[0] == "exit":
+            return
+        index = order[1]
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                (folder.restart(index) / "error.txt").unlink()
+            reason = _search(configuration, folder, index, link) if link.stop_reason is None else link.stop_reason
+            if not folder.store(index).is_file():
+                link.send("done", index, {"index": index, "finished": False, "reason": reason, "evaluations": 0})
+                continue
+            result = measure(configuration, folder, index, read(folder.store(index)))
+            if not result["finished"]:
+                result["reason"] = f"stopped: {reason}"
+            write_atomically(folder.result(index), json.dumps(result, indent=1))
+            link.send("done", index, result)
+        except Exception as problem:
+            full = isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT)
+            if full or (isinstance(problem, ThalwegError) and "disk is full" in str(problem)):
+                link.send("full", index, str(problem))
+            else:
+                if not isinstance(problem, ThalwegError):
+                    with contextlib.suppress(ThalwegError):
+                        write_atomically(folder.restart(index) / "error.txt", traceback.format_exc())
+                name = "" if isinstance(problem, ThalwegError) else f"{type(problem).__name__}: "
+                link.send("failed", index, f"{name}{problem}")
+
+
+@dataclass
+class _Worker:
+    process: Any
+    connection: Connection
+    index: int | None = None
+
+
+@contextlib.contextmanager
+def _worker_environment(threads: int) -> Iterator[None]:
+    """What workers inherit: few threads each unless the user has decided, and signals held back until they listen."""
+    defaults = {"THALWEG_NUM_THREADS": str(threads), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    added = {key: value for key, value in defaults.items() if key not in os.environ}
+    os.environ.update(added)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for key in added:
+            os.environ.pop(key, None)
+
+
+# ---- the campaign --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """How a call of `run` ended: results by restart index, and why it stopped early, if it did."""
+
+    results: dict[int, dict[str, Any]] = field(default_factory=dict)
+    stopped: str | None = None
+    failed: list[int] = field(default_factory=list)
+
+
+class _Signals:
+    """SIGINT and SIGTERM of the parent, as something to look at."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.kill = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.reason is not None and number == signal.SIGINT:
+            self.kill = True
+        self.reason = self.reason or ("Ctrl-C" if number == signal.SIGINT else "SIGTERM")
+
+
+def run(
+    folder: str | Path,
+    *,
+    indices: Sequence[int] | None = None,
+    workers: int | None = None,
+    max_seconds: float | None = None,
+    watcher: Watcher | None = None,
+) -> Outcome:
+    """Runs (or continues) restarts of a prepared run folder in worker processes; finished ones are left alone.
+
+    indices: which restarts; None means all that the configuration asks for. workers: processes at once; None means the
+    configuration's, else as many as this process has cores. max_seconds: then all stop before their next evaluation.
+
+    Raises ThalwegError when the disk is full, KeyboardInterrupt after a second Ctrl-C. A restart that fails, or whose
+    worker dies, is in `failed`, its reason in `results`; the others go on.
+    """
+    from thalweg import _core
+
+    began = time.monotonic()
+    run_folder = RunFolder(Path(folder))
+    configuration = run_folder.configuration()
+    wanted = list(range(configuration.search.restarts)) if indices is None else list(indices)
+    outcome = Outcome()
+    pending: deque[int] = deque()
+    for index in wanted:
+        result = _load_result(run_folder.result(index))
+        done = why_ended(configuration, result) if result is not None else None
+        if result is not None and done is not None:
+            outcome.results[index] = result | {"finished": True, "reason": done}
+            if watcher is not None:
+                watcher.done(index, outcome.results[index])
+        else:
+            pending.append(index)
+    cores = int(_core.default_threads())
+    count = max(1, min(workers or configuration.search.workers or cores, len(pending)))
+    threads = max(1, cores // count)
+    context = multiprocessing.get_context("spawn")
+    active: list[_Worker] = []
+    full: str | None = None
+
+    def start() -> _Worker:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_worker, args=(theirs, str(run_folder.path)), daemon=False)
+        with _worker_environment(threads):
+            process.start()
+        theirs.close()
+        return _Worker(process, ours)
+
+    def give(worker: _Worker) -> None:
+        worker.index = pending.popleft() if pending and outcome.stopped is None else None
+        with contextlib.suppress(OSError):
+            worker.connection.send(("exit",) if worker.index is None else ("run", worker.index))
+
+    def fail(index: int, reason: str) -> None:
+        entry = _load_result(run_folder.result(index)) or {
+            "index": index,
+            "seed": configuration.search.seed + index,
+            "evaluations": 0,
+        }
+        outcome.results[index] = entry | {"finished": False, "reason": f"failed: {reason}"}
+        outcome.failed.append(index)
+        write_atomically(run_folder.result(index), json.dumps(outcome.results[index], indent=1))
+        if watcher is not None:
+            watcher.done(index, outcome.results[index])
+
+    def stop(reason: str) -> None:
+        outcome.stopped = reason
+        pending.clear()
+        for worker in active:
+            with contextlib.suppress(OSError):
+                worker.connection.send(("stop", reason))
+
+    def receive(worker: _Worker) -> bool:
+        """Handles what a worker says; False when it is gone."""
+        nonlocal full
+        while True:
+            try:
+                if not worker.connection.poll():
+                    return True
+                message = worker.connection.recv()
+            except (EOFError, OSError):
+                return False
+            kind, index = message[0], message[1]
+            if kind == "progress":
+                if watcher is not None:
+                    watcher.progress(*message[1:])
+                continue
+            worker.index = None
+            if kind == "done":
+                outcome.results[index] = message[2]
+                if watcher is not None:
+                    watcher.done(index, message[2])
+            elif kind == "failed":
+                fail(index, message[2])
+            elif kind == "full":
+                full = message[2]
+                stop("the disk is full")
+            give(worker)
+
+    try:
+        with _Signals() as signals:
+            while pending or active:
+                while pending and len(active) < count:
+                    worker = start()
+                    active.append(worker)
+                    give(worker)
+                handles = [w.connection for w in active] + [w.process.sentinel for w in active]
+                wait(handles, timeout=0.1)
+                for worker in list(active):
+                    alive = receive(worker)
+                    if alive and worker.process.is_alive():
+                        continue
+                    worker.process.join(1.0)
+                    if worker.process.is_alive():
+                        continue
+                    receive(worker)
+                    active.remove(worker)
+                    worker.connection.close()
+                    if worker.index is not None:
+                        code = worker.process.exitcode
+                        why = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
+                        fail(worker.index, f"its worker process died ({why})")
+                if signals.kill:
+                    raise KeyboardInterrupt
+                if outcome.stopped is None:
+                    if signals.reason is not None:
+                        stop(signals.reason)
+                    elif max_seconds is not None and time.monotonic() - began >= max_seconds:
+                        stop(f"time limit of {max_seconds:g} s")
+                if watcher is not None:
+                    watcher.tick()
+    finally:
+        for worker in active:
+            worker.connection.close()
+            worker.process.kill()
+            worker.process.join()
+    if full is not None:
+        raise ThalwegError(full)
+    return outcome
+
+
+# ---- summary -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Results:
+    """A run folder, read: its configuration, and per restart the history of its store and its summary entry."""
+
+    folder: RunFolder
+    configuration: Configuration
+    histories: dict[int, History]
+    restarts: list[dict[str, Any]]
+    problems: list[str]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What summary.json holds."""
+        energies = [entry["best_energy"] for entry in self.restarts if entry.get("best_energy") is not None]
+        return {
+            "best_energy": min(energies) if energies else None,
+            "evaluations": sum(entry["evaluations"] for entry in self.restarts),
+            "seconds": round(sum(entry.get("seconds", 0.0) for entry in self.restarts), 3),
+            "restarts": [{key: entry.get(key) for key in ENTRY} for entry in self.restarts],
+        }
+
+
+ENTRY = (
+    "index",
+    "seed",
+    "best_energy",
+    "iterations",
+    "evaluations",
+    "seconds",
+    "success_evaluation",
+    "delivered_evaluation",
+    "finished",
+    "reason",
+)
+
+
+def load_results(folder: str | Path) -> Results:
+    """Reads all stores of a run folder, also while restarts are running. A store that cannot be read is reported in
+    `problems` and left out. Raises ConfigurationError if this is no run folder."""
+    run_folder = RunFolder(Path(folder))
+    configuration = run_folder.configuration()
+    histories, entries, problems = {}, [], []
+    for index in run_folder.restarts():
+        try:
+            histories[index] = read(run_folder.store(index))
+        except StoreError as problem:
+            problems.append(f"restart {index}: {problem}")
+            continue
+        before = _load_result(run_folder.result(index))
+        entry = measure(configuration, run_folder, index, histories[index])
+        if entry != before:
+            with contextlib.suppress(ThalwegError):  # a cache only: a folder that one may only read is fine
+                write_atomically(run_folder.result(index), json.dumps(entry, indent=1))
+        entries.append(entry)
+    for path in sorted(run_folder.path.glob("restarts/*/result.json")):
+        if path.parent.name.isdigit() and int(path.parent.name) not in histories:
+            entry = _load_result(path)
+            if entry is not None and not (path.parent / "store.db").exists():
+                entries.append(entry)
+    entries.sort(key=lambda entry: entry["index"])
+    return Results(run_folder, configuration, histories, entries, problems)
+
+
+def summarise(folder: str | Path) -> Results:
+    """Writes summary.json and best.extxyz from what the folder holds at this moment; returns what was read."""
+    results = load_results(folder)
+    write_atomically(results.folder.summary, json.dumps(results.summary, indent=2) + "\n")
+    best = best_structures(results)
+    write_atomically(results.folder.best, _extxyz(best))
+    return results
+
+
+def best_structures(results: Results) -> list[Any]:
+    """ASE Atoms: the best evaluated structure of each restart, lowest first, with energy, forces and info."""
+    found = []
+    for index, history in results.histories.items():
+        good = np.flatnonzero(history.rows.ok) if len(history.rows) else np.zeros(0, int)
+        if not len(good):
+            continue
+        row = int(good[np.argmin(history.rows.columns["energy"][good])])
+        atoms = history.rows[row].to_ase()[0]
+        atoms.info |= {"restart": index, "evaluation": row + 1}
+        found.append((float(history.rows.columns["energy"][row]), index, atoms))
+    return [atoms for _, _, atoms in sorted(found, key=lambda entry: entry[:2])]
+
+
+def all_structures(results: Results) -> list[Any]:
+    """ASE Atoms: every evaluated structure that did not fail, restart by restart, with energy, forces and info."""
+    out = []
+    for index, history in results.histories.items():
+        good = np.flatnonzero(history.rows.ok) if len(history.rows) else np.zeros(0, int)
+        for row, atoms in zip(good, history.rows.take(good).to_ase() if len(good) else [], strict=True):
+            atoms.info |= {"restart": index, "evaluation": int(row) + 1}
+            out.append(atoms)
+    return out
+
+
+def export(structures: Sequence[Any], out: Path) -> None:
+    """Writes ASE Atoms in the format that the name asks for. Raises ThalwegError when that cannot be done."""
+    import ase.db
+    import ase.io
+
+    try:
+        if out.suffix == ".db":
+            with ase.db.connect(out) as database:
+                for atoms in structures:
+                    database.write(atoms, key_value_pairs={key: int(value) for key, value in atoms.info.items()})
+        elif out.suffix in (".xyz", ".extxyz"):
+            write_atomically(out, _extxyz(structures))
+        else:
+            ase.io.write(out, list(structures))
+    except ThalwegError:
+        raise
+    except OSError as problem:
+        raise _disk_error(out, problem) from problem
+    except Exception as problem:
+        raise ThalwegError(f"cannot write {out}: {problem}") from problem

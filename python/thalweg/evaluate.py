@@ -1,0 +1,240 @@
+"""Gauges, (Batch, Context) -> Batch: what a candidate must pass, the true energy above all. Also what settles a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from thalweg import _core
+from thalweg.descriptors import Fingerprint
+from thalweg.errors import CalculationFailed, ConfigurationError
+from thalweg.records import FAILED, OK, REJECTED, Batch, Context, Problem
+
+__all__ = ["Duplicate", "Evaluate", "Metropolis", "calculate"]
+
+
+def calculate(calculator: Any, structure: Batch) -> Batch:
+    """Energy and forces of one structure by an ASE calculator; whatever goes wrong becomes a row with status 1 and the
+    column `reason`, never an exception."""
+    from thalweg.calculators import landscape_of
+
+    try:
+        landscape = landscape_of(calculator)
+        if landscape is not None:
+            energies, forces = _core.evaluate(landscape, structure, threads=1)
+            energy = float(energies[0])
+        else:
+            atoms = structure.to_ase()[0]
+            atoms.set_constraint()
+            atoms.calc = calculator
+            energy = float(atoms.get_potential_energy())
+            forces = np.asarray(atoms.get_forces(), float)
+        if not np.isfinite(energy):
+            raise CalculationFailed(f"the energy is {energy}")
+        if forces.shape != structure.positions.shape or not np.all(np.isfinite(forces)):
+            raise CalculationFailed("the forces are not finite")
+    except Exception as problem:
+        reason = f"{type(problem).__name__}: {problem}".splitlines()[0][:300]
+        nothing = np.full_like(structure.positions, np.nan)
+        row = structure.with_columns(energy=np.nan, status=np.uint8(FAILED), reason=reason)
+        return row.with_atom_columns(forces=nothing)
+    return structure.with_columns(energy=energy, status=np.uint8(OK)).with_atom_columns(forces=forces)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """The true energy of each candidate; every point is counted, journaled and kept.
+
+    Parameters
+    ----------
+    calculator : ASE calculator
+        Built-in ones (`thalweg.calculators`, ASE's EMT and LennardJones) run in the compiled core.
+    steps : int
+        Relaxation steps in the true potential after the first point; 0 is a single point, a large number the full
+        relaxation of basin hopping.
+    force_tolerance : float
+        eV/angstrom, where a relaxation ends.
+    polish_every, polish_steps : int
+        In every so many iterations, after the candidate, the lowest structure that is not yet relaxed nor a near copy of
+        a relaxed one is relaxed further in the true potential; 0 never.
+    polish_last : int
+        How many of the best are relaxed when a run ends.
+    same : float
+        Fingerprints closer than this fraction of their length count as copies when choosing what to polish.
+
+    Raises
+    ------
+    ConfigurationError
+        At once, if a built-in calculator does not know a species of the problem.
+    """
+
+    calculator: Any
+    steps: int = 0
+    force_tolerance: float = 0.05
+    max_step: float = 0.2
+    polish_every: int = 0
+    polish_steps: int = 40
+    polish_tolerance: float = 0.02
+    polish_last: int = 0
+    same: float = 0.02
+    descriptor: Fingerprint = field(default_factory=Fingerprint)
+    name: str = "Evaluate"
+
+    def check(self, problem: Problem) -> None:
+        """Raises ConfigurationError if a built-in calculator cannot treat the problem."""
+        from thalweg.calculators import landscape_of
+
+        landscape = landscape_of(self.calculator)
+        if landscape is not None:
+            n = len(problem.numbers)
+            apart = np.arange(n)[None, :, None] * np.array([7.0, 11.0, 13.0])
+            try:
+                _core.evaluate(landscape, problem.batch(apart))
+            except ValueError as trouble:
+                raise ConfigurationError(str(trouble)) from None
+
+    def __call__(self, batch: Batch, ctx: Context) -> Batch:
+        rows = [self._relax(batch[i], ctx, self.steps, self.force_tolerance) for i in range(len(batch))]
+        if self.polish_every and ctx.iteration % self.polish_every == self.polish_every - 1:
+            for row in self._worth_polishing(ctx, 1):
+                rows.append(self._polish(ctx.data[row], row, ctx))
+        return Batch.concat(rows)
+
+    # ---- the finishing touch of a run (Search calls these) -----------------------------------------
+    def finish_with(self, ctx: Context) -> Batch:
+        """The structures to polish when a run ends; the column `row` says where they stand in the data."""
+        rows = self._worth_polishing(ctx, self.polish_last) if self.polish_last else []
+        return ctx.data.take(rows).with_columns(row=np.array(rows, np.int64)) if rows else Batch.empty()
+
+    def finish(self, batch: Batch, ctx: Context) -> Batch:
+        """Polishes them."""
+        return Batch.concat([self._polish(batch[i], int(batch.columns["row"][i]), ctx) for i in range(len(batch))])
+
+    # ------------------------------------------------------------------------------------------------
+    def _relax(self, structure: Batch, ctx: Context, steps: int, tolerance: float, **columns: Any) -> Batch:
+        """One point, then up to `steps` more; ends early at a failed point."""
+        first = ctx.measure(_bare(structure), self._calculate, **columns, **_descent(structure))
+        if steps == 0 or first.columns["status"][0] != OK:
+            return first
+        minimiser = self._minimiser(first, steps, tolerance)
+        return Batch.concat([first, *self._descend(minimiser, structure, ctx, columns)])
+
+    def _polish(self, known: Batch, row: int, ctx: Context) -> Batch:
+        """Goes on from a structure whose energy and forces are known: its first point costs nothing."""
+        columns = {"origin": "polish", "parent": row, "candidate": -1}
+        minimiser = self._minimiser(known, self.polish_steps, self.polish_tolerance)
+        rows = self._descend(minimiser, known, ctx, columns)
+        return Batch.concat(rows) if rows else Batch.empty()
+
+    def _minimiser(self, first: Batch, steps: int, tolerance: float) -> _core.Minimiser:
+        minimiser = _core.Minimiser(
+            first.positions, first.fixed, steps=steps, force_tolerance=tolerance, max_step=self.max_step
+        )
+        minimiser.tell(float(first.columns["energy"][0]), first.atom_columns["forces"])
+        return minimiser
+
+    def _descend(self, minimiser: Any, structure: Batch, ctx: Context, columns: dict[str, Any]) -> list[Batch]:
+        rows: list[Batch] = []
+        while not minimiser.done:
+            here = replace(_bare(structure), positions=np.array(minimiser.positions))
+            row = ctx.measure(here, self._calculate, **{**_descent(structure), **columns})
+            rows.append(row)
+            if row.columns["status"][0] != OK:
+                break
+            minimiser.tell(float(row.columns["energy"][0]), row.atom_columns["forces"])
+        return rows
+
+    def _calculate(self, structure: Batch) -> Batch:
+        return calculate(self.calculator, structure)
+
+    def _worth_polishing(self, ctx: Context, count: int) -> list[int]:
+        """Lowest rows first; not those that a polish started from or went through, are relaxed, or resemble a relaxed
+        structure."""
+        data = ctx.data
+        objective = ctx.problem.objective(data)
+        usable = np.isfinite(objective)
+        if not usable.any():
+            return []
+        forces = np.where(data.fixed, 0.0, data.atom_columns["forces"])
+        largest = np.sqrt(np.maximum.reduceat((forces**2).sum(axis=1), data.offsets[:-1]))
+        polished = data.columns["origin"] == "polish"
+        sources = data.columns["parent"][polished]
+        done = polished | np.isin(np.arange(len(data)), sources) | (largest < self.force_tolerance)
+        relaxed = usable & (largest < self.force_tolerance)
+        features = ctx.features(self.descriptor)
+        chosen: list[int] = []
+        for row in np.argsort(np.where(usable & ~done, objective, np.inf), kind="stable"):
+            if len(chosen) == count or done[row] or not usable[row]:
+                break
+            others = np.flatnonzero(relaxed).tolist() + chosen
+            distance = np.linalg.norm(features[others] - features[row], axis=1)
+            if not np.any(distance < self.same * np.linalg.norm(features[row])):
+                chosen.append(int(row))
+        return chosen
+
+
+def _bare(structure: Batch) -> Batch:
+    """The structure without anything that was said about it."""
+    return replace(structure, columns={}, atom_columns={})
+
+
+def _descent(structure: Batch) -> dict[str, Any]:
+    """Where the structure came from, to be stored with its energy."""
+    names = ("origin", "parent", "candidate", "score")
+    return {name: structure.columns[name][0] for name in names if name in structure.columns}
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Rejects a candidate whose fingerprint is closer than `tolerance` times its length to that of an evaluated one, so
+    that the next candidate is evaluated instead.
+
+    Parameters
+    ----------
+    tolerance : float
+    descriptor : object with `values(batch, threads=...) -> (n, D)`
+    """
+
+    tolerance: float = 1e-3
+    descriptor: Fingerprint = field(default_factory=Fingerprint)
+    name: str = "Duplicate"
+
+    def __call__(self, batch: Batch, ctx: Context) -> Batch:
+        known = ctx.features(self.descriptor)
+        if not len(known) or not len(batch):
+            return batch
+        features = self.descriptor.values(batch, threads=ctx.threads)
+        distance = np.array([np.min(np.linalg.norm(known - one, axis=1)) for one in features])
+        near = distance < self.tolerance * np.linalg.norm(features, axis=1)
+        return batch.with_columns(status=np.where(near, REJECTED, OK).astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Metropolis:
+    """Accepts the last point of an evaluated candidate if its objective fell, or with probability exp(-dE / kT).
+
+    Parameters
+    ----------
+    temperature : float
+        kT in eV.
+    """
+
+    temperature: float = 0.1
+    name: str = "Metropolis"
+
+    def __call__(self, batch: Batch, ctx: Context) -> Batch:
+        objective = ctx.problem.objective(batch) if len(batch) else np.zeros(0)
+        accepted = np.zeros(len(batch), bool)
+        before = ctx.carry.get(self.name)
+        if len(batch) and np.any(np.isfinite(objective)):
+            row = int(np.nanargmin(objective))
+            energy = float(objective[row])
+            rise = energy - float(before["energy"]) if before is not None else -np.inf
+            if rise <= 0 or ctx.key.rng().random() < np.exp(-rise / self.temperature):
+                accepted[row] = True
+                ctx.keep(
+                    ticket=batch.columns["ticket"][row], point=batch.columns["point"][row], energy=np.array(energy)
+                )
+        return batch.with_columns(accepted=accepted)

@@ -1,0 +1,161 @@
+"""Generators: Context -> Batch of candidates. Each row draws from a stream of its own (random.hpp)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from thalweg import _core
+from thalweg.records import Batch, Context
+from thalweg.schedule import Schedule, check_schedule, scheduled
+
+__all__ = ["FirstOf", "Permute", "Random", "Rattle"]
+
+
+@dataclass(frozen=True)
+class Random:
+    """Random structures: the first atom anywhere in the box (on a template: next to it), each next one on a uniform
+    direction at c1..c2 covalent sums from an atom that is there (thesis ch. 3; AGOX's random generator, but isotropic).
+
+    Parameters
+    ----------
+    count : int or {iteration: int}
+        Candidates per iteration.
+    tries : int
+        Per atom, before a structure is begun anew.
+    """
+
+    count: Schedule[int] = 10
+    tries: int = 100
+    name: str = "Random"
+
+    def __post_init__(self) -> None:
+        check_schedule(self.count, f"the count of {self.name}")
+
+    def __call__(self, ctx: Context) -> Batch:
+        problem, count = ctx.problem, scheduled(self.count, ctx.iteration)
+        template = problem.template if problem.template is not None else Batch.empty()
+        positions, ok = _core.random_structures(
+            problem.placed_numbers,
+            problem.cell,
+            problem.pbc,
+            template.positions,
+            template.numbers,
+            box=problem.box_arguments,
+            count=count,
+            key=ctx.key.words,
+            c1=problem.c1,
+            c2=problem.c2,
+            tries_per_atom=self.tries,
+            threads=ctx.threads,
+        )
+        return problem.batch(positions[ok], parent=-1)
+
+
+def _parents(ctx: Context, count: int) -> Batch:
+    """Members of the sample, drawn with replacement."""
+    if not len(ctx.sample) or not count:
+        return Batch.empty()
+    return ctx.sample.take(ctx.key.fold("parents").rng().integers(len(ctx.sample), size=count))
+
+
+def _children(parents: Batch, positions: np.ndarray, ok: np.ndarray) -> Batch:
+    rows = parents.columns.get("row", np.full(len(parents), -1))
+    moved = replace(parents, positions=positions, columns={"parent": rows}, atom_columns={})
+    return moved.take(np.asarray(ok, bool))
+
+
+@dataclass(frozen=True)
+class Rattle:
+    """Members of the sample with some atoms moved: each with probability `moved` / n, at least one, by a vector uniform
+    in a ball of `amplitude` angstrom, until it has a neighbour within c2 and none closer than c1.
+
+    Parameters
+    ----------
+    count : int or {iteration: int}
+    amplitude : float
+        In angstrom.
+    moved : float
+        Expected number of moved atoms.
+    """
+
+    count: Schedule[int] = 10
+    amplitude: float = 3.0
+    moved: float = 3.0
+    name: str = "Rattle"
+
+    def __post_init__(self) -> None:
+        check_schedule(self.count, f"the count of {self.name}")
+
+    def __call__(self, ctx: Context) -> Batch:
+        parents = _parents(ctx, scheduled(self.count, ctx.iteration))
+        if not len(parents):
+            return Batch.empty()
+        problem = ctx.problem
+        positions, ok = _core.rattle(
+            parents,
+            box=problem.box_arguments,
+            amplitude=self.amplitude,
+            moved=self.moved,
+            key=ctx.key.words,
+            c1=problem.c1,
+            c2=problem.c2,
+            threads=ctx.threads,
+        )
+        return _children(parents, positions, ok)
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Members of the sample with the positions of free atoms of different species swapped; one swap, and each further
+    one with probability `again`.
+
+    Parameters
+    ----------
+    count : int or {iteration: int}
+    again : float
+    """
+
+    count: Schedule[int] = 10
+    again: float = 0.3
+    name: str = "Permute"
+
+    def __post_init__(self) -> None:
+        check_schedule(self.count, f"the count of {self.name}")
+
+    def __call__(self, ctx: Context) -> Batch:
+        parents = _parents(ctx, scheduled(self.count, ctx.iteration))
+        if not len(parents):
+            return Batch.empty()
+        positions, ok = _core.permute(parents, again=self.again, key=ctx.key.words, threads=ctx.threads)
+        return _children(parents, positions, ok)
+
+
+class FirstOf:
+    """The candidates of the first generator that has any: `FirstOf(Rattle(1), Random(1))` begins where no sample is.
+
+    Parameters
+    ----------
+    generators : two or more generators
+        Each draws from a key of its own.
+    """
+
+    def __init__(self, *generators: Callable[[Context], Batch], name: str = "FirstOf"):
+        self.generators, self.name = generators, name
+
+    def describe(self) -> Any:
+        """For the configuration that the store remembers."""
+        from thalweg.search import describe
+
+        return {"FirstOf": [describe(generator) for generator in self.generators]}
+
+    def __call__(self, ctx: Context) -> Batch:
+        batch = Batch.empty()
+        for k, generator in enumerate(self.generators):
+            batch = generator(replace(ctx, key=ctx.key.fold(k)))
+            if len(batch):
+                break
+        return batch

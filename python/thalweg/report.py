@@ -1,0 +1,570 @@
+"""The report of one or several run folders: one HTML page that works from a file, without a network."""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import io
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from thalweg.campaign import Results, load_results, write_atomically
+from thalweg.errors import ThalwegError
+from thalweg.statistics import SuccessCurve, energy_curves, success_curve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["report", "success_curves"]
+
+# Okabe and Ito's colours, which people with any colour vision can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GREY = "#6b7280"
+
+# The structures of the 3D section: the best of each restart and so many more, energies at least this far apart [eV].
+MORE_STRUCTURES, DISTINCT = 100, 0.001
+
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9ca3af",
+    "axes.labelcolor": "#374151",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e5e7eb",
+    "xtick.color": "#374151",
+    "ytick.color": "#374151",
+    "legend.frameon": False,
+    "lines.solid_capstyle": "butt",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "thalweg",
+}
+
+
+def report(folders: Sequence[str | Path], out: str | Path) -> Path:
+    """Writes the report of run folders to `out`; several folders are compared. Folders may still be running.
+
+    Raises ThalwegError when there is no folder, one is not a run folder, or `out` cannot be written.
+    """
+    if not folders:
+        raise ThalwegError("a report needs at least one run folder")
+    results = [load_results(folder) for folder in folders]
+    out = Path(out)
+    write_atomically(out, page(results))
+    return out
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------
+
+
+def success_curves(results: Results) -> dict[str, SuccessCurve]:
+    """Curves by name: "delivered" (a counted evaluation reached the target) and, where it could be computed, "success"
+    (an evaluated structure relaxes to the target). Empty without a target or without evaluations."""
+    target = results.configuration.search.target
+    entries = [entry for entry in results.restarts if entry.get("evaluations")]
+    if target is None or not entries:
+        return {}
+    curves = {}
+    for name in ("success", "delivered"):
+        if name == "success" and not all("checked" in entry for entry in entries):
+            continue
+        counts = [entry.get(f"{name}_evaluation") for entry in entries]
+        ends = [entry["evaluations"] if count is None else count for entry, count in zip(entries, counts, strict=True)]
+        curves[name] = success_curve(ends, [count is not None for count in counts])
+    return curves
+
+
+def _energies(results: Results) -> dict[int, np.ndarray]:
+    return {
+        index: np.where(history.rows.ok, history.rows.columns["energy"], np.nan)
+        for index, history in results.histories.items()
+        if len(history.rows)
+    }
+
+
+def _count(value: float) -> str:
+    return "not reached" if math.isinf(value) else f"{value:.0f}"
+
+
+def _median_text(curve: SuccessCurve | None) -> str:
+    """The median with its band and the number of restarts behind it."""
+    if curve is None:
+        return "no target set"
+    low, high = curve.quantile_band(0.5)
+    band = f"{_count(low)} to {_count(high) if math.isfinite(high) else 'unknown'}"
+    if math.isinf(curve.quantile(0.5)):
+        return f"{curve.successes} of {curve.restarts} restarts so far"
+    return f"95 % band {band}; {curve.successes} of {curve.restarts} restarts"
+
+
+def _energy(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f} eV"
+
+
+def _seconds(value: float) -> str:
+    if value < 120:
+        return f"{value:.1f} s"
+    return f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.1f} h"
+
+
+# ---- figures -------------------------------------------------------------------------------------------------
+
+
+def _figure(width: float = 6.4, height: float = 3.6) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """Inline SVG, without the metadata that names addresses."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    buffer = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label, quote=True)}"', 1)
+
+
+def _draw_success(axes: Any, curve: SuccessCurve, colour: str, label: str, *, dashed: bool = False) -> None:
+    axes.fill_between(curve.evaluations, curve.lower, curve.upper, step="post", color=colour, alpha=0.15, linewidth=0)
+    style = "--" if dashed else "-"
+    axes.step(curve.evaluations, curve.success, where="post", color=colour, lw=2, ls=style, label=label)
+
+
+def _success_figure(named: Sequence[tuple[str, dict[str, SuccessCurve]]]) -> str:
+    figure = _figure()
+    axes = figure.add_subplot()
+    words = {"success": "relaxes to the target", "delivered": "delivered: evaluated at the target"}
+    for k, (name, curves) in enumerate(named):
+        if len(named) == 1:
+            for j, (kind, curve) in enumerate(curves.items()):
+                _draw_success(axes, curve, COLOURS[j], words[kind], dashed=kind == "success")
+        elif "delivered" in curves:
+            _draw_success(axes, curves["delivered"], COLOURS[k % len(COLOURS)], name)
+    axes.set(xlabel="true evaluations", ylabel="fraction of restarts", ylim=(0, 1.02))
+    axes.set_xlim(left=0)
+    axes.legend(loc="lower right")
+    return _svg(figure, "fraction of restarts that reached the target, against true evaluations")
+
+
+def _energy_limits(curves: Sequence[Any], target: float | None) -> tuple[float, float]:
+    """Random starts can be thousands of eV high: the axis shows from the lowest up to where most restarts soon are."""
+    lowest = min(float(np.nanmin(curve.best)) for curve in curves)
+    lowest = lowest if target is None else min(lowest, target)
+    heights = []
+    for curve in curves:
+        final = curve.best[:, -1]
+        early = curve.best[:, min(curve.best.shape[1] - 1, max(3, curve.best.shape[1] // 20))]
+        heights += [np.nanmax(final), np.nanpercentile(early, 75)]
+    highest = float(np.nanmax(heights))
+    margin = 0.06 * max(highest - lowest, 0.01)
+    return lowest - margin, highest + margin
+
+
+def _energy_figure(results: Results) -> str:
+    curves = energy_curves(list(_energies(results).values()))
+    target = results.configuration.search.target
+    figure = _figure()
+    axes = figure.add_subplot()
+    for k, best in enumerate(curves.best):
+        label = "each restart" if k == 0 else None
+        axes.step(curves.evaluations, best, where="post", color=GREY, lw=0.7, alpha=0.45, label=label)
+    if len(curves.best) > 1:
+        low, high = curves.mean - curves.standard_error, curves.mean + curves.standard_error
+        axes.fill_between(curves.evaluations, low, high, step="post", color=COLOURS[0], alpha=0.2, linewidth=0)
+        axes.step(
+            curves.evaluations, curves.mean, where="post", color=COLOURS[0], lw=2.4, label="mean and its standard error"
+        )
+    if target is not None:
+        axes.axhline(target.energy, color=COLOURS[2], lw=1.2, ls=":", label=f"target {target.energy:g} eV")
+    axes.set(xlabel="true evaluations", ylabel="best energy so far (eV)")
+    axes.set_xlim(0, max(2, len(curves.evaluations)))
+    axes.set_ylim(*_energy_limits([curves], target.energy if target else None))
+    axes.legend(loc="upper right")
+    return _svg(figure, "best energy so far against true evaluations")
+
+
+def _comparison_figure(named: Sequence[tuple[str, Results]]) -> str:
+    figure = _figure()
+    axes = figure.add_subplot()
+    drawn = []
+    for k, (name, results) in enumerate(named):
+        energies = list(_energies(results).values())
+        if not energies:
+            continue
+        curves = energy_curves(energies)
+        drawn.append(curves)
+        colour = COLOURS[k % len(COLOURS)]
+        low, high = curves.mean - curves.standard_error, curves.mean + curves.standard_error
+        axes.fill_between(curves.evaluations, low, high, step="post", color=colour, alpha=0.15, linewidth=0)
+        axes.step(curves.evaluations, curves.mean, where="post", color=colour, lw=2, label=name)
+    axes.set(xlabel="true evaluations", ylabel="mean best energy so far (eV)")
+    if drawn:
+        axes.set_ylim(*_energy_limits(drawn, None))
+        axes.legend(loc="upper right")
+    return _svg(figure, "mean best energy so far of each run folder, against true evaluations")
+
+
+def _stage_figure(results: Results) -> str:
+    totals: dict[str, float] = {}
+    for history in results.histories.values():
+        for name, seconds in history.stage_seconds.items():
+            totals[name] = totals.get(name, 0.0) + seconds
+    whole = sum(totals.values())
+    if whole <= 0:
+        return ""
+    names = list(totals)[::-1]
+    figure = _figure(6.4, 0.8 + 0.34 * len(names))
+    axes = figure.add_subplot()
+    bars = axes.barh(names, [totals[name] for name in names], color=COLOURS[0], height=0.62)
+    axes.bar_label(
+        bars,
+        [f"{_seconds(totals[name])}  ({100 * totals[name] / whole:.0f} %)" for name in names],
+        padding=4,
+        fontsize=9,
+    )
+    axes.set_xlabel("seconds, all restarts")
+    axes.margins(x=0.28)
+    axes.grid(axis="y", visible=False)
+    return _svg(figure, "time by stage")
+
+
+# ---- structures ----------------------------------------------------------------------------------------------
+
+
+def chosen_structures(named: Sequence[tuple[str, Results]]) -> list[tuple[float, str, int, int, Any]]:
+    """(energy, run, restart, evaluation, structure) by energy: best of each restart and the lowest distinct ones."""
+    found = []
+    for name, results in named:
+        for index, energies in _energies(results).items():
+            if np.any(np.isfinite(energies)):
+                best = int(np.nanargmin(energies))
+                found += [(float(energies[row]), name, index, int(row), row == best) for row in _finite(energies)]
+    found.sort(key=lambda entry: entry[:4])
+    chosen, more, last = [], 0, -math.inf
+    for energy, name, index, row, is_best in found:
+        distinct = energy - last >= DISTINCT and more < MORE_STRUCTURES
+        if distinct or is_best:
+            chosen.append((energy, name, index, row))
+        if distinct:
+            more, last = more + 1, energy
+    by_name = dict(named)
+    return [
+        (energy, name, index, row + 1, by_name[name].histories[index].rows[row].to_ase()[0])
+        for energy, name, index, row in chosen
+    ]
+
+
+def _finite(energies: np.ndarray) -> np.ndarray:
+    return np.flatnonzero(np.isfinite(energies))
+
+
+def _structures(named: Sequence[tuple[str, Results]]) -> str:
+    """The 3D viewer with its map, chemiscope's JavaScript inlined; without chemiscope, how to get it."""
+    chosen = chosen_structures(named)
+    if not chosen:
+        return "<p>No structure has been evaluated yet.</p>"
+    specification = importlib.util.find_spec("chemiscope")
+    if specification is None or specification.origin is None:
+        return (
+            "<p>The interactive view of the structures needs the Python package chemiscope: "
+            "<code>pip install chemiscope</code>, then run <code>thalweg report</code> again. "
+            "The structures themselves are in <code>best.extxyz</code>.</p>"
+        )
+    script = Path(specification.origin).parent / "sphinx" / "static" / "chemiscope.min.js"
+    if not script.is_file():
+        return (
+            "<p>The installed chemiscope does not bring its JavaScript; <code>pip install 'chemiscope>=0.8'</code> "
+            "does. The structures themselves are in <code>best.extxyz</code>.</p>"
+        )
+    from chemiscope import create_input
+
+    energies, names, restarts, evaluations, structures = zip(*chosen, strict=True)
+    properties = {
+        "energy": {"target": "structure", "values": np.array(energies), "units": "eV"},
+        "evaluation": {"target": "structure", "values": np.array(evaluations, float)},
+        "restart": {"target": "structure", "values": np.array(restarts, float)},
+    }
+    if len(named) > 1:
+        properties["run"] = {"target": "structure", "values": list(names)}
+    periodic = any(structure.pbc.any() for structure in structures)
+    data = create_input(
+        structures=list(structures),
+        metadata={"name": ", ".join(name for name, _ in named)},
+        properties=properties,
+        settings={
+            "target": "structure",
+            "map": {
+                "x": {"property": "evaluation"},
+                "y": {"property": "energy"},
+                "color": {"property": "restart"},
+            },
+            "structure": [{"bonds": True, "spaceFilling": False, "unitCell": periodic, "axes": "off"}],
+        },
+    )
+    # "</" could end the script element early; "<\/" is the same text to JSON
+    dataset = json.dumps(data, allow_nan=False).replace("</", "<\\/")
+    library = script.read_text(encoding="utf-8").replace("</script", "<\\/script")
+    return f"""
+<p>Click a point to see its structure; drag to turn it. Point 1 is the lowest energy found.</p>
+<div class="viewer">
+  <div class="half"><div id="viewer-map"></div></div>
+  <div class="half"><div id="viewer-structure"></div><div id="viewer-info"></div></div>
+</div>
+<div id="viewer-meta" hidden></div>
+<p id="viewer-error" class="error" hidden></p>
+<script type="application/json" id="viewer-data">{dataset}</script>
+<script>{library}</script>
+<script>
+(async () => {{
+  const problem = (text) => {{
+    const place = document.getElementById("viewer-error");
+    place.hidden = false;
+    place.textContent = "The 3D view could not start: " + text;
+  }};
+  try {{
+    const data = JSON.parse(document.getElementById("viewer-data").textContent);
+    const warnings = new Chemiscope.Warnings();
+    warnings.addHandler((message) => console.warn(message));
+    await Chemiscope.DefaultVisualizer.load(
+      {{ map: "viewer-map", structure: "viewer-structure", info: "viewer-info", meta: "viewer-meta" }}, data, warnings);
+    document.documentElement.dataset.viewer = "ready";
+  }} catch (error) {{ problem(error.message || error); }}
+}})();
+</script>"""
+
+
+# ---- the page ------------------------------------------------------------------------------------------------
+
+_CSS = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #f3f4f6; color: #111827;
+  font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
+main { max-width: 1180px; margin: 0 auto; padding: 24px 20px 60px; }
+h1 { font-size: 26px; margin: 0 0 2px; } h2 { font-size: 19px; margin: 34px 0 10px; }
+h3 { font-size: 15px; margin: 0 0 6px; }
+.quiet { color: #6b7280; } .error { color: #b91c1c; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px; margin: 16px 0; }
+.card, .panel { background: #fff; border: 1px solid #e5e7eb; border-radius: 10px; padding: 12px 16px; }
+.card .label { color: #6b7280; font-size: 12.5px; }
+.card .value { font-size: 21px; font-weight: 600; overflow-wrap: anywhere; }
+.card .note { color: #6b7280; font-size: 12.5px; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 12px; }
+.figures svg { width: 100%; height: auto; display: block; }
+.scroll { overflow-x: auto; max-height: 460px; overflow-y: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
+th, td { text-align: right; padding: 4px 10px; border-bottom: 1px solid #f0f1f3; white-space: nowrap; }
+th { position: sticky; top: 0; background: #fff; color: #6b7280; font-weight: 500; }
+th.text, td.text { text-align: left; white-space: normal; } tr.best td { background: #ecfdf5; }
+pre { margin: 0; overflow-x: auto; font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; }
+.viewer { display: flex; flex-wrap: wrap; gap: 16px; }
+.viewer .half { flex: 1 1 440px; min-width: 0; height: 560px; position: relative;
+  display: flex; flex-direction: column; }
+#viewer-map { flex: 1; min-height: 0; display: flex; flex-direction: column; }
+#viewer-map > div:first-child { flex: 1; min-height: 0; height: auto !important; }
+#viewer-structure { flex: 1; min-height: 0; width: 100%; } #viewer-info { flex-shrink: 0; }
+"""
+
+# No address may be loaded, whatever the page holds.
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "font-src data:; worker-src blob:; connect-src data: blob:"
+)
+
+
+def _card(label: str, value: str, note: str = "") -> str:
+    note = f'<div class="note">{html.escape(note)}</div>' if note else ""
+    return (
+        f'<div class="card"><div class="label">{html.escape(label)}</div>'
+        f'<div class="value">{html.escape(value)}</div>{note}</div>'
+    )
+
+
+def _panel(title: str, content: str) -> str:
+    return f'<section class="panel"><h3>{html.escape(title)}</h3>{content}</section>' if content else ""
+
+
+def _table(headers: Sequence[tuple[str, bool]], rows: Sequence[Sequence[Any]], best: int | None = None) -> str:
+    """headers: (title, is text). Cells that are None are shown as a dash."""
+
+    def cell(tag: str, value: Any, text: bool) -> str:
+        shown = "–" if value is None else html.escape(str(value))
+        return f'<{tag} class="text">{shown}</{tag}>' if text else f"<{tag}>{shown}</{tag}>"
+
+    head = "".join(cell("th", title, text) for title, text in headers)
+    lines = []
+    for k, row in enumerate(rows):
+        cells = "".join(cell("td", value, headers[j][1]) for j, value in enumerate(row))
+        lines.append(f'<tr class="best">{cells}</tr>' if k == best else f"<tr>{cells}</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _problem_text(results: Results) -> str:
+    problem = results.configuration.problem
+    symbols = problem.symbols
+    if not isinstance(symbols, str):
+        symbols = "".join(f"{name}{count if count > 1 else ''}" for name, count in symbols.items())
+    return f"{symbols} on {problem.template}" if problem.template else str(symbols)
+
+
+def _cards(results: Results) -> str:
+    summary, search = results.summary, results.configuration.search
+    finished = sum(bool(entry.get("finished")) for entry in results.restarts)
+    target = search.target
+    best = summary["best_energy"]
+    note = ""
+    if target is not None and best is not None:
+        reached = best <= target.threshold
+        note = f"target {target.energy:g} eV {'reached' if reached else 'not reached'}"
+    cards = [
+        _card("Problem", _problem_text(results)),
+        _card("Method", search.method, f"calculator {results.configuration.calculator.name}"),
+        _card("Best energy", _energy(best), note),
+        _card("True evaluations", str(summary["evaluations"]), f"{_seconds(summary['seconds'])} of searching"),
+        _card("Restarts", f"{finished} of {search.restarts} finished", f"seeds from {search.seed}"),
+    ]
+    curves = success_curves(results)
+    words = {"success": "Median evaluations to success", "delivered": "Median evaluations to delivery"}
+    for name, curve in curves.items():
+        cards.append(_card(words[name], _count(curve.quantile(0.5)), _median_text(curve)))
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _restart_table(results: Results) -> str:
+    headers = [
+        ("restart", False), ("seed", False), ("best energy (eV)", False), ("iterations", False), ("evaluations", False),
+        ("delivered at", False), ("success at", False), ("time", False), ("state", True),
+    ]  # fmt: skip
+    rows, energies = [], []
+    for entry in results.restarts:
+        energy = entry.get("best_energy")
+        energies.append(math.inf if energy is None else energy)
+        rows.append(
+            (
+                entry["index"], entry.get("seed"), None if energy is None else f"{energy:.4f}", entry.get("iterations"),
+                entry.get("evaluations"), entry.get("delivered_evaluation"), entry.get("success_evaluation"),
+                _seconds(entry.get("seconds") or 0.0), entry.get("reason") or "running or interrupted",
+            )
+        )  # fmt: skip
+    best = int(np.argmin(energies)) if energies and math.isfinite(min(energies)) else None
+    failed = [
+        f"restart {index}, evaluation {row + 1}: {reason}"
+        for index, history in results.histories.items()
+        for row, reason in history.reasons.items()
+    ]
+    notes = [*results.problems]
+    if failed:
+        notes.append(f"{len(failed)} true evaluations failed; the first: {failed[0]}")
+    text = "".join(f'<p class="error">{html.escape(note)}</p>' for note in notes)
+    return f'{text}<div class="scroll">{_table(headers, rows, best)}</div>'
+
+
+def _folder_section(name: str, results: Results) -> str:
+    curves = success_curves(results)
+    figures = []
+    if curves:
+        figures.append(_panel("Restarts that have reached the target", _success_figure([(name, curves)])))
+    if _energies(results):
+        figures.append(_panel("Best energy so far", _energy_figure(results)))
+        figures.append(_panel("Time by stage", _stage_figure(results)))
+    configuration = html.escape(results.configuration.to_toml())
+    return f"""{_cards(results)}
+<div class="figures">{"".join(figures)}</div>
+<h2>Restarts</h2><section class="panel">{_restart_table(results)}</section>
+<h2>Configuration</h2><section class="panel"><details open><summary class="quiet">config.toml, resolved</summary>
+<pre>{configuration}</pre></details></section>"""
+
+
+def _comparison(named: Sequence[tuple[str, Results]]) -> str:
+    headers = [
+        ("run", True), ("problem", True), ("method", True), ("calculator", True), ("restarts", False),
+        ("best energy (eV)", False), ("evaluations", False), ("delivered", False), ("median to delivery", False),
+        ("95 % band", False),
+    ]  # fmt: skip
+    rows, curves = [], []
+    for name, results in named:
+        found = success_curves(results)
+        curve = found.get("delivered")
+        if curve is not None:
+            curves.append((name, found))
+        summary, configuration = results.summary, results.configuration
+        best = summary["best_energy"]
+        band = None if curve is None else " to ".join(_count(value) for value in curve.quantile_band(0.5))
+        rows.append(
+            (
+                name, _problem_text(results), configuration.search.method, configuration.calculator.name,
+                len(results.restarts), None if best is None else f"{best:.4f}", summary["evaluations"],
+                None if curve is None else f"{curve.successes} of {curve.restarts}",
+                None if curve is None else _count(curve.quantile(0.5)), band,
+            )
+        )  # fmt: skip
+    figures = []
+    if curves:
+        figures.append(_panel("Restarts that have delivered the target", _success_figure(_padded(curves))))
+    if len({_problem_text(results) for _, results in named}) == 1 and any(_energies(results) for _, results in named):
+        figures.append(_panel("Mean best energy so far", _comparison_figure(named)))
+    return f"""<h2>Comparison</h2><section class="panel"><div class="scroll">{_table(headers, rows)}</div></section>
+<div class="figures" style="margin-top:12px">{"".join(figures)}</div>"""
+
+
+def _padded(curves: list[tuple[str, dict[str, SuccessCurve]]]) -> list[tuple[str, dict[str, SuccessCurve]]]:
+    """At least two entries, so that a lone curve among several folders is still drawn as a comparison."""
+    return curves if len(curves) > 1 else [*curves, ("", {})]
+
+
+def page(results: Sequence[Results]) -> str:
+    """The whole page as text."""
+    import matplotlib
+
+    names = _names([found.folder.path for found in results])
+    named = list(zip(names, results, strict=True))
+    with matplotlib.rc_context(STYLE):
+        if len(named) == 1:
+            body = _folder_section(*named[0])
+        else:
+            parts = [_comparison(named)]
+            parts += [f"<h2>{html.escape(name)}</h2>{_folder_section(name, found)}" for name, found in named]
+            body = "".join(parts)
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        written = f"thalweg {version('thalweg')}"
+    except PackageNotFoundError:
+        written = "thalweg"
+    title = html.escape(", ".join(names))
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title} · thalweg</title>
+<style>{_CSS}</style></head>
+<body><main>
+<h1>{title}</h1><div class="quiet">Search report, written by {written}. Energies in eV, lengths in angstrom.</div>
+{body}
+<h2>Structures</h2><section class="panel">{_structures(named)}</section>
+</main></body></html>
+"""
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Folder names, with as much of their path as tells them apart."""
+    parts = [path.resolve().parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(one[-depth:]) for one in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ThalwegError("the same run folder was given twice")

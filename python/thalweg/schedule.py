@@ -1,0 +1,31 @@
+"""Settings that change over the iterations: a number, or {first iteration: value, ...}."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from thalweg.errors import ConfigurationError
+
+__all__ = ["Schedule", "check_schedule", "scheduled"]
+
+Number = TypeVar("Number", int, float)
+Schedule = Number | Mapping[int, Number]
+
+
+def scheduled(value: Schedule[Number], iteration: int) -> Number:
+    """The value in force at an iteration: `{0: 10, 5: 3}` is 10 before iteration 5 and 3 from there on."""
+    if not isinstance(value, Mapping):
+        return value
+    return value[max(first for first in value if int(first) <= iteration)]
+
+
+def check_schedule(value: Schedule[Number], what: str, *, least: float = 0) -> None:
+    """Raises ConfigurationError unless it is a number of at least `least`, or a mapping that begins at iteration 0."""
+    values = list(value.values()) if isinstance(value, Mapping) else [value]
+    firsts = list(value) if isinstance(value, Mapping) else [0]
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) and v >= least for v in values)
+    if not numbers or not all(isinstance(first, int) for first in firsts) or min(firsts, default=1) != 0:
+        raise ConfigurationError(
+            f"{what} must be a number of at least {least}, or {{first iteration: number}} beginning at 0, got {value!r}"
+        )

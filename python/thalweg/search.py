@@ -1,0 +1,626 @@
+"""The search, written once: sample -> propose -> refine -> acquire -> evaluate -> settle -> store."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from thalweg import _core
+from thalweg.errors import ConfigurationError, Stop, StoreError, ThalwegError
+from thalweg.randomness import Key
+from thalweg.records import FAILED, OK, Asked, Batch, Context, Problem, Step
+from thalweg.store import Store
+
+__all__ = ["Found", "Search"]
+
+Stages = Callable[..., Any] | Sequence[Callable[..., Any]] | None
+
+
+class _Halt(Exception):
+    """Ends a run between two evaluations; the open ticket stays open and is resumed later."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run ended with. `best`: the structure with the lowest objective (None if nothing was evaluated), `energy`
+    its objective [eV], `evaluations` true evaluations so far, `reason` why the run ended."""
+
+    best: Batch | None
+    energy: float
+    evaluations: int
+    iterations: int
+    reason: str
+
+
+class Search:
+    """One search, owned by its store.
+
+    Parameters
+    ----------
+    problem : Problem
+    sample : stage, optional
+        Context -> Batch of known structures for the generators. Default: none.
+    propose : stage or list
+        Context -> Batch of candidates each; their candidates are joined in order.
+    refine : stage or list
+        (Batch, Context) -> Batch each, in sequence.
+    acquire : stage, optional
+        (Batch, Context) -> (n,) scores; low is evaluated first. Default: the order in which candidates came.
+    choose : int or "all"
+        How many candidates must pass the gauges in each iteration; one that fails is replaced by the next in order.
+    evaluate : stage or list
+        The gauges: (Batch, Context) -> Batch each, in order. A row whose status is not 0 afterwards has failed.
+    settle : stage or list
+        (Batch, Context) -> Batch each: acceptance, rewards, population rules.
+    models : mapping of name to model
+        `fit(data, previous, key=...)` is called before each iteration.
+    store : path, Store or None
+        None keeps the journal in memory. An existing store of the same search is continued.
+    seed : int
+    callbacks : list of observers
+        Called as (step, search) after every iteration; may raise Stop.
+    threads : int
+        For the kernels; 0: all cores this process may use. The rows do not depend on it.
+
+    Raises
+    ------
+    ConfigurationError
+        If two stages share a name, or nothing proposes or evaluates.
+    StoreError
+        If the store belongs to another search or another process.
+    """
+
+    #: A run ends with an error after this many steps in a row without one usable energy.
+    barren_steps = 20
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        sample: Callable[[Context], Batch] | None = None,
+        propose: Stages,
+        refine: Stages = None,
+        acquire: Callable[[Batch, Context], Any] | None = None,
+        choose: int | str = 1,
+        evaluate: Stages,
+        settle: Stages = None,
+        models: Mapping[str, Any] | None = None,
+        store: str | Path | Store | None = None,
+        seed: int = 0,
+        callbacks: Sequence[Callable[[Step, Search], None]] = (),
+        threads: int = 0,
+    ):
+        self.problem, self.sample, self.acquire = problem, sample, acquire
+        self.propose, self.refine = _stages(propose, "propose"), _stages(refine, "refine", empty=True)
+        self.gauges, self.settle = _stages(evaluate, "evaluate"), _stages(settle, "settle", empty=True)
+        self.models = dict(models or {})
+        self.callbacks = list(callbacks)
+        self.seed, self.threads = int(seed), int(threads) or _core.default_threads()
+        if choose != "all" and (not isinstance(choose, int) or choose < 1):
+            raise ConfigurationError(f"choose must be a whole number of at least 1 or 'all', got {choose!r}")
+        self.choose = choose
+        self._check_names()
+        for stage in [*self.propose, *self.gauges]:
+            if hasattr(stage, "check"):
+                stage.check(problem)
+
+        self._key = Key.of(self.seed)
+        self._data, self._new_rows = Batch.empty(), []
+        self._features: dict[Any, np.ndarray] = {}
+        self._fitted: dict[str, Any] = {}
+        self._carry: dict[str, Mapping[str, np.ndarray]] = {}
+        self._kept: dict[str, Mapping[str, np.ndarray]] = {}
+        self._last: Step | None = None
+        self._pending: dict[int, Batch] = {}
+        self._ask_seconds: dict[int, dict[str, float]] = {}
+        self._journal: dict[int, list[Batch]] = {}
+        self._to_replay: dict[int, list[Batch]] = {}
+        self._open: list[Asked] = []
+        self._measuring: Asked | None = None
+        self._stop_reason: str | None = None
+        self._budget: int | None = None
+        self._barren, self._last_reason, self._finished = 0, "", False
+        self._asked, self._tickets, self.iteration, self.evaluations = 0, 0, 0, 0
+        self._store = store if isinstance(store, Store) else Store(store, self._meta())
+        try:
+            self._resume()
+        except BaseException:
+            self._store.close()
+            raise
+
+    # ---- the loop ----------------------------------------------------------------------------------
+    def run(self, iterations: int, *, evaluations: int | None = None) -> Found:
+        """Runs that many iterations more, then lets the gauges finish (a last polish, counted); run again to continue.
+
+        Parameters
+        ----------
+        iterations : int
+        evaluations : int, optional
+            Ends the run when the search has made this many true evaluations in all.
+        """
+        self._budget, reason = evaluations, "iterations"
+        last = self.iteration + int(iterations)
+        try:
+            while self.iteration < last:
+                self.tell(asked := self.ask(), self.evaluate(asked))
+        except Stop as stop:
+            reason = str(stop) or "an observer stopped the run"
+        except _Halt as halt:
+            self._store.commit()
+            return self._found(str(halt))
+        try:
+            self._finish()
+        except _Halt as halt:
+            reason = str(halt)
+        self._store.commit()
+        return self._found(reason)
+
+    def steps(self, iterations: int) -> Iterator[Step]:
+        """The same iterations, one step at a time, without the finishing touch: `for step in search.steps(100)`."""
+        for _ in range(iterations):
+            asked = self.ask()
+            yield self.tell(asked, self.evaluate(asked))
+
+    def ask(self) -> Asked:
+        """The first half: what should be evaluated. Tickets that were open when the store was left come first; several
+        may be in flight."""
+        if self._open:
+            return self._open.pop(0)
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "model"):
+            self._fitted = {
+                name: model.fit(self.data, self._fitted.get(name), key=self._key.fold(self._asked, "model", name))
+                for name, model in self.models.items()
+            }
+        context = self._context(self._asked, self.data, self._fitted, self._last, self._carry, self._pending_batch())
+        self._kept = {}
+        asked = self._compose(self._tickets, context, seconds)
+        self._enter(asked, seconds)
+        return asked
+
+    def _compose(self, ticket: int, context: Context, seconds: dict[str, float]) -> Asked:
+        """sample -> propose -> refine -> acquire, for a new ticket and again for one that is re-issued."""
+        if self.sample is not None:
+            with _timed(seconds, "sample"):
+                context = replace(context, sample=self.sample(self._at(context, "sample", self.sample)))
+        with _timed(seconds, "propose"):
+            proposed = [
+                stage(here).with_columns(origin=here.stage)
+                for stage in self.propose
+                for here in [self._at(context, "propose", stage)]
+            ]
+            candidates = proposed = Batch.concat(proposed)
+        with _timed(seconds, "refine"):
+            for stage in self.refine:
+                candidates = stage(candidates, self._at(context, "refine", stage))
+        with _timed(seconds, "acquire"):
+            scores = np.zeros(len(candidates))
+            if self.acquire is not None and len(candidates):
+                scores = np.asarray(self.acquire(candidates, self._at(context, "acquire", self.acquire)), float)
+                candidates = candidates.with_columns(score=scores)
+            order = np.argsort(np.where(np.isnan(scores), np.inf, scores), kind="stable")
+        wanted = len(order) if self.choose == "all" else min(int(self.choose), len(order))
+        return Asked(ticket, context, proposed, candidates, order, wanted)
+
+    def evaluate(self, asked: Asked) -> Batch:
+        """The gauges, in order, on the chosen candidates; for each that fails, the next in acquisition order."""
+        self._measuring = asked
+        begin = time.perf_counter()
+        queue, passed, rows = list(asked.order), 0, []
+        gauges = self.gauges if asked.kind == "search" else [g for g in self.gauges if hasattr(g, "finish")]
+        try:
+            while queue and passed < asked.wanted:
+                now, queue = queue[: asked.wanted - passed], queue[asked.wanted - passed :]
+                batch = asked.refined.take(now).with_columns(candidate=np.array(now))
+                for gauge in gauges:
+                    here = self._at(asked.context, "evaluate", gauge)
+                    through = gauge(batch, here) if asked.kind == "search" else gauge.finish(batch, here)
+                    rows.append(through.take(~_passed(through)))
+                    batch = through.take(_passed(through))
+                    if not len(batch):
+                        break
+                rows.append(batch)
+                passed += len(_candidates(batch)) if asked.kind == "search" else len(now)
+        except _Halt:  # the ticket is open again, what it has measured will be replayed
+            self._to_replay[asked.ticket] = self._journal.pop(asked.ticket, []) + self._to_replay.get(asked.ticket, [])
+            self._open.insert(0, asked)
+            raise
+        finally:
+            self._measuring = None
+        self._ask_seconds.setdefault(asked.ticket, {})["evaluate"] = time.perf_counter() - begin
+        return Batch.concat(rows)
+
+    def tell(self, asked: Asked, evaluated: Batch) -> Step:
+        """The second half: settles a ticket, once. `evaluated` has the columns energy and status and the atom column
+        forces; a caller who owns the calculator may build it from `asked.chosen`.
+
+        Raises ThalwegError if the ticket is not open.
+        """
+        if asked.ticket not in self._pending:
+            raise ThalwegError(f"ticket {asked.ticket} is not open: a ticket is told once, and must come from ask()")
+        seconds = {"evaluate": self._ask_seconds.pop(asked.ticket, {}).get("evaluate", 0.0)}
+        if len(evaluated) and "point" not in evaluated.columns:
+            evaluated = self._record_foreign(asked, evaluated)
+        self._kept = {}
+        with _timed(seconds, "settle"):
+            for stage in self.settle:
+                evaluated = stage(evaluated, self._at(asked.context, "settle", stage))
+        settled = self._settled_columns(asked.ticket, evaluated)
+        body = {"kind": asked.kind, "columns": settled, "kept": self._kept}
+        self._store.append("told", asked.ticket, body, timing=seconds)
+        self._carry = {**self._carry, **self._kept}
+        self._learn(asked.ticket, asked.kind, asked.context.iteration, asked.chosen, settled)
+        step = Step(
+            asked.context.iteration, asked.proposed, asked.refined, asked.chosen, evaluated, MappingProxyType(self._carry), seconds
+        )
+        for observer in self.callbacks:
+            observer(step, self)
+        if self._barren >= self.barren_steps:
+            self._store.commit()
+            raise ThalwegError(
+                f"{self._barren} steps in a row gave no usable energy"
+                + (f"; the last reason: {self._last_reason}" if self._last_reason else "; no candidate could be built")
+            )
+        return step
+
+    # ---- what there is -----------------------------------------------------------------------------
+    @property
+    def data(self) -> Batch:
+        """Every true evaluation told so far."""
+        if self._new_rows:
+            self._data, self._new_rows = Batch.concat([self._data, *self._new_rows]), []
+        return self._data
+
+    @property
+    def best(self) -> Batch | None:
+        """The structure with the lowest objective so far, or None."""
+        objective = self.problem.objective(self.data)
+        return None if not np.any(np.isfinite(objective)) else self.data[int(np.nanargmin(objective))]
+
+    @property
+    def best_energy(self) -> float:
+        """Its objective [eV]; NaN if there is none."""
+        best = self.best
+        return float("nan") if best is None else float(self.problem.objective(best)[0])
+
+    def request_stop(self, reason: str) -> None:
+        """Ends the run before its next true evaluation; safe to call from a signal handler or another thread."""
+        self._stop_reason = reason
+
+    def close(self) -> None:
+        """Commits and releases the store."""
+        self._store.close()
+
+    def __enter__(self) -> Search:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+    def _found(self, reason: str) -> Found:
+        return Found(self.best, self.best_energy, self.evaluations, self.iteration, reason)
+
+    # ---- true evaluations --------------------------------------------------------------------------
+    def measure(self, structure: Batch, calculate: Callable[[Batch], Batch], columns: Mapping[str, Any]) -> Batch:
+        """`Context.measure`: journaled as it arrives; what the journal already holds for this ticket is replayed."""
+        asked = self._measuring
+        assert asked is not None, "measure() belongs to the gauges of a search"
+        journal = self._journal.setdefault(asked.ticket, [])
+        recorded = self._to_replay.get(asked.ticket)
+        if recorded:
+            row = recorded.pop(0)
+            if not np.array_equal(row.positions, structure.positions):
+                raise StoreError(
+                    "the store holds evaluations that this search would not make: it was written by another build or on "
+                    f"another processor (now {build()}); resume it there, or start a new store"
+                )
+            journal.append(row)
+            return row
+        if self._stop_reason is not None:
+            raise _Halt(self._stop_reason)
+        if self._budget is not None and self.evaluations >= self._budget:
+            raise _Halt("evaluations")
+        begin = time.perf_counter()
+        row = calculate(structure)
+        cost = time.perf_counter() - begin
+        reason = ""
+        if "reason" in row.columns:
+            reason = str(row.columns["reason"][0])
+            row = replace(row, columns={name: values for name, values in row.columns.items() if name != "reason"})
+        row = row.with_columns(
+            **columns, iteration=asked.context.iteration, ticket=asked.ticket, point=len(journal)
+        )
+        journal.append(row)
+        self.evaluations += 1
+        self._store.append("evaluation", asked.ticket, {"row": row, "reason": reason}, cost=cost)
+        self._last_reason = reason or self._last_reason
+        return row
+
+    def _record_foreign(self, asked: Asked, evaluated: Batch) -> Batch:
+        """Evaluations that the caller made between ask() and tell()."""
+        if "energy" not in evaluated.columns:
+            raise ThalwegError("tell() needs the column energy (NaN for a failed evaluation)")
+        if "status" not in evaluated.columns:
+            evaluated = evaluated.with_columns(status=np.where(evaluated.ok, OK, FAILED).astype(np.uint8))
+        if "forces" not in evaluated.atom_columns:
+            evaluated = evaluated.with_atom_columns(forces=np.full_like(evaluated.positions, np.nan))
+        self._measuring = asked
+        rows = [self.measure(evaluated[i], lambda row: row, {}) for i in range(len(evaluated))]
+        self._measuring = None
+        return Batch.concat(rows)
+
+    def _settled_columns(self, ticket: int, evaluated: Batch) -> dict[str, np.ndarray]:
+        """Columns of all measured rows of a ticket, with what the settling stages added where they kept the row."""
+        rows = Batch.concat(self._journal.get(ticket, []))
+        if not len(rows):
+            return {}
+        columns = {name: values.copy() for name, values in rows.columns.items()}
+        kept = evaluated.take(evaluated.columns["point"] >= 0) if "point" in evaluated.columns else Batch.empty()
+        for name, values in kept.columns.items():
+            if name not in columns:
+                columns[name] = _column_of(values, len(rows))
+            if name not in ("point", "ticket", "iteration"):
+                target = columns[name]
+                if values.dtype.kind == "U" and values.dtype.itemsize > target.dtype.itemsize:
+                    target = columns[name] = target.astype(values.dtype)
+                target[kept.columns["point"]] = values
+        return columns
+
+    # ---- the finishing touch -----------------------------------------------------------------------
+    def _finish(self) -> None:
+        """A last ticket in which the gauges may polish the best structures; counted like any other evaluation."""
+        if self._finished:
+            return
+        asked = next((ticket for ticket in self._open if ticket.kind == "finish"), None)
+        if asked is not None:
+            self._open.remove(asked)
+        else:
+            context = self._context(self._asked, self.data, self._fitted, self._last, self._carry, Batch.empty(), "finish")
+            batches = [
+                gauge.finish_with(self._at(context, "finish", gauge))
+                for gauge in self.gauges
+                if hasattr(gauge, "finish_with")
+            ]
+            chosen = Batch.concat(batches) if batches else Batch.empty()
+            asked = Asked(self._tickets, context, Batch.empty(), chosen, np.arange(len(chosen)), len(chosen), "finish")
+            self._kept = {}
+            self._enter(asked, {})
+        self.tell(asked, self.evaluate(asked))
+
+    # ---- contexts ----------------------------------------------------------------------------------
+    def _context(
+        self,
+        iteration: int,
+        data: Batch,
+        fitted: Mapping[str, Any],
+        last: Step | None,
+        carry: Mapping[str, Mapping[str, np.ndarray]],
+        pending: Batch,
+        kind: str = "search",
+    ) -> Context:
+        return Context(
+            self.problem, data, Batch.empty(), pending, MappingProxyType(dict(fitted)), last,
+            MappingProxyType(dict(carry)), iteration, self._key.fold(kind, iteration), "", self,
+        )  # fmt: skip
+
+    def _at(self, context: Context, kind: str, stage: Any) -> Context:
+        """The context as one stage sees it: with a key of its own."""
+        name = _name(stage)
+        return replace(context, key=context.key.fold(kind, name), stage=name)
+
+    def _pending_batch(self) -> Batch:
+        return Batch.concat(list(self._pending.values())) if self._pending else Batch.empty()
+
+    def keep(self, stage: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """`Context.keep`."""
+        self._kept = {**self._kept, stage: MappingProxyType(dict(arrays))}
+
+    def features(self, descriptor: Any, data: Batch) -> np.ndarray:
+        """`Context.features`: rows are computed once; data only grows."""
+        known = self._features.get(descriptor)
+        have = 0 if known is None else len(known)
+        if have < len(data):
+            new = descriptor.values(data[have:], threads=self.threads)
+            known = new if known is None else np.concatenate([known, new])
+            self._features[descriptor] = known
+        return known[: len(data)] if known is not None else np.zeros((0, 0))
+
+    # ---- the journal -------------------------------------------------------------------------------
+    def _enter(self, asked: Asked, seconds: Mapping[str, float]) -> None:
+        """Records what was asked and makes it pending."""
+        body = {
+            "kind": asked.kind,
+            "iteration": asked.context.iteration,
+            "horizon": len(asked.context.data),
+            "models": {name: fitted.state for name, fitted in asked.context.models.items() if hasattr(fitted, "state")},
+            "chosen": asked.chosen,
+            "kept": self._kept,
+        }
+        self._store.append("asked", asked.ticket, body, timing=seconds)
+        self._carry = {**self._carry, **self._kept}
+        self._pending[asked.ticket] = asked.chosen
+        self._tickets += 1
+        self._asked += asked.kind == "search"
+        self._finished = False
+
+    def _learn(self, ticket: int, kind: str, iteration: int, chosen: Batch, columns: Mapping[str, np.ndarray]) -> None:
+        """What a told ticket changes; the same when it is told and when the journal is read back."""
+        rows = Batch.concat(self._journal.pop(ticket, []))
+        if len(rows):
+            rows = replace(rows, columns=columns)
+            self._new_rows.append(rows)
+        self._pending.pop(ticket, None)
+        self._to_replay.pop(ticket, None)
+        self.iteration += kind == "search"
+        self._finished = kind == "finish"
+        self._barren = 0 if kind == "finish" or np.any(rows.ok) else self._barren + 1
+        empty = Batch.empty()
+        self._last = Step(iteration, empty, empty, chosen, rows, MappingProxyType(dict(self._carry)))
+
+    def _resume(self) -> None:
+        """Rebuilds everything from the journal and re-issues the tickets that were open."""
+        open_tickets: dict[int, tuple[Mapping[str, Any], Context]] = {}
+        state: Mapping[str, Any] = {}
+        horizon = 0
+        for record in self._store.records():
+            body = record.body
+            if record.kind == "asked":
+                context = self._context(
+                    body["iteration"], self.data, {}, self._last, self._carry, self._pending_batch(), body["kind"]
+                )
+                open_tickets[record.ticket] = body, replace(context, data=self.data[: body["horizon"]])
+                self._carry = {**self._carry, **_frozen_carry(body["kept"])}
+                self._pending[record.ticket] = body["chosen"]
+                self._tickets, self._finished = record.ticket + 1, False
+                if body["kind"] == "search":
+                    self._asked, state, horizon = self._asked + 1, body["models"], body["horizon"]
+            elif record.kind == "evaluation":
+                self._journal.setdefault(record.ticket, []).append(body["row"])
+                self.evaluations += 1
+                self._last_reason = str(body["reason"]) or self._last_reason
+            else:
+                asked, context = open_tickets.pop(record.ticket)
+                self._carry = {**self._carry, **_frozen_carry(body["kept"])}
+                self._learn(record.ticket, body["kind"], context.iteration, asked["chosen"], body["columns"])
+        self._fitted = self._restore(state, self.data[:horizon])
+        for ticket, (body, context) in open_tickets.items():
+            self._to_replay[ticket] = self._journal.pop(ticket, [])
+            self._open.append(self._reissue(ticket, body, context))
+
+    def _reissue(self, ticket: int, body: Mapping[str, Any], context: Context) -> Asked:
+        """An open ticket again: its candidates are computed anew (they are not stored) and must agree with the record;
+        if another build computes others, the recorded choice stands alone."""
+        chosen: Batch = body["chosen"]
+        context = replace(context, models=MappingProxyType(self._restore(body["models"], context.data)))
+        if body["kind"] == "finish":
+            return Asked(ticket, context, Batch.empty(), chosen, np.arange(len(chosen)), len(chosen), "finish")
+        asked = self._compose(ticket, context, {})
+        if not np.array_equal(asked.chosen.positions, chosen.positions):
+            asked = Asked(ticket, asked.context, asked.proposed, chosen, np.arange(len(chosen)), len(chosen))
+        return asked
+
+    def _restore(self, states: Mapping[str, Any], data: Batch) -> dict[str, Any]:
+        return {name: self.models[name].restore(data, state) for name, state in states.items() if name in self.models}
+
+    def _meta(self) -> dict[str, str]:
+        """What defines this search; a store that was written by another one is refused."""
+        configuration = {
+            "sample": describe(self.sample),
+            "propose": [describe(stage) for stage in self.propose],
+            "refine": [describe(stage) for stage in self.refine],
+            "acquire": describe(self.acquire),
+            "choose": self.choose,
+            "evaluate": [describe(stage) for stage in self.gauges],
+            "settle": [describe(stage) for stage in self.settle],
+            "models": {name: describe(model) for name, model in self.models.items()},
+        }
+        return {
+            "problem": self.problem.to_json(),
+            "configuration": json.dumps(configuration, sort_keys=True),
+            "seed": str(self.seed),
+            "build": build(),
+        }
+
+    def _check_names(self) -> None:
+        seen: dict[str, str] = {}
+        groups = {
+            "propose": self.propose,
+            "refine": self.refine,
+            "evaluate": self.gauges,
+            "settle": self.settle,
+        }
+        for group, stages in groups.items():
+            for stage in stages:
+                if not callable(stage):
+                    raise ConfigurationError(f"every stage of {group} must be callable, but {stage!r} is not")
+                name = f"{group}/{_name(stage)}"
+                if name in seen:
+                    raise ConfigurationError(
+                        f"two stages of {group} are named '{_name(stage)}'; give one of them name=... (names say which "
+                        "random numbers a stage draws)"
+                    )
+                seen[name] = group
+
+
+# ---- helpers -----------------------------------------------------------------------------------------------
+
+
+def build() -> str:
+    """What the bits of a result depend on: version and instruction set."""
+    return f"thalweg {_core.__version__}, {_core.active_isa()}"
+
+
+def describe(element: Any) -> Any:
+    """An element and its settings as text that is equal for equal elements, in any process."""
+    if element is None or isinstance(element, (bool, int, float, str)):
+        return element
+    if hasattr(element, "describe"):
+        return element.describe()
+    if dataclasses.is_dataclass(element) and not isinstance(element, type):
+        settings = {f.name: describe(getattr(element, f.name)) for f in dataclasses.fields(element) if f.repr}
+        return {type(element).__name__: settings}
+    if isinstance(element, Mapping):
+        return {str(name): describe(value) for name, value in element.items()}
+    if isinstance(element, (list, tuple)):
+        return [describe(value) for value in element]
+    if isinstance(element, np.ndarray):
+        return element.tolist()
+    if hasattr(element, "implemented_properties"):  # an ASE calculator
+        parameters = getattr(element, "parameters", None) or {}
+        return {type(element).__name__: {str(name): describe(value) for name, value in sorted(dict(parameters).items())}}
+    if hasattr(element, "__qualname__"):
+        return f"{element.__module__}.{element.__qualname__}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(element))
+
+
+def _name(stage: Any) -> str:
+    name = getattr(stage, "name", None) or getattr(stage, "__name__", None)
+    return str(name) if name else type(stage).__name__
+
+
+def _stages(stages: Stages, kind: str, *, empty: bool = False) -> list[Callable[..., Any]]:
+    found = [] if stages is None else list(stages) if isinstance(stages, (list, tuple)) else [stages]
+    if not found and not empty:
+        raise ConfigurationError(f"a search needs at least one stage to {kind}")
+    return found  # type: ignore[return-value]
+
+
+def _passed(batch: Batch) -> np.ndarray:
+    """(n,) bool: rows that a gauge let through (an energy need not be there yet)."""
+    status = batch.columns.get("status")
+    return np.ones(len(batch), bool) if status is None else status == OK
+
+
+def _candidates(batch: Batch) -> np.ndarray:
+    """The candidates that have rows here; rows of a polish (candidate -1) belong to none."""
+    candidates = np.unique(batch.columns["candidate"])
+    return candidates[candidates >= 0]
+
+
+def _column_of(values: np.ndarray, n: int) -> np.ndarray:
+    from thalweg.records import _fill
+
+    return _fill(values.dtype, (n, *values.shape[1:]))
+
+
+def _frozen_carry(kept: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Mapping[str, np.ndarray]]:
+    return {name: MappingProxyType(dict(arrays)) for name, arrays in kept.items()}
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin
