@@ -1,1 +1,568 @@
-// in work
+#include "thalweg/fingerprint.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <new>
+
+#include "fingerprint_kernels.hpp"
+#include "isa.hpp"
+#include "thalweg/neighbors.hpp"
+
+namespace thalweg {
+
+THALWEG_DISPATCH(FingerprintKernels, fingerprint_kernels)
+
+namespace {
+
+constexpr double kPi = 3.141592653589793;
+constexpr std::size_t kMostColumns = 256;  // of a window; also in fingerprint_isa.cpp
+constexpr double kLongestPiece = 0.25;     // in sigma: a polynomial of degree 7 is then off by 3e-13
+constexpr double kClosest = 1e-6;          // angstrom, between two atoms
+constexpr std::size_t kMostPieces = 64;
+
+/// Cache-aligned array that only grows; new memory is zero, old contents are lost on growth.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { release(); }
+  T* need(std::size_t size) {
+    if (size > size_) {
+      release();
+      const std::size_t room = size + size / 4 + 16;
+      data_ = static_cast<T*>(::operator new(room * sizeof(T), std::align_val_t(64)));
+      std::memset(static_cast<void*>(data_), 0, room * sizeof(T));
+      size_ = room;
+    }
+    return data_;
+  }
+  T* data() { return data_; }
+
+ private:
+  void release() {
+    if (data_) ::operator delete(data_, std::align_val_t(64));
+    data_ = nullptr;
+    size_ = 0;
+  }
+  T* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+std::size_t padded(std::size_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+/// Integral of the smearing kernel from 0 to a (in sigma), odd, 1/2 at m and constant beyond.
+long double half_integral(long double a, long double m, FingerprintConvention convention) {
+  a = std::clamp(a, -m, m);
+  const auto gauss = [](long double x) { return std::erf(x / std::sqrt(2.0L)); };
+  if (convention == FingerprintConvention::agox) return 0.5L * gauss(a) / gauss(m);
+  const long double root = std::sqrt(std::acos(-1.0L) / 2), tail = std::exp(-m * m / 2);
+  const auto integral = [&](long double x) { return root * gauss(x) - tail * (x * (1 + m * m / 2) - x * x * x / 6); };
+  return 0.5L * integral(a) / integral(m);
+}
+
+/// Coefficients of the polynomial through (nodes, values): divided differences, then expanded.
+std::array<long double, kPowers> interpolate(const std::array<long double, kPowers>& nodes,
+                                             std::array<long double, kPowers> values) {
+  for (int order = 1; order < kPowers; ++order)
+    for (int k = kPowers - 1; k >= order; --k) values[k] = (values[k] - values[k - 1]) / (nodes[k] - nodes[k - order]);
+  std::array<long double, kPowers> coefficients{};
+  for (int k = kPowers - 1; k >= 0; --k) {
+    for (int power = kPowers - 1; power > 0; --power)
+      coefficients[power] = coefficients[power - 1] - nodes[k] * coefficients[power];
+    coefficients[0] = values[k] - nodes[k] * coefficients[0];
+  }
+  return coefficients;
+}
+
+/// A HistogramAxis and the memory behind it.
+struct Axis {
+  HistogramAxis view{};
+  std::size_t blocks = 0;
+  std::vector<double> breaks, scale, shift, by_power, by_column;
+
+  std::size_t slots() const { return blocks * static_cast<std::size_t>(view.centers * view.pieces); }
+  std::size_t copy_stride() const { return blocks * static_cast<std::size_t>(view.stride); }
+
+  /// open_ended: samples may sit in the `reach` bins past the last one, too.
+  void build(std::size_t block_count, std::size_t bins, double width, double sigma, double n_sigma, bool open_ended,
+             FingerprintConvention convention) {
+    blocks = block_count;
+    const double half_window = n_sigma * sigma / width;  // in bins
+    const double whole = std::round(half_window);
+    const bool aligned = std::abs(half_window - whole) < 1e-9;
+    const auto reach = static_cast<std::int32_t>(aligned ? whole : std::ceil(half_window));
+    view.bins = static_cast<std::int32_t>(bins);
+    view.reach = reach;
+    view.centers = view.bins + (open_ended ? reach : 0);
+    view.columns = 2 * reach + 1;
+    view.padded_columns = static_cast<std::int32_t>(padded(static_cast<std::size_t>(view.columns)));
+    view.stride = static_cast<std::int32_t>(padded(static_cast<std::size_t>(view.centers + 2 + view.padded_columns)));
+    view.inverse_width = 1.0 / width;
+
+    std::vector<long double> kinks = {0.0L, 1.0L};  // places in a bin where the end of the window crosses a bin edge
+    if (!aligned) {
+      const long double kink = half_window - reach + 1;
+      kinks = {0.0L, std::min(kink, 1 - kink), std::max(kink, 1 - kink), 1.0L};
+    }
+    std::vector<long double> ends = {0.0L};
+    for (std::size_t k = 1; k < kinks.size(); ++k) {
+      const long double length = kinks[k] - kinks[k - 1];
+      if (length < 1e-12L) continue;
+      const int parts = std::max(1, static_cast<int>(std::ceil(length * width / sigma / kLongestPiece - 1e-9L)));
+      for (int part = 1; part <= parts; ++part) ends.push_back(kinks[k - 1] + length * part / parts);
+    }
+    const std::size_t pieces = ends.size() - 1;
+    if (pieces > kMostPieces || static_cast<std::size_t>(view.padded_columns) > kMostColumns)
+      throw Error("the width of the smearing must be between 1/16 and 100 / n_sigma bins or so, but it is " +
+                  std::to_string(sigma / width) + " bins; change sigma or the bin width");
+    view.pieces = static_cast<std::int32_t>(pieces);
+
+    std::array<long double, kPowers> nodes, values;
+    for (int k = 0; k < kPowers; ++k) nodes[k] = std::cos(std::acos(-1.0L) * k / (kPowers - 1));
+    const std::size_t columns = static_cast<std::size_t>(view.padded_columns);
+    by_power.assign(pieces * kPowers * columns, 0.0);
+    by_column.assign(pieces * kPowers * columns, 0.0);
+    for (std::size_t piece = 0; piece < pieces; ++piece) {
+      const long double low = ends[piece], high = ends[piece + 1];
+      if (piece > 0) breaks.push_back(static_cast<double>(low));
+      scale.push_back(static_cast<double>(2 / (high - low)));
+      shift.push_back(static_cast<double>(-(high + low) / (high - low)));
+      for (std::int32_t column = 0; column < view.columns; ++column) {
+        for (int k = 0; k < kPowers; ++k) {
+          const long double place = 0.5L * (low + high) + 0.5L * (high - low) * nodes[k];
+          const long double from = (column - reach - place) * width / sigma, to = from + width / sigma;
+          values[k] = half_integral(to, n_sigma, convention) - half_integral(from, n_sigma, convention);
+        }
+        const auto coefficients = interpolate(nodes, values);
+        for (std::size_t power = 0; power < kPowers; ++power) {
+          const std::size_t c = static_cast<std::size_t>(column);
+          by_power[(piece * kPowers + power) * columns + c] = static_cast<double>(coefficients[power]);
+          by_column[(piece * columns + c) * kPowers + power] = static_cast<double>(coefficients[power]);
+        }
+      }
+    }
+    view.breaks = breaks.data();
+    view.scale = scale.data();
+    view.shift = shift.data();
+    view.by_power = by_power.data();
+    view.by_column = by_column.data();
+  }
+};
+
+void expect_setting(bool good, const char* name, const char* wanted, double came) {
+  if (!good)
+    throw Error(std::string("fingerprint: ") + name + " must be " + wanted + ", but it is " + std::to_string(came));
+}
+
+}  // namespace
+
+struct Fingerprint::Layout {
+  FingerprintSettings settings;
+  bool periodic = false;
+  std::size_t n_atoms = 0, n_species = 0, size = 0;
+  double reach = 0;                            // of the radial part, angstrom
+  std::array<std::int16_t, 128> species_of{};  // by atomic number; -1: not there
+  std::vector<std::int32_t> numbers, counts;   // by species
+  std::vector<std::int32_t> pair_block;        // (species, species)
+  std::vector<std::int32_t> triplet_block;     // (species of the centre, species, species)
+  Axis radial, angular;
+  std::vector<std::int32_t> fold;  // bin of the angular histogram that each padded one reflects to
+
+  std::string formula() const {
+    std::string text;
+    for (std::size_t s = 0; s < n_species; ++s) text += chemical_symbol(numbers[s]) + std::to_string(counts[s]);
+    return text;
+  }
+};
+
+Fingerprint::Fingerprint(const FingerprintSettings& settings, std::span<const std::int32_t> numbers, bool periodic) {
+  auto layout = std::make_unique<Layout>();
+  Layout& l = *layout;
+  const FingerprintSettings& s = settings;
+  const auto positive = [](double x) { return x > 0 && std::isfinite(x); };
+  expect_setting(positive(s.cutoff_radial), "cutoff_radial", "positive and finite", s.cutoff_radial);
+  expect_setting(positive(s.bin_width), "bin_width", "positive and finite", s.bin_width);
+  expect_setting(s.cutoff_radial / s.bin_width < 1e4, "bin_width", "above cutoff_radial / 10000", s.bin_width);
+  expect_setting(positive(s.sigma_radial), "sigma_radial", "positive and finite", s.sigma_radial);
+  expect_setting(s.n_sigma >= 1 && s.n_sigma <= 8, "n_sigma", "between 1 and 8", s.n_sigma);
+  expect_setting(std::isfinite(s.eta), "eta", "finite", s.eta);
+  if (s.angular) {
+    expect_setting(s.angular_bins >= 1 && s.angular_bins <= 10000, "angular_bins", "between 1 and 10000",
+                   s.angular_bins);
+    expect_setting(positive(s.sigma_angular), "sigma_angular", "positive and finite", s.sigma_angular);
+    expect_setting(s.n_sigma * s.sigma_angular < kPi * (s.angular_bins - 1) / s.angular_bins, "sigma_angular",
+                   "so small that n_sigma sigma_angular stays below pi by a bin", s.sigma_angular);
+    expect_setting(positive(s.cutoff_angular) && s.cutoff_angular <= s.cutoff_radial + s.n_sigma * s.sigma_radial,
+                   "cutoff_angular", "positive and at most cutoff_radial + n_sigma sigma_radial", s.cutoff_angular);
+    const bool agox = s.convention == FingerprintConvention::agox;
+    expect_setting((s.gamma >= 1 && s.gamma <= 100) || (agox && s.gamma == 0), "gamma",
+                   agox ? "0 or between 1 and 100" : "between 1 and 100", s.gamma);
+  }
+  if (numbers.size() < 2 && !(periodic && numbers.size() == 1))
+    throw Error("a fingerprint needs at least two atoms, or one in a periodic cell, but there are " +
+                std::to_string(numbers.size()));
+  l.settings = settings;
+  l.periodic = periodic;
+  l.n_atoms = numbers.size();
+  std::array<std::int32_t, 128> count{};
+  for (const std::int32_t number : numbers) {
+    if (number < 1 || number > 118)
+      throw Error("atomic numbers must be between 1 and 118, but one is " + std::to_string(number));
+    ++count[static_cast<std::size_t>(number)];
+  }
+  l.species_of.fill(-1);
+  for (std::size_t number = 0; number < count.size(); ++number) {
+    if (count[number] == 0) continue;
+    l.species_of[number] = static_cast<std::int16_t>(l.n_species++);
+    l.numbers.push_back(static_cast<std::int32_t>(number));
+    l.counts.push_back(count[number]);
+  }
+
+  const std::size_t n = l.n_species;
+  // Atoms of each species that a pair or triplet takes must be there; a periodic atom is its own neighbour.
+  const auto enough = [&](std::initializer_list<std::size_t> wanted) {
+    return periodic || std::all_of(wanted.begin(), wanted.end(), [&](std::size_t species) {
+             return l.counts[species] >= std::count(wanted.begin(), wanted.end(), species);
+           });
+  };
+  l.pair_block.assign(n * n, -1);
+  l.triplet_block.assign(n * n * n, -1);
+  std::int32_t pairs = 0, triplets = 0;
+  for (std::size_t a = 0; a < n; ++a)
+    for (std::size_t b = a; b < n; ++b)
+      if (enough({a, b})) l.pair_block[a * n + b] = l.pair_block[b * n + a] = pairs++;
+  for (std::size_t center = 0; center < n; ++center)
+    for (std::size_t a = 0; a < n; ++a)
+      for (std::size_t b = a; b < n; ++b)
+        if (enough({center, a, b}))
+          l.triplet_block[(center * n + a) * n + b] = l.triplet_block[(center * n + b) * n + a] = triplets++;
+  if (!s.angular) triplets = 0;
+
+  const double bins = std::ceil(s.cutoff_radial / s.bin_width - 1e-9);
+  l.reach =
+      (s.convention == FingerprintConvention::agox ? s.cutoff_radial : bins * s.bin_width) + s.n_sigma * s.sigma_radial;
+  l.radial.build(static_cast<std::size_t>(pairs), static_cast<std::size_t>(bins), s.bin_width, s.sigma_radial,
+                 s.n_sigma, true, s.convention);
+  if (s.angular) {
+    const auto angular_bins = static_cast<std::size_t>(s.angular_bins);
+    l.angular.build(static_cast<std::size_t>(triplets), angular_bins, kPi / s.angular_bins, s.sigma_angular, s.n_sigma,
+                    false, s.convention);
+    const std::int32_t reach = l.angular.view.reach;
+    for (std::int32_t bin = -reach; bin < s.angular_bins + reach; ++bin) {
+      const std::int32_t low = s.convention == FingerprintConvention::agox ? -bin : -bin - 1;
+      l.fold.push_back(bin < 0 ? low : bin >= s.angular_bins ? 2 * s.angular_bins - bin - 1 : bin);
+    }
+  }
+  l.size = l.radial.blocks * static_cast<std::size_t>(bins) +
+           l.angular.blocks * static_cast<std::size_t>(s.angular ? s.angular_bins : 0);
+  layout_ = std::move(layout);
+}
+
+Fingerprint::~Fingerprint() = default;
+std::size_t Fingerprint::size() const { return layout_->size; }
+const FingerprintSettings& Fingerprint::settings() const { return layout_->settings; }
+
+namespace {
+
+/// Memory of one histogram: its samples, moments and polynomials.
+struct HistogramMemory {
+  Buffer<double> t, weight, value, slope, moments, histogram, weights, polynomials;
+  Buffer<std::int32_t> block, slot, slots;
+  Buffer<std::uint8_t> in_use;
+  Samples samples{};
+  SlotsInUse used{};
+
+  /// Room for n samples, kLanes more at the end.
+  void room_for_samples(std::size_t n, std::size_t slots_in_all) {
+    const std::size_t room = n + 2 * kLanes;
+    samples = {n, t.need(room), weight.need(room), block.need(room), slot.need(room)};
+    used = {0, slots.need(slots_in_all + 1), in_use.need(slots_in_all)};
+    moments.need(slots_in_all * kPowers);
+  }
+  /// Samples up to the next multiple of kLanes point at a slot that is there.
+  void pad() {
+    for (std::size_t k = samples.n; k < padded(samples.n); ++k) {
+      samples.t[k] = 0.0;
+      samples.slot[k] = 0;
+    }
+  }
+  /// The histogram [block][stride], in copy 0.
+  const double* make_histogram(const Axis& axis, const FingerprintKernels& kernels) {
+    const std::size_t copy_stride = axis.copy_stride();
+    double* h = histogram.need(4 * copy_stride + kLanes);
+    std::memset(h, 0, (4 * copy_stride + kLanes) * sizeof(double));
+    kernels.deposit(samples, moments.data(), used);
+    kernels.expand(axis.view, used, moments.data(), h, copy_stride);
+    const double* second = h + copy_stride + 3;
+    const double* third = h + 2 * copy_stride + 2;
+    const double* fourth = h + 3 * copy_stride + 1;
+    for (std::size_t k = 0; k + 3 < copy_stride; ++k) h[k] = (h[k] + second[k]) + (third[k] + fourth[k]);
+    return h;
+  }
+  void project(const Axis& axis, const FingerprintKernels& kernels) {
+    pad();
+    double* p = polynomials.need(axis.slots() * 2 * kPowers);
+    kernels.project(axis.view, used, weights.data(), p);
+    const std::size_t room = samples.n + 3 * kLanes;
+    kernels.evaluate(samples, p, value.need(room) + kLanes, slope.need(room) + kLanes);
+  }
+};
+
+}  // namespace
+
+struct Fingerprint::Workspace::State {
+  explicit State(double reach) : neighbors(reach, 0.5) {}
+
+  NeighborList neighbors;
+  HistogramMemory radial, angular;
+  Buffer<std::int32_t> species, first, last, near_species, near_atom, next;
+  Buffer<double> near_values, cosine, half_square, pull, rows;
+  NearNeighbors near{};
+  Triplets triplets{};
+  std::size_t n = 0, near_room = 0;
+  double angular_norm = 0;
+  bool ready = false;
+};
+
+Fingerprint::Workspace::Workspace(const Fingerprint& fingerprint)
+    : state(std::make_unique<State>(fingerprint.layout_->reach)) {}
+Fingerprint::Workspace::~Workspace() = default;
+Fingerprint::Workspace::Workspace(Workspace&&) noexcept = default;
+
+namespace {
+
+using State = Fingerprint::Workspace::State;
+
+/// Species of each atom; throws unless the structure is one that the layout was made for.
+void find_species(const Fingerprint::Layout& layout, const StructureView& structure, State& state) {
+  if (structure.periodic() != layout.periodic)
+    throw Error(std::string("this fingerprint was made for ") + (layout.periodic ? "periodic" : "non-periodic") +
+                " structures, but a structure is " + (layout.periodic ? "not periodic" : "periodic") +
+                "; bind one to its numbers and pbc");
+  std::int32_t* species = state.species.need(structure.n);
+  std::array<std::int32_t, 128> counts{};
+  bool same = structure.n == layout.n_atoms;
+  for (std::size_t i = 0; i < structure.n && same; ++i) {
+    const std::int32_t number = structure.numbers[i];
+    species[i] = number >= 0 && number < 128 ? layout.species_of[static_cast<std::size_t>(number)] : -1;
+    same = species[i] >= 0;
+    if (same) ++counts[static_cast<std::size_t>(species[i])];
+  }
+  for (std::size_t s = 0; s < layout.n_species && same; ++s) same = counts[s] == layout.counts[s];
+  if (!same)
+    throw Error("this fingerprint was made for " + layout.formula() + ", but a structure of " +
+                std::to_string(structure.n) + " atoms has another composition; bind one to its numbers");
+}
+
+/// Neighbours within the angular cutoff, by centre, and how many triplets they make.
+std::size_t find_near(const Fingerprint::Layout& layout, State& state) {
+  const std::size_t n = state.n, pairs = state.neighbors.size();
+  const std::int32_t *i = state.neighbors.i(), *j = state.neighbors.j();
+  const double *r = state.neighbors.r(), *d = state.neighbors.d();
+  const double cutoff = layout.settings.cutoff_angular, gamma = layout.settings.gamma;
+  std::int32_t* first = state.first.need(n + 1);
+  std::int32_t* last = state.last.need(n + 1);
+  std::fill_n(last, n, 0);
+  for (std::size_t p = 0; p < pairs; ++p) {
+    const std::int32_t is_near = r[p] < cutoff;
+    last[i[p]] += is_near;
+    last[j[p]] += is_near;
+  }
+  std::size_t room = 0, triplets = 0;
+  for (std::size_t center = 0; center < n; ++center) {
+    const auto count = static_cast<std::size_t>(last[center]);
+    first[center] = last[center] = static_cast<std::int32_t>(room);
+    room += padded(count);
+    triplets += count * (count - (count > 0)) / 2;
+  }
+  const std::size_t stride = room + kLanes;  // a last row may read past its end
+  double* values = state.near_values.need(6 * stride);
+  double *ux = values, *uy = values + stride, *uz = values + 2 * stride, *inverse_r = values + 3 * stride,
+         *fc = values + 4 * stride, *slope = values + 5 * stride;
+  std::int32_t* species = state.near_species.need(stride);
+  std::int32_t* atom = state.near_atom.need(stride);
+  for (std::size_t p = 0; p < pairs; ++p) {
+    if (!(r[p] < cutoff)) continue;
+    const double inverse = 1.0 / r[p], x = r[p] / cutoff;
+    double value = 1.0, derivative = 0.0;
+    if (gamma != 0) {
+      const double power = gamma == 2.0 ? x : std::pow(x, gamma - 1);
+      value = 1.0 + (gamma * x - (gamma + 1)) * power * x;
+      derivative = gamma * (gamma + 1) / cutoff * power * (x - 1.0);
+    }
+    const double u[3] = {d[3 * p] * inverse, d[3 * p + 1] * inverse, d[3 * p + 2] * inverse};
+    const auto add = [&](std::int32_t center, std::int32_t neighbor, double sign) {
+      const std::int32_t at = last[center]++;
+      ux[at] = sign * u[0];
+      uy[at] = sign * u[1];
+      uz[at] = sign * u[2];
+      inverse_r[at] = inverse;
+      fc[at] = value;
+      slope[at] = derivative;
+      species[at] = state.species.data()[neighbor];
+      atom[at] = neighbor;
+    };
+    add(i[p], j[p], 1.0);
+    add(j[p], i[p], -1.0);
+  }
+  for (std::size_t center = 0; center < n; ++center) {
+    const std::size_t end = center + 1 < n ? static_cast<std::size_t>(first[center + 1]) : stride;
+    for (std::size_t at = static_cast<std::size_t>(last[center]); at < end; ++at) {
+      ux[at] = uy[at] = uz[at] = inverse_r[at] = fc[at] = slope[at] = 0.0;
+      species[at] = atom[at] = 0;
+    }
+  }
+  state.near = {n, first, last, species, ux, uy, uz, inverse_r, fc, slope};
+  state.near_room = room;
+  return triplets;
+}
+
+}  // namespace
+
+void Fingerprint::values(const StructureView& structure, double* features, Workspace& workspace) const {
+  const Layout& l = *layout_;
+  State& state = *workspace.state;
+  const FingerprintKernels& kernels = fingerprint_kernels();
+  state.ready = false;
+  find_species(l, structure, state);
+  const double volume = cell_volume(structure.cell);
+  if (!(volume > 0) || !std::isfinite(volume))
+    throw Error("a fingerprint is normalised by the volume of the cell, but this is " + std::to_string(volume) +
+                " angstrom^3; give the structure a cell (clusters, too)");
+  state.neighbors.update(structure);
+  state.n = structure.n;
+  const double n = static_cast<double>(structure.n);
+  const std::size_t pairs = state.neighbors.size();
+  const std::int32_t *i = state.neighbors.i(), *j = state.neighbors.j();
+  const std::int32_t* species = state.species.data();
+  const double* r = state.neighbors.r();
+
+  state.radial.room_for_samples(pairs, l.radial.slots());
+  for (std::size_t p = 0; p < pairs; ++p) {
+    if (!(r[p] > kClosest))
+      throw Error("atoms " + std::to_string(i[p]) + " and " + std::to_string(j[p]) +
+                  " lie on one point; a fingerprint needs atoms that are apart");
+    state.radial.samples.block[p] =
+        l.pair_block[static_cast<std::size_t>(species[i[p]]) * l.n_species + static_cast<std::size_t>(species[j[p]])];
+  }
+  // Each pair counts twice, once from either end.
+  const double radial_norm = 2.0 * volume / (4.0 * kPi * l.settings.bin_width * n * n);
+  kernels.locate_pairs(l.radial.view, r, radial_norm, state.radial.samples);
+  const double* histogram = state.radial.make_histogram(l.radial, kernels);
+  const auto bins = static_cast<std::size_t>(l.radial.view.bins);
+  for (std::size_t block = 0; block < l.radial.blocks; ++block)
+    std::memcpy(features + block * bins,
+                histogram + block * static_cast<std::size_t>(l.radial.view.stride + 0) + l.radial.view.reach,
+                bins * sizeof(double));
+
+  if (l.settings.angular) {
+    features += l.radial.blocks * bins;
+    const std::size_t triplets = find_near(l, state);
+    const std::size_t room = triplets + 3 * kLanes;
+    state.angular.room_for_samples(triplets, l.angular.slots());
+    state.triplets = {state.angular.samples, state.cosine.need(room) + kLanes, state.half_square.need(room) + kLanes};
+    kernels.find_triplets(state.near, species, static_cast<std::int32_t>(l.n_species), l.triplet_block.data(),
+                          state.triplets);
+    kernels.locate_triplets(l.angular.view, state.triplets);
+    histogram = state.angular.make_histogram(l.angular, kernels);
+    state.angular_norm = l.settings.eta * volume / (n * n * n);
+    const auto angular_bins = static_cast<std::size_t>(l.angular.view.bins);
+    const auto reach = static_cast<std::size_t>(l.angular.view.reach);
+    for (std::size_t block = 0; block < l.angular.blocks; ++block) {
+      double* to = features + block * angular_bins;
+      const double* from = histogram + block * static_cast<std::size_t>(l.angular.view.stride);
+      for (std::size_t b = 0; b < angular_bins; ++b) to[b] = state.angular_norm * from[b + reach];
+      for (std::size_t b = 0; b < reach; ++b) {
+        to[l.fold[b]] += state.angular_norm * from[b];
+        const std::size_t above = angular_bins + reach + b;
+        to[l.fold[above]] += state.angular_norm * from[above];
+      }
+    }
+  }
+  state.ready = true;
+}
+
+void Fingerprint::contract(const double* weights, double scale, double* gradient, Workspace& workspace) const {
+  const Layout& l = *layout_;
+  State& state = *workspace.state;
+  if (!state.ready) throw Error("contract() needs values() of this workspace first");
+  const FingerprintKernels& kernels = fingerprint_kernels();
+  const auto bins = static_cast<std::size_t>(l.radial.view.bins);
+  double* padded_weights = state.radial.weights.need(l.radial.copy_stride());
+  for (std::size_t block = 0; block < l.radial.blocks; ++block) {
+    double* to = padded_weights + block * static_cast<std::size_t>(l.radial.view.stride) + l.radial.view.reach;
+    for (std::size_t b = 0; b < bins; ++b) to[b] = scale * weights[block * bins + b];
+  }
+  state.radial.project(l.radial, kernels);
+  kernels.pair_gradient(state.radial.samples, state.neighbors.i(), state.neighbors.j(), state.neighbors.d(),
+                        state.neighbors.r(), l.radial.view.inverse_width, state.radial.value.data() + kLanes,
+                        state.radial.slope.data() + kLanes, gradient);
+  if (!l.settings.angular) return;
+
+  weights += l.radial.blocks * bins;
+  const auto angular_bins = static_cast<std::size_t>(l.angular.view.bins);
+  padded_weights = state.angular.weights.need(l.angular.copy_stride());
+  for (std::size_t block = 0; block < l.angular.blocks; ++block) {
+    double* to = padded_weights + block * static_cast<std::size_t>(l.angular.view.stride);
+    const double* from = weights + block * angular_bins;
+    for (std::size_t b = 0; b < l.fold.size(); ++b) to[b] = scale * state.angular_norm * from[l.fold[b]];
+  }
+  state.angular.project(l.angular, kernels);
+  const std::size_t room = state.near_room;
+  double* pull = state.pull.need(10 * room);
+  kernels.triplet_gradient(state.near, state.triplets, l.angular.view.inverse_width,
+                           state.angular.value.data() + kLanes, state.angular.slope.data() + kLanes, pull, room);
+  const std::int32_t* atom = state.near_atom.data();
+  for (std::size_t center = 0; center < state.n; ++center) {
+    double total[3] = {0, 0, 0};
+    for (std::int32_t at = state.near.first[center]; at < state.near.last[center]; ++at) {
+      double* to = gradient + 3 * static_cast<std::size_t>(atom[at]);
+      for (std::size_t k = 0; k < 3; ++k) {
+        const double part = pull[k * room + static_cast<std::size_t>(at)];
+        to[k] += part;
+        total[k] += part;
+      }
+    }
+    for (std::size_t k = 0; k < 3; ++k) gradient[3 * center + k] -= total[k];
+  }
+}
+
+void Fingerprint::jacobian(double* jacobian, Workspace& workspace) const {
+  const Layout& l = *layout_;
+  State& state = *workspace.state;
+  if (!state.ready) throw Error("jacobian() needs values() of this workspace first");
+  const FingerprintKernels& kernels = fingerprint_kernels();
+  const std::size_t row_stride = l.radial.copy_stride() + (l.settings.angular ? l.angular.copy_stride() : 0);
+  double* rows = state.rows.need(3 * state.n * row_stride);
+  std::memset(rows, 0, 3 * state.n * row_stride * sizeof(double));
+  kernels.pair_jacobian(l.radial.view, state.radial.samples, state.neighbors.i(), state.neighbors.j(),
+                        state.neighbors.d(), state.neighbors.r(), rows, row_stride);
+  if (l.settings.angular)
+    kernels.triplet_jacobian(l.angular.view, state.near, state.triplets, state.near_atom.data(),
+                             rows + l.radial.copy_stride(), row_stride);
+  const auto bins = static_cast<std::size_t>(l.radial.view.bins);
+  for (std::size_t row = 0; row < 3 * state.n; ++row) {
+    double* to = jacobian + row * l.size;
+    const double* from = rows + row * row_stride;
+    for (std::size_t block = 0; block < l.radial.blocks; ++block, to += bins, from += l.radial.view.stride)
+      std::memcpy(to, from + l.radial.view.reach, bins * sizeof(double));
+    if (!l.settings.angular) continue;
+    const auto angular_bins = static_cast<std::size_t>(l.angular.view.bins);
+    const auto reach = static_cast<std::size_t>(l.angular.view.reach);
+    for (std::size_t block = 0; block < l.angular.blocks; ++block) {
+      for (std::size_t b = 0; b < angular_bins; ++b) to[b] = state.angular_norm * from[b + reach];
+      for (std::size_t b = 0; b < reach; ++b) {
+        to[l.fold[b]] += state.angular_norm * from[b];
+        to[l.fold[angular_bins + reach + b]] += state.angular_norm * from[angular_bins + reach + b];
+      }
+      to += angular_bins;
+      from += l.angular.view.stride;
+    }
+  }
+}
+
+}  // namespace thalweg

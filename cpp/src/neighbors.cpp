@@ -155,14 +155,7 @@ void NeighborList::update(const StructureView& structure) {
   count_ = count;
 }
 
-void NeighborList::rebuild(const StructureView& structure) {
-  built_ = false;
-  count_ = 0;
-  const std::size_t n = structure.n;
-  for (std::size_t k = 0; k < 3 * n; ++k)
-    if (!(std::abs(structure.positions[k]) <= kFarthest))
-      throw Error("positions must be finite and within 1e9 angstrom of the origin, but atom " + std::to_string(k / 3) +
-                  " has a coordinate of " + std::to_string(structure.positions[k]));
+void NeighborList::check_cell(const StructureView& structure) const {
   const Lattice lattice(structure);
   const double reach = cutoff_ + skin_;
   double images = 1;
@@ -171,7 +164,18 @@ void NeighborList::rebuild(const StructureView& structure) {
   if (images > kMostImages)
     throw Error("the cell is too thin: within " + std::to_string(reach) + " angstrom an atom would see about " +
                 std::to_string(static_cast<long long>(std::min(images, 1e15))) + " images of another; check the cell");
+}
 
+void NeighborList::rebuild(const StructureView& structure) {
+  built_ = false;
+  count_ = 0;
+  const std::size_t n = structure.n;
+  for (std::size_t k = 0; k < 3 * n; ++k)
+    if (!(std::abs(structure.positions[k]) <= kFarthest))
+      throw Error("positions must be finite and within 1e9 angstrom of the origin, but atom " + std::to_string(k / 3) +
+                  " has a coordinate of " + std::to_string(structure.positions[k]));
+  check_cell(structure);
+  const Lattice lattice(structure);
   candidate_i_.clear();
   candidate_j_.clear();
   candidate_shift_.clear();

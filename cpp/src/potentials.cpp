@@ -1,1 +1,474 @@
-// in work
+#include "thalweg/potentials.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <exception>
+#include <limits>
+#include <string>
+#include <utility>
+
+#include "potentials_kernels.hpp"
+#include "thalweg/neighbors.hpp"
+
+namespace thalweg {
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// What neighbour lists accept; a structure outside has no energy.
+bool usable(const StructureView& structure) {
+  bool all = true;
+  for (std::size_t k = 0; k < 3 * structure.n; ++k) all &= std::abs(structure.positions[k]) <= 1e9;
+  return all;
+}
+
+// The species of a batch, numbered 0, 1, ... in order of atomic number, and every atom's number among them.
+struct Species {
+  std::vector<std::int32_t> numbers;  // atomic numbers, rising
+  std::vector<std::int32_t> of_atom;  // (m)
+
+  explicit Species(const BatchView& batch) : numbers(batch.numbers.begin(), batch.numbers.end()) {
+    std::sort(numbers.begin(), numbers.end());
+    numbers.erase(std::unique(numbers.begin(), numbers.end()), numbers.end());
+    for (const std::int32_t z : batch.numbers)
+      of_atom.push_back(
+          static_cast<std::int32_t>(std::lower_bound(numbers.begin(), numbers.end(), z) - numbers.begin()));
+  }
+};
+
+// What the evaluators share: the view of a row at new positions, and neighbour lists made when a row is first asked
+// for.
+class RowEvaluator : public Evaluator {
+ public:
+  /// cutoffs: one of all rows, or one a row.
+  RowEvaluator(const BatchView& batch, std::vector<double> cutoffs, double skin)
+      : batch_(batch), cutoffs_(std::move(cutoffs)), skin_(skin), lists_(batch.size()) {
+    batch.check();
+    for (std::size_t row = 0; row < batch.size(); ++row) new_list(row).check_cell(batch[row]);
+  }
+
+  void evaluate(std::span<const std::int64_t> rows, const double* positions, double* energies,
+                double* forces) override {
+    for (const std::int64_t row : rows) {
+      const std::size_t first = static_cast<std::size_t>(batch_.offsets[static_cast<std::size_t>(row)]);
+      StructureView structure = batch_[static_cast<std::size_t>(row)];
+      structure.positions = positions + 3 * first;
+      double* f = forces + 3 * first;
+      if (usable(structure)) {
+        std::fill_n(f, 3 * structure.n, 0.0);
+        energies[row] = evaluate_row(static_cast<std::size_t>(row), first, structure, f);
+      } else {
+        std::fill_n(f, 3 * structure.n, kNaN);
+        energies[row] = kNaN;
+      }
+    }
+  }
+
+ protected:
+  /// Energy of one structure with usable positions; adds to forces (n, 3), which are zero.
+  virtual double evaluate_row(std::size_t row, std::size_t first_atom, const StructureView& structure,
+                              double* forces) = 0;
+
+  const NeighborList& neighbors(std::size_t row, const StructureView& structure) {
+    if (!lists_[row]) lists_[row] = std::make_unique<NeighborList>(new_list(row));
+    lists_[row]->update(structure);
+    return *lists_[row];
+  }
+
+  BatchView batch_;
+
+ private:
+  NeighborList new_list(std::size_t row) const {
+    return NeighborList(cutoffs_.size() == 1 ? cutoffs_[0] : cutoffs_[row], skin_);
+  }
+
+  std::vector<double> cutoffs_;
+  double skin_;
+  std::vector<std::unique_ptr<NeighborList>> lists_;
+};
+
+// Each pair pulls its atoms together with slope_over_r * d.
+void add_pair_forces(const NeighborList& list, const double* slope_over_r, double* forces) {
+  const std::int32_t *i = list.i(), *j = list.j();
+  const double* d = list.d();
+  for (std::size_t p = 0; p < list.size(); ++p) {
+    double* at_i = forces + 3 * static_cast<std::size_t>(i[p]);
+    double* at_j = forces + 3 * static_cast<std::size_t>(j[p]);
+    for (int k = 0; k < 3; ++k) {
+      const double pull = slope_over_r[p] * d[3 * p + static_cast<std::size_t>(k)];
+      at_i[k] += pull;
+      at_j[k] -= pull;
+    }
+  }
+}
+
+void grow(std::vector<double>& array, std::size_t size) {
+  if (array.size() < size) array.resize(size);
+}
+
+// ---- effective medium theory
+// -----------------------------------------------------------------------------------------
+//
+// s_i: radius of the neutral sphere at which the density at atom i is that of its surroundings,
+//   sigma_i = sum_j chi_ij exp(-eta_j (r_ij - beta s0_j)) w(r_ij),  chi_ij = n0_j / n0_i,
+//   s_i - s0_i = -log(sigma_i / 12 gamma1_i) / (beta eta_i),
+// cohesive function E0 (1 + l) exp(-l), l = lambda (s_i - s0_i), and the atomic-sphere correction
+//   6 V0 exp(-kappa (s_i - s0_i)) - V0 / (2 gamma2) sum_j chi_ij exp(-kappa_j (r_ij / beta - s0_j)) w(r_ij).
+// gamma1 and gamma2 make the correction vanish for the ideal fcc lattice with three shells of neighbours.
+
+struct EmtElement {
+  std::int32_t number;
+  double e0, s0, v0, eta, kappa, lambda, n0;  // eV, bohr
+};
+
+constexpr EmtElement kEmtElements[] = {
+    {13, -3.28, 3.00, 1.493, 1.240, 2.000, 1.169, 0.00700},  // Al
+    {29, -3.51, 2.67, 2.476, 1.652, 2.740, 1.906, 0.00910},  // Cu
+    {47, -2.96, 3.01, 2.132, 1.652, 2.790, 1.892, 0.00547},  // Ag
+    {79, -3.80, 3.00, 2.321, 1.674, 2.873, 2.182, 0.00703},  // Au
+    {28, -4.44, 2.60, 3.673, 1.669, 2.757, 1.948, 0.01030},  // Ni
+    {46, -3.90, 2.87, 2.773, 1.818, 3.107, 2.155, 0.00688},  // Pd
+    {78, -5.85, 2.90, 4.067, 1.812, 3.145, 2.192, 0.00802},  // Pt
+    {1, -3.21, 1.31, 0.132, 2.652, 2.790, 3.892, 0.00547},   // H; this one and those below are not for serious use
+    {6, -3.50, 1.81, 0.332, 1.652, 2.790, 1.892, 0.01322},   // C
+    {7, -5.10, 1.88, 0.132, 1.652, 2.790, 1.892, 0.01222},   // N
+    {8, -4.60, 1.95, 0.332, 1.652, 2.790, 1.892, 0.00850},   // O
+};
+constexpr double kBohr = 0.5291772105638411;  // angstrom, as in ASE
+constexpr double kBeta = 1.809;  // fcc: nearest distance / sphere radius; (16 pi / 3)^(1/3) / sqrt 2, rounded
+
+// The cutoff is that of the largest element in the table, whatever is present.
+struct EmtCutoff {
+  double middle, slope, list;
+  EmtCutoff() {
+    double largest = 0;
+    for (const EmtElement& e : kEmtElements) largest = std::max(largest, e.s0 * kBohr);
+    const double nearest = kBeta * largest;
+    middle = nearest * 0.5 * (std::sqrt(3.0) + 2.0);                // between third and fourth neighbours
+    slope = std::log(1.0 / 1e-4 - 1.0) / (2.0 * nearest - middle);  // 1e-4 is left at the fourth
+    list = middle + 0.5;
+  }
+};
+
+struct EmtSpecies {
+  double e0, six_v0, kappa, lambda, beta_eta, inverse_12_gamma1;
+};
+
+const EmtElement& emt_element(std::int32_t number) {
+  for (const EmtElement& e : kEmtElements)
+    if (e.number == number) return e;
+  std::string known;
+  for (const EmtElement& e : kEmtElements)
+    known += (known.empty() ? "" : ", ") + std::string(chemical_symbol(e.number));
+  throw Error("EMT has no parameters for " + std::string(chemical_symbol(number)) + " (atomic number " +
+              std::to_string(number) + "); it knows " + known);
+}
+
+class EmtEvaluator : public RowEvaluator {
+ public:
+  explicit EmtEvaluator(const BatchView& batch) : RowEvaluator(batch, {EmtCutoff().list}, 0.5), types_(batch) {
+    const std::size_t count = types_.numbers.size();
+    std::vector<double> gamma2(count);
+    constexpr double shell_sites[3] = {12, 6, 24};
+    for (std::size_t a = 0; a < count; ++a) {
+      const EmtElement& e = emt_element(types_.numbers[a]);
+      const double s0 = e.s0 * kBohr, eta = e.eta / kBohr, kappa = e.kappa / kBohr;
+      double gamma1 = 0;
+      for (int shell = 0; shell < 3; ++shell) {
+        const double beyond = kBeta * s0 * (std::sqrt(shell + 1.0) - 1.0);
+        const double w = 1.0 / (1.0 + std::exp(cutoff_.slope * (kBeta * s0 + beyond - cutoff_.middle)));
+        gamma1 += shell_sites[shell] / 12.0 * w * std::exp(-eta * beyond);
+        gamma2[a] += shell_sites[shell] / 12.0 * w * std::exp(-kappa / kBeta * beyond);
+      }
+      species_.push_back({e.e0, 6.0 * e.v0, kappa, e.lambda / kBohr, kBeta * eta, 1.0 / (12.0 * gamma1)});
+    }
+    for (std::size_t a = 0; a < count; ++a)
+      for (std::size_t b = 0; b < count; ++b) {
+        const EmtElement &at = emt_element(types_.numbers[a]), &by = emt_element(types_.numbers[b]);
+        const double chi = by.n0 / at.n0, s0 = by.s0 * kBohr, eta = by.eta / kBohr, kappa = by.kappa / kBohr;
+        table_.push_back({chi * std::exp(eta * kBeta * s0), -0.5 * at.v0 / gamma2[a] * chi * std::exp(kappa * s0), eta,
+                          kappa / kBeta});
+      }
+  }
+
+ protected:
+  double evaluate_row(std::size_t row, std::size_t first, const StructureView& structure, double* forces) override {
+    const NeighborList& list = neighbors(row, structure);
+    const std::size_t n = structure.n, pairs = list.size();
+    const std::int32_t* type = types_.of_atom.data() + first;
+    grow(atoms_, 2 * n);
+    grow(pairs_, 3 * pairs);
+    double *density = atoms_.data(), *d_energy = atoms_.data() + n;
+    double *slope_i = pairs_.data(), *slope_j = slope_i + pairs, *slope = slope_j + pairs;
+    std::fill_n(density, n, 0.0);
+    double energy = potential_kernels().emt_pairs(pairs, list.i(), list.j(), list.r(), type, table_.data(),
+                                                  static_cast<int>(species_.size()), cutoff_.slope, cutoff_.middle,
+                                                  density, slope_i, slope_j, slope);
+    for (std::size_t i = 0; i < n; ++i) {
+      const EmtSpecies& s = species_[static_cast<std::size_t>(type[i])];
+      d_energy[i] = 0;
+      energy -= s.e0;
+      if (density[i] == 0) continue;  // no neighbour
+      const double ds = -std::log(density[i] * s.inverse_12_gamma1) / s.beta_eta;
+      const double l = s.lambda * ds, cohesive = s.e0 * std::exp(-l), sphere = s.six_v0 * std::exp(-s.kappa * ds);
+      energy += cohesive * (1.0 + l) + sphere;
+      d_energy[i] = (cohesive * s.lambda * l + s.kappa * sphere) / (s.beta_eta * density[i]);
+    }
+    const std::int32_t *i = list.i(), *j = list.j();
+    for (std::size_t p = 0; p < pairs; ++p)
+      slope[p] = (slope[p] + d_energy[i[p]] * slope_i[p] + d_energy[j[p]] * slope_j[p]) / list.r()[p];
+    add_pair_forces(list, slope, forces);
+    return energy;
+  }
+
+ private:
+  EmtCutoff cutoff_;
+  Species types_;
+  std::vector<EmtSpecies> species_;
+  std::vector<EmtPair> table_;
+  std::vector<double> atoms_, pairs_;
+};
+
+// ---- Lennard-Jones
+// ---------------------------------------------------------------------------------------------------
+
+constexpr std::size_t kMostWithoutList = 100;  // atoms of an open cluster
+
+class LennardJonesEvaluator : public RowEvaluator {
+ public:
+  LennardJonesEvaluator(const BatchView& batch, const LennardJones::Settings& settings)
+      : RowEvaluator(batch, {settings.rc}, 0.3 * settings.sigma), sigma_(settings.sigma) {
+    const double s6 = std::pow(settings.sigma / settings.rc, 6), rc2 = settings.rc * settings.rc,
+                 ro2 = settings.ro * settings.ro;
+    coefficients_ = {sigma_ * sigma_,
+                     rc2,
+                     ro2,
+                     4 * settings.epsilon,
+                     4 * settings.epsilon * (s6 * s6 - s6),
+                     1.0 / ((rc2 - ro2) * (rc2 - ro2) * (rc2 - ro2)),
+                     settings.smooth ? 1 : 0};
+  }
+
+ protected:
+  double evaluate_row(std::size_t row, std::size_t, const StructureView& structure, double* forces) override {
+    const std::size_t n = structure.n;
+    if (structure.periodic() || n > kMostWithoutList) {
+      const NeighborList& list = neighbors(row, structure);
+      grow(slopes_, list.size());
+      const double energy =
+          potential_kernels().lennard_jones_pairs(list.size(), list.r(), slopes_.data(), coefficients_);
+      add_pair_forces(list, slopes_.data(), forces);
+      return energy;
+    }
+    const std::size_t padded = (n + 7) / 8 * 8;
+    grow(planes_, 6 * padded);
+    double *x = planes_.data(), *f = planes_.data() + 3 * padded;
+    for (std::size_t i = 0; i < padded; ++i)
+      for (std::size_t k = 0; k < 3; ++k)
+        x[k * padded + i] = i < n ? structure.positions[3 * i + k] : 1e20 * (1.0 + static_cast<double>(i - n));
+    const double energy = potential_kernels().lennard_jones_all(n, padded, x, f, coefficients_);
+    for (std::size_t i = 0; i < n; ++i)
+      for (std::size_t k = 0; k < 3; ++k) forces[3 * i + k] = f[k * padded + i];
+    return energy;
+  }
+
+ private:
+  double sigma_;
+  LennardJonesCoefficients coefficients_;
+  std::vector<double> slopes_, planes_;
+};
+
+// ---- pair priors
+// -----------------------------------------------------------------------------------------------------
+
+constexpr double kClosest = 0.5;  // angstrom: r + 1 - r_min below which the repulsive form goes on as a parabola
+
+double repulsive_pairs(const NeighborList& list, const std::int32_t* kind, const PriorPair* table, bool sharp,
+                       double* slope_over_r) {
+  double total = 0;
+  for (std::size_t p = 0; p < list.size(); ++p) {
+    const PriorPair& pair = table[kind[p]];
+    const double r = list.r()[p], gap = r + 1.0 - pair.radius;
+    const double base = sharp ? gap : std::max(gap, kClosest), below = gap - base;
+    const double inverse = 1.0 / base, q3 = inverse * inverse * inverse, value = (q3 * q3) * (q3 * q3);
+    const double first = -12.0 * value * inverse, second = 156.0 * value * inverse * inverse;
+    double energy = value + below * (first + 0.5 * below * second), slope = first + below * second;
+    const double t = (r - pair.switch_from) * pair.switch_scale;
+    if (!sharp && t > 0) {
+      const double cut = 1.0 - t * t * t * (10.0 - t * (15.0 - 6.0 * t));
+      slope = slope * cut - energy * 30.0 * t * t * (1.0 - t) * (1.0 - t) * pair.switch_scale;
+      energy *= cut;
+    }
+    total += energy;
+    slope_over_r[p] = slope / r;
+  }
+  return total;
+}
+
+class PriorEvaluator : public RowEvaluator {
+ public:
+  PriorEvaluator(const BatchView& batch, const PairPrior::Settings& settings, const Species& types,
+                 std::vector<PriorPair> table)
+      : RowEvaluator(batch, longest_cutoffs(batch, types, table), 0.5),
+        settings_(settings),
+        types_(types),
+        table_(std::move(table)) {}
+
+ protected:
+  double evaluate_row(std::size_t row, std::size_t first, const StructureView& structure, double* forces) override {
+    const NeighborList& list = neighbors(row, structure);
+    const std::int32_t* type = types_.of_atom.data() + first;
+    const std::int32_t count = static_cast<std::int32_t>(types_.numbers.size());
+    grow(slopes_, list.size());
+    if (kinds_.size() < list.size()) kinds_.resize(list.size());
+    for (std::size_t p = 0; p < list.size(); ++p) kinds_[p] = type[list.i()[p]] * count + type[list.j()[p]];
+    const double energy =
+        settings_.form == PairPrior::Form::bonding
+            ? potential_kernels().morse_pairs(list.size(), list.r(), kinds_.data(), table_.data(), slopes_.data())
+            : repulsive_pairs(list, kinds_.data(), table_.data(), settings_.sharp_cutoff, slopes_.data());
+    add_pair_forces(list, slopes_.data(), forces);
+    return energy;
+  }
+
+ private:
+  // Of each row's own pairs of species: a cutoff taken over the batch would make a row's sums depend on the others.
+  static std::vector<double> longest_cutoffs(const BatchView& batch, const Species& types,
+                                             const std::vector<PriorPair>& table) {
+    const std::size_t count = types.numbers.size();
+    std::vector<double> out;
+    for (std::size_t row = 0; row < batch.size(); ++row) {
+      std::vector<bool> present(count, false);
+      for (std::int64_t atom = batch.offsets[row]; atom < batch.offsets[row + 1]; ++atom)
+        present[static_cast<std::size_t>(types.of_atom[static_cast<std::size_t>(atom)])] = true;
+      double longest = 0;
+      for (std::size_t a = 0; a < count; ++a)
+        for (std::size_t b = a; b < count; ++b)
+          if (present[a] && present[b]) longest = std::max(longest, table[a * count + b].cutoff);
+      out.push_back(longest > 0 ? longest : 1.0);  // a structure without atoms
+    }
+    return out;
+  }
+
+  PairPrior::Settings settings_;
+  Species types_;
+  std::vector<PriorPair> table_;
+  std::vector<std::int32_t> kinds_;
+  std::vector<double> slopes_;
+};
+
+void expect_positive(double value, const char* owner, const char* name) {
+  if (!(value > 0) || !std::isfinite(value))
+    throw Error(std::string(owner) + " needs a positive, finite " + name + ", but it is " + std::to_string(value));
+}
+void expect_not_negative(double value, const char* owner, const char* name) {
+  if (!(value >= 0) || !std::isfinite(value))
+    throw Error(std::string(owner) + " needs a finite " + name + " of at least 0, but it is " + std::to_string(value));
+}
+
+}  // namespace
+
+std::unique_ptr<Evaluator> Emt::evaluator(const BatchView& batch) const {
+  return std::make_unique<EmtEvaluator>(batch);
+}
+
+LennardJones::LennardJones(const Settings& settings) : settings_(settings) {
+  expect_positive(settings.sigma, "LennardJones", "sigma");
+  expect_not_negative(settings.rc, "LennardJones", "rc");
+  expect_not_negative(settings.ro, "LennardJones", "ro");
+  if (!std::isfinite(settings.epsilon)) throw Error("LennardJones needs a finite epsilon");
+  if (settings_.rc == 0) settings_.rc = 3 * settings_.sigma;
+  if (settings_.ro == 0) settings_.ro = 0.66 * settings_.rc;
+  if (settings_.smooth && !(settings_.ro < settings_.rc))
+    throw Error("LennardJones needs ro < rc, but ro is " + std::to_string(settings_.ro) + " and rc is " +
+                std::to_string(settings_.rc));
+}
+
+std::unique_ptr<Evaluator> LennardJones::evaluator(const BatchView& batch) const {
+  return std::make_unique<LennardJonesEvaluator>(batch, settings_);
+}
+
+PairPrior::PairPrior(const Settings& settings) : settings_(settings) {
+  expect_positive(settings.radius_scale, "PairPrior", "radius_scale");
+  expect_not_negative(settings.cutoff, "PairPrior", "cutoff");
+  if (settings.form == Form::bonding) {
+    expect_not_negative(settings.depth, "PairPrior", "depth");
+    expect_positive(settings.stiffness, "PairPrior", "stiffness");
+  } else {
+    expect_positive(settings.repulsive_factor, "PairPrior", "repulsive_factor");
+  }
+}
+
+std::unique_ptr<Evaluator> PairPrior::evaluator(const BatchView& batch) const {
+  const Species types(batch);
+  std::vector<PriorPair> table;
+  for (const std::int32_t a : types.numbers)
+    for (const std::int32_t b : types.numbers) {
+      const double sum = settings_.radius_scale * (covalent_radius(a) + covalent_radius(b));
+      PriorPair pair{};
+      if (settings_.form == Form::bonding) {
+        pair.radius = sum;
+        pair.exponent = settings_.stiffness / sum;
+        pair.depth = settings_.depth;
+        pair.cutoff = settings_.cutoff > 0 ? settings_.cutoff : 2.5 * sum;
+        pair.switch_from = std::min(1.6 * sum, 0.64 * pair.cutoff);
+      } else {
+        pair.radius = settings_.repulsive_factor * sum;
+        pair.cutoff = settings_.cutoff > 0 ? settings_.cutoff : 3.0;
+        pair.switch_from = 0.75 * pair.cutoff;
+      }
+      pair.switch_scale = 1.0 / (pair.cutoff - pair.switch_from);
+      table.push_back(pair);
+    }
+  return std::make_unique<PriorEvaluator>(batch, settings_, types, std::move(table));
+}
+
+// ---- whole batches
+// ---------------------------------------------------------------------------------------------------
+
+void evaluate(const Landscape& landscape, const BatchView& batch, std::span<double> energies, std::span<double> forces,
+              int threads) {
+  batch.check();
+  const std::int64_t n = static_cast<std::int64_t>(batch.size());
+  if (energies.size() != batch.size())
+    throw Error("energies must hold " + std::to_string(batch.size()) + " values, but it holds " +
+                std::to_string(energies.size()));
+  if (forces.size() != batch.positions.size())
+    throw Error("forces must hold " + std::to_string(batch.positions.size()) + " values, but it holds " +
+                std::to_string(forces.size()));
+  if (threads < 0) throw Error("threads must be 0 (choose) or positive, but it is " + std::to_string(threads));
+  if (threads == 0) threads = default_threads();
+  if (n == 0) return;
+  std::vector<std::int64_t> rows(static_cast<std::size_t>(n));
+  for (std::int64_t row = 0; row < n; ++row) rows[static_cast<std::size_t>(row)] = row;
+  // Chunks of 8, the width of a surrogate's tile, as long as that gives every thread some.
+  const std::int64_t chunk = std::clamp<std::int64_t>(n / threads, 1, 8), chunks = (n + chunk - 1) / chunk;
+  threads = static_cast<int>(std::min<std::int64_t>(threads, chunks));
+  if (threads == 1) {
+    landscape.evaluator(batch)->evaluate(rows, batch.positions.data(), energies.data(), forces.data());
+    return;
+  }
+  std::exception_ptr failure;
+  std::int64_t failed_chunk = chunks;
+#pragma omp parallel num_threads(threads)
+  {
+    std::unique_ptr<Evaluator> evaluator;
+#pragma omp for schedule(dynamic, 1)
+    for (std::int64_t c = 0; c < chunks; ++c) {
+      try {
+        if (!evaluator) evaluator = landscape.evaluator(batch);
+        const std::int64_t first = c * chunk, count = std::min(chunk, n - first);
+        evaluator->evaluate({rows.data() + first, static_cast<std::size_t>(count)}, batch.positions.data(),
+                            energies.data(), forces.data());
+      } catch (...) {
+#pragma omp critical(thalweg_evaluate)
+        if (c < failed_chunk) {
+          failed_chunk = c;
+          failure = std::current_exception();
+        }
+      }
+    }
+  }
+  if (failure) std::rethrow_exception(failure);
+}
+
+}  // namespace thalweg

@@ -1,1 +1,223 @@
-// in work
+#include <cmath>
+
+#include "potentials_kernels.hpp"
+
+namespace thalweg::THALWEG_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+using Real = double __attribute__((vector_size(kBytes)));
+using Whole = long long __attribute__((vector_size(kBytes)));
+constexpr std::size_t kLanes = kBytes / sizeof(double);
+
+[[gnu::always_inline]] inline Real broadcast(double x) { return x - Real{}; }
+[[gnu::always_inline]] inline Real load(const double* x) {
+  Real out;
+  __builtin_memcpy(&out, x, sizeof(out));
+  return out;
+}
+[[gnu::always_inline]] inline void store(double* x, Real v) { __builtin_memcpy(x, &v, sizeof(v)); }
+[[gnu::always_inline]] inline double sum(Real v) {
+  double total = v[0];
+  for (std::size_t lane = 1; lane < kLanes; ++lane) total += v[lane];
+  return total;
+}
+
+// exp to 2e-16 relative between -700 and 700 (clamped outside): x = k ln 2 + f, Taylor series of exp f, |f| < 0.35.
+[[gnu::always_inline]] inline Real exponential(Real x) {
+  const Real low = broadcast(-700.0), high = broadcast(700.0);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const Real magic = broadcast(0x1.8p52);  // adding it leaves the nearest whole number in the low bits
+  const Real shifted = x * 1.4426950408889634 + magic;
+  const Real k = shifted - magic;
+  const Real f = (x - k * 0x1.62e42fee00000p-1) - k * 0x1.a39ef35793c76p-33;  // ln 2 in two parts
+  const Real f2 = f * f, f4 = f2 * f2;
+  const Real p01 = 1.0 + f, p23 = 1.0 / 2 + f * (1.0 / 6), p45 = 1.0 / 24 + f * (1.0 / 120),
+             p67 = 1.0 / 720 + f * (1.0 / 5040), p89 = 1.0 / 40320 + f * (1.0 / 362880),
+             pab = 1.0 / 3628800 + f * (1.0 / 39916800), pcd = 1.0 / 479001600 + f * (1.0 / 6227020800.0);
+  const Real low_part = (p01 + f2 * p23) + f4 * (p45 + f2 * p67);
+  const Real high_part = (p89 + f2 * pab) + f4 * pcd;
+  const Real p = low_part + (f4 * f4) * high_part;
+  return (Real)((Whole)p + ((Whole)shifted << 52));
+}
+
+double emt_pairs(std::size_t n, const std::int32_t* i, const std::int32_t* j, const double* r, const std::int32_t* type,
+                 const EmtPair* table, int types, double slope, double middle, double* density, double* d_density_i,
+                 double* d_density_j, double* d_pair) {
+  Real energy = {};
+  for (std::size_t p = 0; p < n; p += kLanes) {
+    const std::size_t left = n - p < kLanes ? n - p : kLanes;
+    Real distance = broadcast(middle);  // lanes beyond the end: all coefficients are zero
+    Real density_i = {}, pair_i = {}, eta_j = {}, kappa_j = {}, density_j = {}, pair_j = {}, eta_i = {}, kappa_i = {};
+    for (std::size_t lane = 0; lane < left; ++lane) {
+      const int a = type[i[p + lane]], b = type[j[p + lane]];
+      const EmtPair& at_i = table[a * types + b];
+      const EmtPair& at_j = table[b * types + a];
+      distance[lane] = r[p + lane];
+      density_i[lane] = at_i.density;
+      pair_i[lane] = at_i.pair;
+      eta_j[lane] = at_i.eta;
+      kappa_j[lane] = at_i.kappa;
+      density_j[lane] = at_j.density;
+      pair_j[lane] = at_j.pair;
+      eta_i[lane] = at_j.eta;
+      kappa_i[lane] = at_j.kappa;
+    }
+    const Real w = 1.0 / (1.0 + exponential(slope * (distance - middle)));
+    const Real d_log_w = slope * (w - 1.0);
+    const Real rho_i = density_i * w * exponential(-eta_j * distance);
+    const Real rho_j = density_j * w * exponential(-eta_i * distance);
+    const Real energy_i = pair_i * w * exponential(-kappa_j * distance);
+    const Real energy_j = pair_j * w * exponential(-kappa_i * distance);
+    energy += energy_i + energy_j;
+    const Real slope_i = rho_i * (d_log_w - eta_j), slope_j = rho_j * (d_log_w - eta_i);
+    const Real slope_pair = energy_i * (d_log_w - kappa_j) + energy_j * (d_log_w - kappa_i);
+    for (std::size_t lane = 0; lane < left; ++lane) {
+      density[i[p + lane]] += rho_i[lane];
+      density[j[p + lane]] += rho_j[lane];
+      d_density_i[p + lane] = slope_i[lane];
+      d_density_j[p + lane] = slope_j[lane];
+      d_pair[p + lane] = slope_pair[lane];
+    }
+  }
+  return sum(energy);
+}
+
+// Energy of a pair and (dE/dr) / r from the square of its distance (ASE's formulas); zero beyond the cutoff.
+template <bool smooth>
+[[gnu::always_inline]] inline void lennard_jones(Real square, const LennardJonesCoefficients& c, Real& energy,
+                                                 Real& slope_over_r) {
+  const Real inverse = 1.0 / square;
+  const Real s2 = c.sigma2 * inverse, s6 = s2 * s2 * s2;
+  energy = c.four_epsilon * (s6 * s6 - s6);
+  slope_over_r = -6.0 * c.four_epsilon * (2.0 * (s6 * s6) - s6) * inverse;
+  if constexpr (smooth) {
+    const Real gap = c.rc2 - square;
+    Real cut = gap * gap * (c.rc2 + 2.0 * square - 3.0 * c.ro2) * c.inverse_switch;
+    Real d_cut = 6.0 * gap * (c.ro2 - square) * c.inverse_switch;
+    const Real onset = broadcast(c.ro2);
+    cut = square < onset ? broadcast(1.0) : cut;
+    d_cut = square < onset ? Real{} : d_cut;
+    slope_over_r = cut * slope_over_r + 2.0 * d_cut * energy;
+    energy = cut * energy;
+  } else {
+    energy -= c.shift;
+  }
+}
+
+template <bool smooth>
+double lennard_jones_all_as(std::size_t n, std::size_t padded, const double* planes, double* forces,
+                            const LennardJonesCoefficients& c) {
+  const double *x = planes, *y = planes + padded, *z = planes + 2 * padded;
+  double *fx = forces, *fy = forces + padded, *fz = forces + 2 * padded;
+  for (std::size_t k = 0; k < 3 * padded; ++k) forces[k] = 0.0;
+  Real lane_index;
+  for (std::size_t lane = 0; lane < kLanes; ++lane) lane_index[lane] = static_cast<double>(lane);
+  const Real limit = broadcast(c.rc2);
+  Real total = {};
+  for (std::size_t i = 0; i + 1 < n; ++i) {
+    const Real xi = broadcast(x[i]), yi = broadcast(y[i]), zi = broadcast(z[i]), self = broadcast(double(i));
+    Real sum_x = {}, sum_y = {}, sum_z = {};
+    for (std::size_t j = (i + 1) / kLanes * kLanes; j < n; j += kLanes) {
+      const Real dx = load(x + j) - xi, dy = load(y + j) - yi, dz = load(z + j) - zi;
+      const Real square = dx * dx + dy * dy + dz * dz;
+      Real energy, slope;
+      lennard_jones<smooth>(square, c, energy, slope);
+      const Whole counts = (lane_index + double(j) > self) & (square <= limit);
+      total += counts ? energy : Real{};
+      slope = counts ? slope : Real{};
+      const Real gx = slope * dx, gy = slope * dy, gz = slope * dz;
+      sum_x += gx;
+      sum_y += gy;
+      sum_z += gz;
+      store(fx + j, load(fx + j) - gx);
+      store(fy + j, load(fy + j) - gy);
+      store(fz + j, load(fz + j) - gz);
+    }
+    fx[i] += sum(sum_x);
+    fy[i] += sum(sum_y);
+    fz[i] += sum(sum_z);
+  }
+  return sum(total);
+}
+
+double lennard_jones_all(std::size_t n, std::size_t padded, const double* planes, double* forces,
+                         const LennardJonesCoefficients& c) {
+  return c.smooth ? lennard_jones_all_as<true>(n, padded, planes, forces, c)
+                  : lennard_jones_all_as<false>(n, padded, planes, forces, c);
+}
+
+template <bool smooth>
+double lennard_jones_pairs_as(std::size_t n, const double* r, double* slope_over_r, const LennardJonesCoefficients& c) {
+  Real total = {};
+  for (std::size_t p = 0; p < n; p += kLanes) {
+    const std::size_t left = n - p < kLanes ? n - p : kLanes;
+    Real distance = broadcast(2.0 * std::sqrt(c.rc2));
+    if (left == kLanes)
+      distance = load(r + p);
+    else
+      for (std::size_t lane = 0; lane < left; ++lane) distance[lane] = r[p + lane];
+    const Real square = distance * distance;
+    Real energy, slope;
+    lennard_jones<smooth>(square, c, energy, slope);
+    const Whole counts = square <= broadcast(c.rc2);
+    total += counts ? energy : Real{};
+    slope = counts ? slope : Real{};
+    for (std::size_t lane = 0; lane < left; ++lane) slope_over_r[p + lane] = slope[lane];
+  }
+  return sum(total);
+}
+
+double lennard_jones_pairs(std::size_t n, const double* r, double* slope_over_r, const LennardJonesCoefficients& c) {
+  return c.smooth ? lennard_jones_pairs_as<true>(n, r, slope_over_r, c)
+                  : lennard_jones_pairs_as<false>(n, r, slope_over_r, c);
+}
+
+double morse_pairs(std::size_t n, const double* r, const std::int32_t* kind, const PriorPair* table,
+                   double* slope_over_r) {
+  Real total = {};
+  for (std::size_t p = 0; p < n; p += kLanes) {
+    const std::size_t left = n - p < kLanes ? n - p : kLanes;
+    Real distance = broadcast(1.0), radius = distance, exponent = distance;
+    Real depth = {}, cutoff = {}, from = {}, scale = {};
+    for (std::size_t lane = 0; lane < left; ++lane) {
+      const PriorPair& pair = table[kind[p + lane]];
+      distance[lane] = r[p + lane];
+      radius[lane] = pair.radius;
+      exponent[lane] = pair.exponent;
+      depth[lane] = pair.depth;
+      cutoff[lane] = pair.cutoff;
+      from[lane] = pair.switch_from;
+      scale[lane] = pair.switch_scale;
+    }
+    const Real e = exponential(exponent * (radius - distance));
+    const Real well = depth * (e * e - 2.0 * e);
+    const Real d_well = -2.0 * exponent * depth * (e * e - e);
+    Real t = (distance - from) * scale;
+    t = t < Real{} ? Real{} : t;
+    const Real rest = 1.0 - t;
+    const Real cut = 1.0 - t * t * t * (10.0 - t * (15.0 - 6.0 * t));
+    const Real d_cut = -30.0 * t * t * rest * rest * scale;
+    const Whole counts = distance < cutoff;
+    total += counts ? well * cut : Real{};
+    const Real slope = counts ? (d_well * cut + well * d_cut) / distance : Real{};
+    for (std::size_t lane = 0; lane < left; ++lane) slope_over_r[p + lane] = slope[lane];
+  }
+  return sum(total);
+}
+
+}  // namespace
+
+const PotentialKernels& potential_kernels() {
+  static constexpr PotentialKernels table{emt_pairs, lennard_jones_all, lennard_jones_pairs, morse_pairs};
+  return table;
+}
+
+}  // namespace thalweg::THALWEG_ISA

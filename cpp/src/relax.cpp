@@ -286,7 +286,7 @@ double Minimiser::project_forces() {
 }
 
 // Stores the step from best to trial, if the curvature along it is positive.
-void Minimiser::remember() {
+bool Minimiser::remember() {
   const std::size_t size = 3 * n_;
   const int row = (newest_ + 1) % settings_.memory;
   double* s = history_s_.data() + static_cast<std::size_t>(row) * size;
@@ -296,10 +296,11 @@ void Minimiser::remember() {
     y[i] = (best_forces_[i] - trial_forces_[i]) * free_[i];
   }
   const double sy = dot(s, y, size), ss = dot(s, s, size), yy = dot(y, y, size);
-  if (!(sy > 1e-8 * std::sqrt(ss * yy)) || !(sy > 0)) return;
+  if (!(sy > 1e-8 * std::sqrt(ss * yy)) || !(sy > 0)) return false;
   history_rho_[static_cast<std::size_t>(row)] = 1.0 / sy;
   newest_ = row;
   stored_ = std::min(stored_ + 1, settings_.memory);
+  return true;
 }
 
 void Minimiser::restart_direction() {
@@ -364,8 +365,17 @@ void Minimiser::place_trial() {
     if (walls_.outside(trial_.data() + 3 * a) > 0) confine(a, best_.data() + 3 * a, trial_.data() + 3 * a);
 }
 
-// A step that failed: a shorter one along the same direction, then one along the forces; false when both are used up.
-bool Minimiser::shorten(double energy, bool finite) {
+// A step that failed: first a new direction that knows the curvature met on it, then shorter ones, then those along the
+// forces; false when all are used up.
+bool Minimiser::shorten(double energy, const double* forces, bool finite) {
+  if (finite && shortened_ == 0 && !corrected_) {
+    std::copy(forces, forces + 3 * n_, trial_forces_.begin());
+    if (remember()) {
+      corrected_ = true;
+      choose_direction();
+      return true;
+    }
+  }
   if (shortened_ == kMostShortenings) {
     if (steepest_) return false;
     restart_direction();
@@ -402,7 +412,7 @@ void Minimiser::tell(double energy, const double* forces) {
   if (!first) {
     const double slack = kEnergySlack * std::max(1.0, std::abs(best_energy_));
     if (!finite || energy > best_energy_ + slack) {
-      stalled_ = !shorten(energy, finite);
+      stalled_ = !shorten(energy, forces, finite);
       return;
     }
     std::copy(forces, forces + size, trial_forces_.begin());
@@ -413,6 +423,7 @@ void Minimiser::tell(double energy, const double* forces) {
     best_forces_.assign(forces, forces + size);
   }
   best_energy_ = energy;
+  corrected_ = false;
   const double largest = project_forces();
   if (largest < settings_.force_tolerance) {
     converged_ = true;

@@ -1,7 +1,84 @@
+#include "thalweg/potentials.hpp"
+
 #include "common.hpp"
+#include "thalweg/neighbors.hpp"
 
 namespace thalweg::bindings {
+namespace {
 
-void bind_potentials(py::module_&) {}
+PairPrior::Form prior_form(const std::string& name) {
+  if (name == "bonding") return PairPrior::Form::bonding;
+  if (name == "repulsive") return PairPrior::Form::repulsive;
+  throw Error("form must be 'bonding' or 'repulsive', but it is '" + name + "'");
+}
+
+py::tuple evaluate_batch(const Landscape& landscape, const py::object& batch, int threads) {
+  const BatchArrays arrays(batch);
+  py::array_t<double> energies(static_cast<py::ssize_t>(arrays.view().size()));
+  py::array_t<double> forces({static_cast<py::ssize_t>(arrays.view().atoms()), py::ssize_t{3}});
+  const std::span<double> e = span_mut(energies), f = span_mut(forces);
+  {
+    py::gil_scoped_release release;
+    evaluate(landscape, arrays.view(), e, f, threads);
+  }
+  return py::make_tuple(std::move(energies), std::move(forces));
+}
+
+py::tuple neighbor_pairs(const py::object& batch, double cutoff) {
+  const BatchArrays arrays(batch);
+  if (arrays.view().size() != 1)
+    throw Error("neighbor_pairs takes a batch of one structure, but it holds " + std::to_string(arrays.view().size()));
+  NeighborList list(cutoff, 0.0);
+  list.update(arrays.view()[0]);
+  const auto n = static_cast<py::ssize_t>(list.size());
+  return py::make_tuple(py::array_t<std::int32_t>(n, list.i()), py::array_t<std::int32_t>(n, list.j()),
+                        py::array_t<double>({n, py::ssize_t{3}}, list.d()), py::array_t<double>(n, list.r()));
+}
+
+}  // namespace
+
+void bind_potentials(py::module_& m) {
+  py::class_<Landscape, std::shared_ptr<Landscape>>(
+      m, "Landscape", "Anything that gives structures energies [eV] and forces [eV/angstrom, -dE/dx].");
+
+  py::class_<Emt, Landscape, std::shared_ptr<Emt>>(m, "Emt",
+                                                   "Effective medium theory (Jacobsen, Stoltze, Norskov 1996); values "
+                                                   "of ASE's EMT() for Al, Cu, Ag, Au, Ni, Pd, Pt, "
+                                                   "H, C, N and O.")
+      .def(py::init<>());
+
+  py::class_<LennardJones, Landscape, std::shared_ptr<LennardJones>>(
+      m, "LennardJones",
+      "Lennard-Jones, all species alike; values of ASE's calculator. sigma, rc, ro in angstrom, epsilon in eV; rc = 0: "
+      "3 sigma, ro = 0: 0.66 rc.")
+      .def(py::init([](double sigma, double epsilon, double rc, double ro, bool smooth) {
+             return std::make_shared<LennardJones>(LennardJones::Settings{sigma, epsilon, rc, ro, smooth});
+           }),
+           py::arg("sigma") = 1.0, py::arg("epsilon") = 1.0, py::kw_only(), py::arg("rc") = 0.0, py::arg("ro") = 0.0,
+           py::arg("smooth") = false);
+
+  py::class_<PairPrior, Landscape, std::shared_ptr<PairPrior>>(
+      m, "PairPrior",
+      "Pair potential from covalent radii alone. form: 'bonding' (Morse wells at the sum of radii: depth [eV], "
+      "stiffness "
+      "[1/r0]) or 'repulsive' (1 / (r + 1 - r_min)^12, r_min = repulsive_factor times the sum of radii). cutoff "
+      "[angstrom] = 0: 2.5 times the sum of radii of each pair (bonding), 3 (repulsive).")
+      .def(py::init([](const std::string& form, double depth, double stiffness, double radius_scale, double cutoff,
+                       double repulsive_factor, bool sharp_cutoff) {
+             return std::make_shared<PairPrior>(PairPrior::Settings{prior_form(form), depth, stiffness, radius_scale,
+                                                                    cutoff, repulsive_factor, sharp_cutoff});
+           }),
+           py::arg("form") = "bonding", py::kw_only(), py::arg("depth") = 0.8, py::arg("stiffness") = 4.0,
+           py::arg("radius_scale") = 1.0, py::arg("cutoff") = 0.0, py::arg("repulsive_factor") = 0.7,
+           py::arg("sharp_cutoff") = false);
+
+  m.def("evaluate", &evaluate_batch, py::arg("landscape"), py::arg("batch"), py::kw_only(), py::arg("threads") = 0,
+        "Energies (n,) [eV] and forces (m, 3) [eV/angstrom] of a batch; threads = 0: default_threads(). The same bits "
+        "for any number of threads.");
+  m.def(
+      "neighbor_pairs", &neighbor_pairs, py::arg("batch"), py::arg("cutoff"),
+      "Every pair (i, j, image) of one structure within the cutoff [angstrom], once: i (p,), j (p,), d (p, 3) = r_j + "
+      "image - r_i, r (p,).");
+}
 
 }  // namespace thalweg::bindings

@@ -41,7 +41,7 @@ _NOTHING: Mapping[str, Array] = MappingProxyType({})
 def _frozen(values: Any, dtype: Any = None) -> Array:
     """A C-ordered array that nobody can write to; copies only what somebody else could still change."""
     array = np.asarray(values, dtype=dtype, order="C")
-    if array.flags.writeable or array.base is not None and array.base is values:
+    if array.flags.writeable:
         array = array.copy()
         array.flags.writeable = False
     return array
@@ -469,7 +469,7 @@ class Problem:
             )
         if box is None and self.pbc.all():
             vectors = self.cell.copy()
-        elif box is None or np.ndim(box) == 0:
+        elif box is None or isinstance(box, (int, float, np.number)):
             radii = np.array([_core.covalent_radius(int(z)) for z in self.placed_numbers])
             edge = float(box) if box is not None else float(np.cbrt(np.sum((2.3 * radii) ** 3)))
             if not edge > 0:

@@ -25,6 +25,10 @@ class NeighborList {
   /// vector, or a position is not finite or beyond 1e9 angstrom. No allocation while the number of pairs does not grow.
   void update(const StructureView& structure);
 
+  /// Throws Error if the lattice of the periodic directions cannot be used: the checks of update() that do not depend
+  /// on positions.
+  void check_cell(const StructureView& structure) const;
+
   std::size_t size() const { return count_; }
   const std::int32_t* i() const { return i_.data(); }
   const std::int32_t* j() const { return j_.data(); }

@@ -52,9 +52,9 @@ struct RelaxSettings {
 ///     while (!m.done()) m.tell(energy_at(m.positions()), forces_at(m.positions()));
 ///
 /// L-BFGS (Nocedal, Math. Comp. 35, 773 (1980)); the whole step is scaled so that no atom moves further than max_step.
-/// A step that raises the energy, or gives something that is not finite, is taken back and shortened; after five of
-/// those the curvature is forgotten and the search goes on along the forces; if that fails too the minimiser is done,
-/// not converged. Every call counts one evaluation.
+/// A step that raises the energy, or gives something that is not finite, is taken back; the curvature seen on it gives a
+/// new direction, which is then shortened up to five times; then all curvature is forgotten and the forces are followed;
+/// if that fails too the minimiser is done, not converged. Every call counts one evaluation.
 ///
 /// Box: an atom at a wall slides along it, and the force that presses it against the wall does not count. An atom that
 /// starts outside is not put back: for each wall it is beyond, its present distance is its wall, so it may only come
@@ -82,17 +82,17 @@ class Minimiser {
   Touching touching(std::size_t atom, const double* x) const;
   void confine(std::size_t atom, const double* from, double* to) const;
   double project_forces();
-  void remember();
+  bool remember();
   void choose_direction();
   void restart_direction();
   void limit_direction();
   void place_trial();
-  bool shorten(double energy, bool finite);
+  bool shorten(double energy, const double* forces, bool finite);
 
   RelaxSettings settings_;
   Walls walls_;
   std::size_t n_ = 0;
-  bool converged_ = false, stalled_ = false, steepest_ = true;
+  bool converged_ = false, stalled_ = false, steepest_ = true, corrected_ = false;
   int evaluations_ = 0, shortened_ = 0;
   double best_energy_ = 0, scale_ = 1;         // trial = best + scale * direction, confined
   std::vector<double> free_;                   // (n, 3) 1 where the coordinate may move, else 0

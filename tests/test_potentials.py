@@ -1,0 +1,411 @@
+"""Built-in potentials: values of ASE's calculators, derivatives, laws, bad input."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk, fcc111, molecule
+from ase.calculators.emt import EMT as AseEMT
+from ase.calculators.lj import LennardJones as AseLennardJones
+from ase.neighborlist import neighbor_list
+from thalweg import _core
+from thalweg.calculators import EMT, LennardJones, landscape_of, make_calculator
+from thalweg.errors import ConfigurationError, ThalwegError
+
+METALS = ["Al", "Cu", "Ag", "Au", "Ni", "Pd", "Pt"]
+EVERY = [*METALS, "H", "C", "N", "O"]
+
+
+def pack(structures):
+    sizes = [len(a) for a in structures]
+    return SimpleNamespace(
+        positions=np.concatenate([a.positions for a in structures]),
+        numbers=np.concatenate([a.numbers for a in structures]),
+        offsets=np.concatenate([[0], np.cumsum(sizes)]),
+        cells=np.array([np.asarray(a.cell) for a in structures]),
+        pbc=np.array([a.pbc for a in structures]),
+        fixed=np.zeros((sum(sizes), 3), dtype=bool),
+    )
+
+
+def evaluate(landscape, atoms):
+    energies, forces = _core.evaluate(landscape, pack([atoms]), threads=1)
+    return energies[0], forces
+
+
+def cluster(symbols, seed, edge=6.0, closest=1.8):
+    rng = np.random.default_rng(seed)
+    positions = []
+    while len(positions) < len(symbols):
+        x = rng.uniform(0, edge, 3)
+        if all(np.linalg.norm(x - y) > closest for y in positions):
+            positions.append(x)
+    return Atoms(symbols, positions, cell=[12, 12, 12])
+
+
+def skewed(symbols, seed, pbc):
+    """Atoms inside and outside a small skewed cell: an atom sees several images of others and of itself."""
+    rng = np.random.default_rng(seed)
+    cell = 4.5 * np.eye(3) + rng.uniform(-1.2, 1.2, (3, 3))
+    for _ in range(10000):
+        scaled = rng.uniform(-0.7, 1.7, (len(symbols), 3))
+        atoms = Atoms(symbols, scaled @ cell, cell=cell, pbc=pbc)
+        pairs = neighbor_list("d", atoms, 1.6)
+        if len(pairs) == 0:
+            return atoms
+    raise AssertionError("no such structure")
+
+
+def rattled(atoms, seed, amplitude=0.15):
+    atoms = atoms.copy()
+    atoms.positions += np.random.default_rng(seed).normal(0, amplitude, atoms.positions.shape)
+    return atoms
+
+
+def cases():
+    yield "Au4Ni4", cluster(["Au"] * 4 + ["Ni"] * 4, 1)
+    for k in range(6):
+        symbols = np.random.default_rng(k).choice(EVERY, 9)
+        yield f"mixture {k}", cluster(list(symbols), 10 + k)
+    for symbol in EVERY:
+        yield f"dimer and atom {symbol}", Atoms([symbol] * 3, [[0, 0, 0], [1.9, 0.3, 0], [30, 0, 0]])
+    for symbol in METALS:
+        yield f"bulk {symbol}", rattled(bulk(symbol, cubic=True), 3)
+    yield "one atom cell", bulk("Cu")
+    yield "slab", rattled(fcc111("Au", (2, 3, 3), vacuum=7.0, periodic=False), 4)
+    corners = [[0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0], [0, 0, 0]]
+    yield "ordered alloy", rattled(Atoms("Cu3Au", scaled_positions=corners, cell=[3.75] * 3, pbc=True), 5)
+    for k in range(8):
+        pbc = [bool(k & 1), bool(k & 2), bool(k & 4)]
+        yield f"skewed {pbc}", skewed(["Au", "Ni", "Pt", "Al"], 20 + k, pbc)
+    yield "molecule", molecule("CH3CH2OH")
+
+
+CASES = dict(cases())
+PERIODIC = ["bulk Au", "slab", "ordered alloy", *[name for name in CASES if name.startswith("skewed")]]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_emt_has_the_values_of_ase(name):
+    atoms = CASES[name].copy()
+    energy, forces = evaluate(_core.Emt(), atoms)
+    atoms.calc = AseEMT()
+    assert energy == pytest.approx(atoms.get_potential_energy(), abs=1e-8)
+    np.testing.assert_allclose(forces, atoms.get_forces(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"rc": 2.13},
+        {"smooth": True},
+        {"sigma": 0.8, "epsilon": 2.5, "rc": 2.4, "ro": 1.9, "smooth": True},
+    ],
+)
+def test_lennard_jones_has_the_values_of_ase(settings):
+    rng = np.random.default_rng(0)
+    clusters = [cluster(["Ar"] * n, n, edge=1.2 * n ** (1 / 3), closest=0.75) for n in (2, 7, 8, 9, 38)]
+    big = Atoms(["Ar"] * 125, 1.1 * np.indices((5, 5, 5)).reshape(3, -1).T + rng.normal(0, 0.05, (125, 3)))
+    tiny = Atoms(["Ar"] * 2, [[0, 0, 0], [0.9, 0.5, 0.4]], cell=[[1.5, 0, 0], [0.4, 1.6, 0], [0.2, 0.5, 1.7]])
+    periodic = []
+    for k in range(8):
+        periodic.append(tiny.copy())
+        periodic[-1].pbc = [bool(k & 1), bool(k & 2), bool(k & 4)]
+    for atoms in [*clusters, big, *periodic]:
+        calculator = LennardJones(**settings)
+        ours = atoms.copy()
+        ours.calc = calculator
+        atoms.calc = AseLennardJones(**settings)
+        scale = max(1.0, np.abs(atoms.get_forces()).max())
+        assert ours.get_potential_energy() == pytest.approx(atoms.get_potential_energy(), rel=1e-11, abs=1e-9)
+        np.testing.assert_allclose(ours.get_forces(), atoms.get_forces(), rtol=0, atol=1e-11 * scale)
+
+
+@pytest.mark.parametrize("name", PERIODIC)
+def test_neighbor_pairs_are_those_of_ase(name):
+    atoms = CASES[name]
+    i, j, d, r = _core.neighbor_pairs(pack([atoms]), 8.0)
+    reference = neighbor_list("ijD", atoms, 8.0)
+    both = np.column_stack([np.concatenate([i, j]), np.concatenate([j, i]), np.concatenate([d, -d])])
+    other = np.column_stack([reference[0], reference[1], reference[2]])
+    key = lambda rows: rows[np.lexsort(np.round(rows, 6).T)]  # noqa: E731
+    assert len(i) >= 3
+    np.testing.assert_allclose(key(both), key(other), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(np.linalg.norm(d, axis=1), r, rtol=1e-14)
+
+
+def numpy_prior(atoms, form, cutoff=0.0, depth=0.8, stiffness=4.0, scale=1.0, factor=0.7, sharp=False):
+    """The formulas of potentials.hpp, pair by pair."""
+    from ase.data import covalent_radii
+
+    i, j, r = neighbor_list("ijd", atoms, cutoff or (3.0 if form == "repulsive" else 10.0))
+    radius = scale * (covalent_radii[atoms.numbers[i]] + covalent_radii[atoms.numbers[j]])
+    if form == "bonding":
+        end = np.full(len(r), cutoff) if cutoff else 2.5 * radius
+        start = np.minimum(1.6 * radius, 0.64 * end)
+        a = stiffness / radius
+        energy = depth * (np.exp(-2 * a * (r - radius)) - 2 * np.exp(-a * (r - radius)))
+    else:
+        end = np.full(len(r), cutoff or 3.0)
+        start = 0.75 * end
+        energy = 1 / (r + 1 - factor * radius) ** 12
+    t = np.clip((r - start) / (end - start), 0, 1)
+    return 0.5 * np.sum(energy if sharp else energy * (1 - 10 * t**3 + 15 * t**4 - 6 * t**5))
+
+
+PRIORS = [
+    ({"form": "bonding"}, {}),
+    (
+        {"form": "bonding", "depth": 0.5, "stiffness": 6.0, "radius_scale": 1.1, "cutoff": 4.0},
+        {"depth": 0.5, "stiffness": 6.0, "scale": 1.1, "cutoff": 4.0},
+    ),
+    ({"form": "repulsive"}, {}),
+    ({"form": "repulsive", "repulsive_factor": 0.8, "cutoff": 3.5}, {"factor": 0.8, "cutoff": 3.5}),
+    ({"form": "repulsive", "sharp_cutoff": True}, {"sharp": True}),
+]
+
+
+@pytest.mark.parametrize(("settings", "reference"), PRIORS)
+@pytest.mark.parametrize("name", ["Au4Ni4", "molecule", "bulk Au", "skewed [True, True, False]"])
+def test_pair_prior_has_the_values_of_its_formula(name, settings, reference):
+    energy, _ = evaluate(_core.PairPrior(**settings), CASES[name])
+    expected = numpy_prior(CASES[name], settings["form"], **reference)
+    assert abs(expected) > 1e-3
+    assert energy == pytest.approx(expected, rel=1e-12)
+
+
+def landscapes():
+    return {
+        "emt": _core.Emt(),
+        "lj": _core.LennardJones(2.3, 0.4, smooth=True),
+        "bonding": _core.PairPrior(),
+        "repulsive": _core.PairPrior("repulsive"),
+    }
+
+
+@pytest.mark.parametrize("which", landscapes())
+@pytest.mark.parametrize("name", ["Au4Ni4", "slab", "bulk Al", "skewed [True, False, True]"])
+def test_forces_are_the_derivative(which, name):
+    # within 1e-8 of the largest force; Richardson's extrapolation removes the step's error
+    landscape, atoms = landscapes()[which], CASES[name]
+    rng = np.random.default_rng(7)
+    _, forces = evaluate(landscape, atoms)
+
+    def energy(direction, step):
+        moved = atoms.copy()
+        moved.positions += step * direction
+        return evaluate(landscape, moved)[0]
+
+    for _ in range(3):
+        u = rng.normal(size=forces.shape)
+        u /= np.linalg.norm(u)
+        slope = lambda h: (energy(u, h) - energy(u, -h)) / (2 * h)  # noqa: E731, B023
+        numerical = (4 * slope(1e-3) - slope(2e-3)) / 3
+        assert abs(numerical + np.sum(forces * u)) < 1e-8 * max(np.abs(forces).max(), 1.0)
+
+
+def test_priors_have_two_continuous_derivatives():
+    for landscape, low, high in [(_core.PairPrior(), 0.8, 7.5), (_core.PairPrior("repulsive"), 0.2, 3.3)]:
+        r = np.arange(low, high, 1e-3)
+        pairs = [Atoms("Au2", [[0, 0, 0], [x, 0, 0]]) for x in r]
+        energies, forces = _core.evaluate(landscape, pack(pairs))
+        force = forces[1::2, 0]
+        curvature = np.diff(force) / 1e-3
+        scale = np.abs(curvature)[:-1] + np.abs(curvature)[1:] + 1.0
+        assert (
+            np.abs(np.diff(curvature) / scale).max() < 0.05
+        )  # a kink of the force would be a jump of order 1
+        assert energies[-1] == 0 and np.all(np.isfinite(energies))
+
+
+def test_repulsion_always_rises_inwards():
+    r = np.arange(0.05, 2.9, 0.01)
+    _, forces = _core.evaluate(
+        _core.PairPrior("repulsive"), pack([Atoms("Au2", [[0, 0, 0], [x, 0, 0]]) for x in r])
+    )
+    assert np.all(forces[1::2, 0] > 0)
+
+
+@pytest.mark.parametrize("which", landscapes())
+def test_laws(which):
+    landscape = landscapes()[which]
+    for name in ["bulk Pt", "slab", "skewed [True, True, True]"]:
+        atoms = CASES[name]
+        energy, forces = evaluate(landscape, atoms)
+        repeats = [2 if p else 1 for p in atoms.pbc]
+        energies, copies = evaluate(landscape, atoms.repeat(repeats))
+        assert energies == pytest.approx(np.prod(repeats) * energy, rel=1e-12)
+        np.testing.assert_allclose(copies, np.tile(forces, (np.prod(repeats), 1)), rtol=0, atol=1e-9)
+        np.testing.assert_allclose(forces.sum(axis=0), 0, atol=1e-9)
+        wrapped = atoms.copy()
+        wrapped.positions += 0.3
+        wrapped.wrap()
+        assert evaluate(landscape, wrapped)[0] == pytest.approx(energy, rel=1e-12)
+    atoms = CASES["Au4Ni4"]
+    energy, forces = evaluate(landscape, atoms)
+    rotation = np.linalg.qr(np.random.default_rng(2).normal(size=(3, 3)))[0]
+    turned = atoms.copy()
+    turned.positions = atoms.positions @ rotation.T + [3.0, -2.0, 7.0]
+    e, f = evaluate(landscape, turned)
+    assert e == pytest.approx(energy, rel=1e-12)
+    np.testing.assert_allclose(f, forces @ rotation.T, rtol=0, atol=1e-10 * np.abs(forces).max())
+    order = np.random.default_rng(3).permutation(len(atoms))
+    e, f = evaluate(landscape, atoms[order])
+    assert e == pytest.approx(energy, rel=1e-12)
+    np.testing.assert_allclose(f, forces[order], rtol=0, atol=1e-10 * np.abs(forces).max())
+
+
+@pytest.mark.parametrize("which", landscapes())
+def test_the_same_bits_for_any_batch_and_number_of_threads(which):
+    landscape = landscapes()[which]
+    structures = [
+        CASES[name] for name in ["Au4Ni4", "slab", "bulk Cu", "molecule", "skewed [True, True, True]"]
+    ] * 5
+    batch = pack(structures)
+    energies, forces = _core.evaluate(landscape, batch, threads=1)
+    for threads in (2, 3, 8):
+        e, f = _core.evaluate(landscape, batch, threads=threads)
+        assert np.array_equal(e, energies) and np.array_equal(f, forces)
+    for k, atoms in enumerate(structures[:5]):
+        e, f = evaluate(landscape, atoms)
+        assert e == energies[k]
+        assert np.array_equal(f, forces[batch.offsets[k] : batch.offsets[k + 1]])
+
+
+def test_every_instruction_set_gives_the_same_numbers():
+    best = _core.active_isa()
+    reference = {key: evaluate(value, CASES["slab"]) for key, value in landscapes().items()}
+    try:
+        for isa in ("x86-64-v2", "x86-64-v3", "x86-64-v4", "portable"):
+            if not _core.force_isa(isa):
+                continue
+            for key, landscape in landscapes().items():
+                energy, forces = evaluate(landscape, CASES["slab"])
+                assert energy == pytest.approx(reference[key][0], rel=1e-12)
+                np.testing.assert_allclose(forces, reference[key][1], rtol=0, atol=1e-9)
+    finally:
+        _core.force_isa(best)
+
+
+@pytest.mark.parametrize("which", landscapes())
+@pytest.mark.parametrize("pbc", [False, True])
+def test_senseless_positions_are_rows_without_energy(which, pbc):
+    good = CASES["bulk Cu"].copy()
+    good.pbc = pbc
+    bad, far = good.copy(), good.copy()
+    bad.positions[1, 2] = np.nan
+    far.positions[0, 0] = np.inf
+    energies, forces = _core.evaluate(landscapes()[which], pack([good, bad, far, good]))
+    assert np.isfinite(energies[[0, 3]]).all() and energies[0] == energies[3]
+    assert np.isnan(energies[1:3]).all()
+    assert np.isnan(forces[4:12]).all() and np.isfinite(forces[:4]).all()
+
+
+def test_atoms_on_top_of_each_other_do_not_crash():
+    for pbc in (False, True):
+        atoms = Atoms("Cu2", [[1, 1, 1], [1, 1, 1]], cell=[4, 4, 4], pbc=pbc)
+        for which, landscape in landscapes().items():
+            energy, forces = evaluate(landscape, atoms)
+            assert not np.isfinite(forces).all()
+            if which == "lj":
+                assert not np.isfinite(energy)
+
+
+def test_one_atom_and_no_atom():
+    for landscape in landscapes().values():
+        energies, forces = _core.evaluate(landscape, pack([Atoms("Cu", cell=[9] * 3), Atoms()]))
+        assert energies[1] == 0 and forces.shape == (1, 3) and np.all(forces == 0)
+    assert energies[0] == 0
+    assert evaluate(_core.Emt(), Atoms("Cu"))[0] == 3.51
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"no parameters for Fe .*it knows Al, Cu"):
+        evaluate(_core.Emt(), Atoms("FeAu", [[0, 0, 0], [2, 0, 0]]))
+    with pytest.raises(ValueError, match="direction 2 is periodic"):
+        evaluate(_core.Emt(), Atoms("Au", cell=[4, 4, 0], pbc=True))
+    with pytest.raises(ValueError, match="sigma"):
+        _core.LennardJones(-1.0)
+    with pytest.raises(ValueError, match="ro < rc"):
+        _core.LennardJones(rc=2.0, ro=2.5, smooth=True)
+    with pytest.raises(ValueError, match="'bonding' or 'repulsive'"):
+        _core.PairPrior("attractive")
+    with pytest.raises(ValueError, match="covalent radius"):
+        evaluate(_core.PairPrior(), Atoms("X2", [[0, 0, 0], [2, 0, 0]]))
+    with pytest.raises(ValueError, match="positions must hold"):
+        batch = pack([Atoms("Au2", [[0, 0, 0], [2, 0, 0]])])
+        batch.positions = batch.positions[:1]
+        _core.evaluate(_core.Emt(), batch)
+    with pytest.raises(ValueError, match="one structure"):
+        _core.neighbor_pairs(pack([Atoms("Au"), Atoms("Au")]), 3.0)
+
+
+def test_ase_calculators():
+    atoms = CASES["Au4Ni4"].copy()
+    atoms.calc = EMT()
+    reference = atoms.copy()
+    reference.calc = AseEMT()
+    assert atoms.get_potential_energy() == pytest.approx(reference.get_potential_energy(), abs=1e-8)
+    assert atoms.get_potential_energy(force_consistent=True) == atoms.get_potential_energy()
+    atoms.positions[0] += 0.1
+    reference.positions[0] += 0.1
+    np.testing.assert_allclose(atoms.get_forces(), reference.get_forces(), rtol=0, atol=1e-6)
+    with pytest.raises(ThalwegError, match="Fe"):
+        Atoms("Fe", calculator=EMT()).get_potential_energy()
+    lj = LennardJones(sigma=2.0)
+    dimer = Atoms("Ar2", [[0, 0, 0], [2.2, 0, 0]], calculator=lj)
+    before = dimer.get_potential_energy()
+    lj.set(sigma=2.1)
+    dimer.calc, again = None, Atoms("Ar2", [[0, 0, 0], [2.2, 0, 0]], calculator=AseLennardJones(sigma=2.1))
+    dimer.calc = lj
+    assert dimer.get_potential_energy() == pytest.approx(again.get_potential_energy(), rel=1e-12)
+    assert dimer.get_potential_energy() != before
+
+
+def test_landscape_of_recognises_equal_calculators():
+    atoms = CASES["slab"]
+    for calculator in [
+        EMT(),
+        AseEMT(),
+        LennardJones(sigma=2.0, rc=5.0),
+        AseLennardJones(sigma=2.0, smooth=True, rc=5.0),
+    ]:
+        landscape = landscape_of(calculator)
+        copy = atoms.copy()
+        copy.calc = calculator
+        assert evaluate(landscape, atoms)[0] == pytest.approx(copy.get_potential_energy(), rel=1e-10)
+
+    class Changed(AseEMT):
+        pass
+
+    assert landscape_of(AseEMT(asap_cutoff=True)) is None
+    assert landscape_of(Changed()) is None
+    assert landscape_of(AseLennardJones(sigma=-1.0)) is None
+    assert landscape_of(object()) is None
+
+
+def soft_pair(strength=1.0):
+    return LennardJones(epsilon=strength)
+
+
+def test_make_calculator():
+    assert isinstance(make_calculator("emt"), EMT)
+    assert make_calculator("lj", sigma=2.0, rc=5.0).parameters.sigma == 2.0
+    assert type(make_calculator("morse", epsilon=2.0)).__name__ == "MorsePotential"
+    assert make_calculator(f"{__name__}:soft_pair", strength=3.0).parameters.epsilon == 3.0
+    for name, arguments, message in [
+        ("emtt", {}, "Did you mean 'emt'"),
+        ("vaps", {}, "Did you mean 'vasp'"),
+        ("lj", {"sigmaa": 1.0}, "no argument named 'sigmaa'. Did you mean 'sigma'"),
+        ("emt", {"cutoff": 1.0}, "It takes: none"),
+        ("morse", {"epsilonn": 1.0}, "Did you mean 'epsilon'"),
+        ("lj", {"sigma": -2.0}, "positive, finite sigma"),
+        ("no_such_module:factory", {}, "cannot be imported"),
+        (f"{__name__}:soft_pear", {}, "Did you mean 'soft_pair'"),
+        (f"{__name__}:soft_pair", {"strenth": 1.0}, "Did you mean 'strength'"),
+        (7, {}, "must be a string"),
+    ]:
+        with pytest.raises(ConfigurationError, match=message):
+            make_calculator(name, **arguments)
