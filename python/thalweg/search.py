@@ -18,7 +18,7 @@ import numpy as np
 from thalweg import _core
 from thalweg.errors import ConfigurationError, Stop, StoreError, ThalwegError
 from thalweg.randomness import Key
-from thalweg.records import FAILED, OK, Asked, Batch, Context, Problem, Step
+from thalweg.records import FAILED, OK, Asked, Batch, Context, Measured, Problem, Step
 from thalweg.store import Store
 
 __all__ = ["Found", "Search"]
@@ -313,7 +313,7 @@ class Search:
         return Found(self.best, self.best_energy, self.evaluations, self.iteration, reason)
 
     # ---- true evaluations --------------------------------------------------------------------------
-    def measure(self, structure: Batch, calculate: Callable[[Batch], Batch], columns: Mapping[str, Any]) -> Batch:
+    def measure(self, structure: Batch, calculate: Callable[[Batch], Measured], columns: Mapping[str, Any]) -> Batch:
         """`Context.measure`: journaled as it arrives; what the journal already holds for this ticket is replayed."""
         asked = self._measuring
         assert asked is not None, "measure() belongs to the gauges of a search"
@@ -333,15 +333,13 @@ class Search:
         if self._budget is not None and self.evaluations >= self._budget:
             raise _Halt("evaluations")
         begin = time.perf_counter()
-        row = calculate(structure)
+        energy, forces, reason = calculate(structure)
         cost = time.perf_counter() - begin
-        reason = ""
-        if "reason" in row.columns:
-            reason = str(row.columns["reason"][0])
-            row = replace(row, columns={name: values for name, values in row.columns.items() if name != "reason"})
-        row = row.with_columns(
-            **columns, iteration=asked.context.iteration, ticket=asked.ticket, point=len(journal)
-        )
+        row = structure.bare().with_columns(
+            energy=energy, status=np.uint8(FAILED if reason else OK), **columns,
+            iteration=asked.context.iteration, ticket=asked.ticket, point=len(journal),
+        )  # fmt: skip
+        row = row.with_atom_columns(forces=forces)
         journal.append(row)
         self.evaluations += 1
         self._store.append("evaluation", asked.ticket, {"row": row, "reason": reason}, cost=cost)
@@ -352,13 +350,19 @@ class Search:
         """Evaluations that the caller made between ask() and tell()."""
         if "energy" not in evaluated.columns:
             raise ThalwegError("tell() needs the column energy (NaN for a failed evaluation)")
-        if "status" not in evaluated.columns:
-            evaluated = evaluated.with_columns(status=np.where(evaluated.ok, OK, FAILED).astype(np.uint8))
-        if "forces" not in evaluated.atom_columns:
-            evaluated = evaluated.with_atom_columns(forces=np.full_like(evaluated.positions, np.nan))
+        forces = evaluated.atom_columns.get("forces", np.full_like(evaluated.positions, np.nan))
+        evaluated = evaluated.with_atom_columns(forces=forces)
+        told = ("energy", "status", "iteration", "ticket", "point")
+        rows = []
         self._measuring = asked
-        rows = [self.measure(evaluated[i], lambda row: row, {}) for i in range(len(evaluated))]
-        self._measuring = None
+        try:
+            for i in range(len(evaluated)):
+                row = evaluated[i]
+                given = float(row.columns["energy"][0]), row.atom_columns["forces"], "" if row.ok[0] else "told as failed"
+                columns = {name: values[0] for name, values in row.columns.items() if name not in told}
+                rows.append(self.measure(row, lambda _, given=given: given, columns))
+        finally:
+            self._measuring = None
         return Batch.concat(rows)
 
     def _settled_columns(self, ticket: int, evaluated: Batch) -> dict[str, np.ndarray]:

@@ -20,10 +20,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 import sqlite3
 import struct
+import sys
 import threading
 import time
 import zlib
@@ -47,43 +49,55 @@ _BATCH_FIELDS = ("positions", "numbers", "offsets", "cells", "pbc", "fixed")
 
 
 def encode(values: Mapping[str, Any]) -> bytes:
-    """A JSON header and raw little-endian arrays; values are arrays, batches, strings, numbers, lists or mappings."""
-    header: dict[str, Any] = {}
-    arrays: list[bytes] = []
-    position = 0
+    """Values as bytes: arrays, batches, strings, numbers, lists and mappings of them.
 
-    def add(array: np.ndarray) -> dict[str, Any]:
-        nonlocal position
-        array = np.asarray(array, order="C")  # (ascontiguousarray would turn a scalar into a vector)
-        if array.dtype.kind not in "fiubU":
-            raise StoreError(f"only plain arrays can be stored, not {array.dtype}")
-        raw = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-        entry = {"#": array.dtype.newbyteorder("<").str, "shape": list(array.shape), "at": position}
-        arrays.append(raw)
-        position += len(raw)
-        return entry
+        4 bytes   length of the header
+        header    JSON: {"arrays": [[dtype, shape], ...], "values": {...}}; in values {"#": k} stands for array k,
+                  {"batch": [k, columns, atom columns]} for a batch whose arrays begin at k, {"map": {...}} for a mapping
+        arrays    their raw little-endian bytes, one after the other
+    """
+    kinds: list[list[Any]] = []
+    raw: list[bytes] = []
+
+    def add(array: np.ndarray) -> int:
+        name = _DTYPE_NAMES.get(array.dtype)
+        if name is None:
+            if array.dtype.kind not in "fiubU":
+                raise StoreError(f"only plain arrays can be stored, not {array.dtype}")
+            name = _DTYPE_NAMES[array.dtype] = array.dtype.newbyteorder("<").str
+        kinds.append([name, array.shape])
+        raw.append((array if _LITTLE else array.astype(name)).tobytes())
+        return len(raw) - 1
 
     def convert(value: Any) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value.item() if isinstance(value, np.generic) else value
         if isinstance(value, Batch):
-            return {
-                "batch": {name: add(getattr(value, name)) for name in _BATCH_FIELDS},
-                "columns": {name: add(array) for name, array in value.columns.items()},
-                "atom_columns": {name: add(array) for name, array in value.atom_columns.items()},
-            }
+            first = len(raw)
+            for name in _BATCH_FIELDS:
+                add(getattr(value, name))
+            for columns in (value.columns, value.atom_columns):
+                for array in columns.values():
+                    add(array)
+            return {"batch": [first, list(value.columns), list(value.atom_columns)]}
         if isinstance(value, np.ndarray):
-            return add(value)
+            return {"#": add(value)}
         if isinstance(value, np.generic):
             return value.item()
         if isinstance(value, Mapping):
             return {"map": {str(name): convert(item) for name, item in value.items()}}
         if isinstance(value, (list, tuple)):
             return [convert(item) for item in value]
-        return value
+        raise StoreError(f"a {type(value).__name__} cannot be stored")
 
-    for name, value in values.items():
-        header[name] = convert(value)
-    text = json.dumps(header).encode()
-    return struct.pack("<I", len(text)) + text + b"".join(arrays)
+    tree = {name: convert(value) for name, value in values.items()}
+    text = _JSON.encode({"arrays": kinds, "values": tree}).encode()
+    return b"".join([struct.pack("<I", len(text)), text, *raw])
+
+
+_JSON = json.JSONEncoder(separators=(",", ":"), check_circular=False)
+_DTYPE_NAMES: dict[np.dtype, str] = {}
+_LITTLE = sys.byteorder == "little"
 
 
 def decode(body: bytes) -> dict[str, Any]:
@@ -91,37 +105,38 @@ def decode(body: bytes) -> dict[str, Any]:
     try:
         (length,) = struct.unpack_from("<I", body)
         header = json.loads(body[4 : 4 + length])
-        start = 4 + length
-
-        def array(entry: Mapping[str, Any]) -> np.ndarray:
-            dtype = np.dtype(entry["#"])
-            if dtype.kind not in "fiubU":
-                raise ValueError(f"dtype {dtype}")
-            shape = tuple(int(size) for size in entry["shape"])
-            count = int(np.prod(shape, dtype=np.int64))
-            if min(shape, default=0) < 0 or int(entry["at"]) < 0:
-                raise ValueError("negative size")
-            if count == 0:
-                return np.zeros(shape, dtype)
-            return np.frombuffer(body, dtype, count, start + int(entry["at"])).reshape(shape)
+        arrays: list[np.ndarray] = []
+        at = 4 + length
+        for name, shape in header["arrays"]:
+            dtype = np.dtype(name)
+            if dtype.kind not in "fiubU" or min(shape, default=0) < 0:
+                raise ValueError(f"an array of {name}, {shape}")
+            count = math.prod(shape)
+            arrays.append(
+                np.frombuffer(body, dtype, count, at).reshape(shape) if count else np.zeros(shape, dtype)
+            )
+            at += count * dtype.itemsize
 
         def convert(value: Any) -> Any:
-            if isinstance(value, dict):
-                if "#" in value:
-                    return array(value)
-                if "batch" in value:
-                    return Batch(
-                        **{name: array(value["batch"][name]) for name in _BATCH_FIELDS},
-                        columns={name: array(entry) for name, entry in value["columns"].items()},
-                        atom_columns={name: array(entry) for name, entry in value["atom_columns"].items()},
-                    )
-                return {name: convert(item) for name, item in value["map"].items()}
             if isinstance(value, list):
                 return [convert(item) for item in value]
-            return value
+            if not isinstance(value, dict):
+                return value
+            if "#" in value:
+                return arrays[value["#"]]
+            if "batch" in value:
+                first, columns, atom_columns = value["batch"]
+                middle = first + len(_BATCH_FIELDS)
+                end = middle + len(columns)
+                return Batch(
+                    **dict(zip(_BATCH_FIELDS, arrays[first:middle], strict=True)),
+                    columns=dict(zip(columns, arrays[middle:end], strict=True)),
+                    atom_columns=dict(zip(atom_columns, arrays[end : end + len(atom_columns)], strict=True)),
+                )
+            return {name: convert(item) for name, item in value["map"].items()}
 
-        return {name: convert(value) for name, value in header.items()}
-    except (struct.error, KeyError, TypeError, ValueError, AttributeError) as problem:
+        return {name: convert(value) for name, value in header["values"].items()}
+    except (struct.error, KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, MemoryError) as problem:
         raise StoreError(f"a record of the store is malformed ({problem})") from problem
 
 
