@@ -1,1 +1,578 @@
-// in work
+#include "thalweg/gpr.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "gpr_tile.hpp"
+#include "linalg.hpp"
+
+namespace thalweg {
+namespace {
+
+constexpr double kSmallestVariance = 1e-12;  // of the kernel's total: below, 1 - v.v is rounding noise
+constexpr double kSmallestPivot = 1e-15;     // of the kernel's total
+constexpr double kLargestJitter = 1e-6;
+constexpr double kLargestWeightRatio = 1e4;
+
+void require(bool holds, const std::string& message) {
+  if (!holds) throw Error(message);
+}
+
+void check_finite(std::span<const double> values, const char* name) {
+  for (std::size_t k = 0; k < values.size(); ++k)
+    if (!std::isfinite(values[k]))
+      throw Error(std::string(name) + " must be finite, but value " + std::to_string(k) + " is " +
+                  std::to_string(values[k]) + "; leave failed structures out");
+}
+
+void check_kernel(const Kernel& k) {
+  const auto positive = [](double value, const char* name) {
+    require(std::isfinite(value) && value > 0,
+            std::string(name) + " must be positive and finite, but it is " + std::to_string(value));
+  };
+  positive(k.amplitude, "amplitude");
+  positive(k.length_long, "length_long");
+  positive(k.length_short, "length_short");
+  positive(k.noise, "noise");
+  require(k.weight_long >= 0 && k.weight_short >= 0 && std::isfinite(k.weight_long + k.weight_short) &&
+              k.weight_long + k.weight_short > 0,
+          "weight_long and weight_short must not be negative and not both zero, but they are " +
+              std::to_string(k.weight_long) + " and " + std::to_string(k.weight_short));
+  require(k.length_short <= k.length_long, "length_short must not exceed length_long, but " +
+                                               std::to_string(k.length_short) + " > " + std::to_string(k.length_long));
+}
+
+double total_amplitude(const Kernel& k) { return k.amplitude * (k.weight_long + k.weight_short); }
+
+KernelTerms terms_of(const Kernel& k) {
+  return {total_amplitude(k), k.weight_short / (k.weight_long + k.weight_short),
+          -0.5 / (k.length_long * k.length_long), -0.5 / (k.length_short * k.length_short)};
+}
+
+double correlation(const KernelTerms& t, double d2) {
+  return (1 - t.short_fraction) * std::exp(t.long_rate * d2) + t.short_fraction * std::exp(t.short_rate * d2);
+}
+
+// The likelihood of one data set at many kernels. value() keeps the factor, so that gradient() after it costs the
+// inverse only: a line search pays for gradients of accepted points alone.
+class LikelihoodOf {
+ public:
+  LikelihoodOf(std::size_t n, const double* distances, const double* targets, double mean)
+      : n_(n), ld_(linalg::leading_dimension(n)), distances_(distances), factor_(n * ld_), centred_(n), weights_(n) {
+    for (std::size_t i = 0; i < n; ++i) centred_[i] = targets[i] - mean;
+  }
+
+  double value(const Kernel& kernel) {
+    const LinalgKernels& kernels = linalg_kernels();
+    kernel_ = kernel;
+    linalg::gram(n_, terms_of(kernel), kernel.noise, distances_, factor_.data(), ld_);
+    if (!linalg::cholesky(n_, factor_.data(), ld_, kSmallestPivot * total_amplitude(kernel)))
+      return -std::numeric_limits<double>::infinity();
+    weights_ = centred_;
+    kernels.forward_one(n_, 0, factor_.data(), ld_, weights_.data());
+    double square = 0, log_determinant = 0;
+    for (std::size_t i = 0; i < n_; ++i) {
+      square += weights_[i] * weights_[i];
+      log_determinant += std::log(factor_[i * ld_ + i]);
+    }
+    kernels.backward_one(n_, factor_.data(), ld_, weights_.data());
+    value_ = -0.5 * square - log_determinant - 0.5 * static_cast<double>(n_) * std::log(2 * M_PI);
+    return value_;
+  }
+
+  // At the kernel of the last value(), which must have been finite.
+  Likelihood gradient() {
+    const LinalgKernels& kernels = linalg_kernels();
+    inverse_.resize(n_ * ld_);
+    scratch_.resize(n_ * n_ / 4 + 64 * n_ + 1);
+    linalg::inverse_from_factor(n_, factor_.data(), ld_, inverse_.data(), ld_, scratch_.data());
+    const KernelTerms terms = terms_of(kernel_);
+    double sums[4] = {}, on_diagonal = 0;  // of (alpha alpha^T - K^-1) with e_long, e_short, e_long d2, e_short d2
+    for (std::size_t i = 0; i < n_; ++i) {
+      kernels.likelihood_row(i, terms, distances_ + i * (i + 1) / 2, weights_[i], weights_.data(),
+                             inverse_.data() + i * ld_, sums);
+      on_diagonal += weights_[i] * weights_[i] - inverse_[i * ld_ + i];
+    }
+    for (double& s : sums) s *= 2;
+    sums[0] += on_diagonal;
+    sums[1] += on_diagonal;
+    const double weight = kernel_.weight_long + kernel_.weight_short;
+    const double a_long = kernel_.amplitude * kernel_.weight_long, a_short = kernel_.amplitude * kernel_.weight_short;
+    Likelihood out;
+    out.value = value_;
+    out.d_amplitude = 0.5 * (a_long * sums[0] + a_short * sums[1]);
+    out.d_length_long = 0.5 * a_long * sums[2] / (kernel_.length_long * kernel_.length_long);
+    out.d_length_short = 0.5 * a_short * sums[3] / (kernel_.length_short * kernel_.length_short);
+    out.d_noise = 0.5 * kernel_.noise * on_diagonal;
+    out.d_weight = 0.5 * a_long * kernel_.weight_short / weight * (sums[1] - sums[0]);
+    return out;
+  }
+
+ private:
+  std::size_t n_, ld_;
+  const double* distances_;
+  std::vector<double> factor_, centred_, weights_, inverse_, scratch_;
+  Kernel kernel_;
+  double value_ = 0;
+};
+
+// ---- hyperparameters as a vector of logarithms --------------------------------------------------------------
+constexpr std::size_t kAmplitude = 0, kLong = 1, kShort = 2, kNoise = 3, kWeight = 4, kParameters = 5;
+using Vector = std::array<double, kParameters>;
+
+double dot(const Vector& a, const Vector& b) {
+  double sum = 0;
+  for (std::size_t k = 0; k < kParameters; ++k) sum += a[k] * b[k];
+  return sum;
+}
+
+class Parameters {
+ public:
+  Parameters(const KernelBounds& bounds, const Kernel& start) : fixed_part_(start) {
+    const auto set = [this](std::size_t k, const double (&range)[2], bool optimised, const char* name) {
+      require(range[0] > 0 && range[0] <= range[1] && std::isfinite(range[1]),
+              std::string("bounds of ") + name + " must be positive and rise, but they are " + std::to_string(range[0]) +
+                  " and " + std::to_string(range[1]));
+      low_[k] = std::log(range[0]);
+      high_[k] = std::log(range[1]);
+      free_[k] = optimised;
+    };
+    set(kAmplitude, bounds.amplitude, bounds.optimise_amplitude, "amplitude");
+    set(kLong, bounds.length_long, bounds.optimise_long, "length_long");
+    set(kShort, bounds.length_short, bounds.optimise_short, "length_short");
+    set(kNoise, bounds.noise, bounds.optimise_noise, "noise");
+    set(kWeight, {1 / kLargestWeightRatio, kLargestWeightRatio},
+        bounds.optimise_weight && start.weight_long > 0 && start.weight_short > 0, "weights");
+  }
+
+  Vector logarithms(const Kernel& k) const {
+    const double ratio = free_[kWeight] ? std::log(k.weight_short / k.weight_long) : 0.0;
+    return {std::log(k.amplitude), std::log(k.length_long), std::log(k.length_short), std::log(k.noise), ratio};
+  }
+
+  Kernel kernel(const Vector& p) const {
+    Kernel k = fixed_part_;
+    if (free_[kAmplitude]) k.amplitude = std::exp(p[kAmplitude]);
+    if (free_[kLong]) k.length_long = std::exp(p[kLong]);
+    if (free_[kShort]) k.length_short = std::exp(p[kShort]);
+    if (free_[kNoise]) k.noise = std::exp(p[kNoise]);
+    if (free_[kWeight]) {
+      const double sum = k.weight_long + k.weight_short, ratio = std::exp(p[kWeight]);
+      k.weight_short = sum * ratio / (1 + ratio);
+      k.weight_long = sum - k.weight_short;
+    }
+    k.length_short = std::min(k.length_short, k.length_long);  // equal logarithms may differ in the last bit
+    return k;
+  }
+
+  void project(Vector& p) const {
+    for (std::size_t k = 0; k < kParameters; ++k)
+      if (free_[k]) p[k] = std::clamp(p[k], low_[k], high_[k]);
+    if (p[kShort] <= p[kLong]) return;
+    if (free_[kLong] && free_[kShort]) {
+      const double middle = 0.5 * (p[kLong] + p[kShort]);
+      p[kLong] = p[kShort] = std::clamp(middle, std::max(low_[kLong], low_[kShort]), std::min(high_[kLong], high_[kShort]));
+    } else if (free_[kLong]) {
+      p[kLong] = p[kShort];
+    } else if (free_[kShort]) {
+      p[kShort] = p[kLong];
+    }
+  }
+
+  // The gradient without what points out of the allowed range; `active` names the constraints that hold, one bit each.
+  Vector reduced(const Vector& p, const Likelihood& l, unsigned& active) const {
+    Vector g = {l.d_amplitude, l.d_length_long, l.d_length_short, l.d_noise, l.d_weight};
+    active = 0;
+    for (std::size_t k = 0; k < kParameters; ++k) {
+      if (!free_[k])
+        g[k] = 0;
+      else if ((p[k] <= low_[k] && g[k] < 0) || (p[k] >= high_[k] && g[k] > 0))
+        g[k] = 0, active |= 1u << k;
+    }
+    if (p[kShort] >= p[kLong] && g[kShort] > g[kLong]) {  // the two lengths move together
+      active |= 1u << kParameters;
+      const bool both = free_[kLong] && free_[kShort];
+      g[kLong] = g[kShort] = both ? 0.5 * (g[kLong] + g[kShort]) : 0.0;
+    }
+    return g;
+  }
+
+ private:
+  Kernel fixed_part_;
+  Vector low_{}, high_{};
+  std::array<bool, kParameters> free_{};
+};
+
+// Ascent from one start: limited-memory BFGS (Nocedal, Math. Comp. 35, 773 (1980)) on the free parameters, steps
+// projected onto the bounds, history dropped when another set of constraints becomes active.
+double maximise(LikelihoodOf& data, const Parameters& parameters, Vector& p, int max_evaluations) {
+  constexpr std::size_t memory = 5;
+  parameters.project(p);
+  double value = data.value(parameters.kernel(p));
+  int evaluations = 1;
+  if (!std::isfinite(value)) return value;
+  unsigned active = 0;
+  Vector g = parameters.reduced(p, data.gradient(), active);
+  std::vector<std::pair<Vector, Vector>> history;  // (step, fall of the gradient), oldest first
+  while (evaluations < max_evaluations) {
+    double largest_gradient = 0;
+    for (const double x : g) largest_gradient = std::max(largest_gradient, std::abs(x));
+    if (largest_gradient < 1e-3) break;
+
+    Vector direction = g;
+    std::vector<double> projections(history.size());
+    for (std::size_t h = history.size(); h-- > 0;) {
+      const auto& [s, y] = history[h];
+      projections[h] = dot(s, direction) / dot(s, y);
+      for (std::size_t k = 0; k < kParameters; ++k) direction[k] -= projections[h] * y[k];
+    }
+    const double scale = history.empty()
+                             ? std::min(1.0, 1.0 / largest_gradient)
+                             : dot(history.back().first, history.back().second) /
+                                   dot(history.back().second, history.back().second);
+    for (double& x : direction) x *= scale;
+    for (std::size_t h = 0; h < history.size(); ++h) {
+      const auto& [s, y] = history[h];
+      const double beta = dot(y, direction) / dot(s, y);
+      for (std::size_t k = 0; k < kParameters; ++k) direction[k] += (projections[h] - beta) * s[k];
+    }
+    double longest = 0;
+    for (const double x : direction) longest = std::max(longest, std::abs(x));
+    if (longest > 2)  // a factor of e^2 in a hyperparameter is far enough for one step
+      for (double& x : direction) x *= 2 / longest;
+
+    bool accepted = false;
+    Vector next{};
+    double next_value = 0;
+    for (double step = 1; evaluations < max_evaluations && step > 1e-4; step *= 0.3) {
+      for (std::size_t k = 0; k < kParameters; ++k) next[k] = p[k] + step * direction[k];
+      parameters.project(next);
+      Vector moved{};
+      for (std::size_t k = 0; k < kParameters; ++k) moved[k] = next[k] - p[k];
+      next_value = data.value(parameters.kernel(next));
+      ++evaluations;
+      if (next_value >= value + 1e-4 * dot(g, moved) && next_value > value) {
+        accepted = true;
+        break;
+      }
+    }
+    if (!accepted) {
+      if (history.empty()) break;
+      history.clear();
+      continue;
+    }
+    unsigned next_active = 0;
+    const Vector next_g = parameters.reduced(next, data.gradient(), next_active);
+    const double gain = next_value - value;
+    if (next_active != active) history.clear();
+    Vector s{}, y{};
+    for (std::size_t k = 0; k < kParameters; ++k) s[k] = next[k] - p[k], y[k] = g[k] - next_g[k];
+    if (next_active == active && dot(s, y) > 1e-10 * std::sqrt(dot(s, s) * dot(y, y))) {
+      if (history.size() == memory) history.erase(history.begin());
+      history.emplace_back(s, y);
+    }
+    p = next, g = next_g, value = next_value, active = next_active;
+    if (gain < 1e-7 * (1 + std::abs(value))) break;
+  }
+  return value;
+}
+
+}  // namespace
+
+Gpr::Gpr(std::size_t features, const Kernel& kernel) : kernel_(kernel), dimension_(features) {
+  require(features > 0, "a GP needs at least one feature, but the feature vector is empty");
+  check_kernel(kernel);
+}
+
+void Gpr::reserve(std::size_t points) {
+  if (points <= capacity_) return;
+  const std::size_t capacity = std::max<std::size_t>(points + points / 2, 32);
+  const std::size_t stride = linalg::leading_dimension(capacity);
+  std::vector<double> factor(capacity * stride);
+  for (std::size_t i = 0; i < n_ && !factor_.empty(); ++i)
+    std::copy_n(factor_.data() + i * stride_, i + 1, factor.data() + i * stride);
+  factor_ = std::move(factor);
+  capacity_ = capacity;
+  stride_ = stride;
+}
+
+void Gpr::factorise(double jitter, int threads) {
+  const double total = total_amplitude(kernel_);
+  for (;;) {
+    linalg::gram(n_, terms_of(kernel_), kernel_.noise + jitter, distances_.data(), factor_.data(), stride_);
+    if (linalg::cholesky(n_, factor_.data(), stride_, kSmallestPivot * total, threads)) break;
+    jitter = jitter == 0 ? 1e-12 * total : 10 * jitter;
+    require(jitter <= 1.001 * kLargestJitter * total,
+            "the kernel matrix of " + std::to_string(n_) +
+                " points is not positive definite even with 1e-6 amplitude added to its diagonal; raise the noise (" +
+                std::to_string(kernel_.noise) + " eV^2) or shorten the lengths");
+  }
+  jitter_ = jitter;
+  solve_targets();
+}
+
+void Gpr::solve_targets() {
+  const LinalgKernels& kernels = linalg_kernels();
+  solved_targets_ = targets_;
+  solved_ones_.assign(n_, 1.0);
+  kernels.forward_one(n_, 0, factor_.data(), stride_, solved_targets_.data());
+  kernels.forward_one(n_, 0, factor_.data(), stride_, solved_ones_.data());
+  solve_weights();
+}
+
+void Gpr::solve_weights() {
+  double sum = 0;
+  for (const double y : targets_) sum += y;
+  mean_ = sum / static_cast<double>(n_);
+  weights_.resize(n_);
+  for (std::size_t i = 0; i < n_; ++i) weights_[i] = solved_targets_[i] - mean_ * solved_ones_[i];
+  linalg_kernels().backward_one(n_, factor_.data(), stride_, weights_.data());
+}
+
+void Gpr::fit(std::span<const double> features, std::span<const double> targets, int threads) {
+  const std::size_t n = targets.size();
+  require(n > 0, "a fit needs at least one point, but there are no targets");
+  require(features.size() == n * dimension_, "features must hold " + std::to_string(n) + " x " +
+                                                 std::to_string(dimension_) + " values (targets x features), but they hold " +
+                                                 std::to_string(features.size()));
+  check_finite(features, "features");
+  check_finite(targets, "targets");
+  features_.assign(features.begin(), features.end());
+  targets_.assign(targets.begin(), targets.end());
+  distances_.resize(n * (n + 1) / 2);
+  linalg::pair_distances(n, dimension_, features_.data(), distances_.data(), std::max(1, threads));
+  n_ = 0;  // nothing to keep when the factor moves
+  reserve(n);
+  n_ = n;
+  factorise(0.0, std::max(1, threads));
+}
+
+void Gpr::append(std::span<const double> feature, double target) {
+  require(feature.size() == dimension_, "a feature vector must hold " + std::to_string(dimension_) +
+                                            " values, but it holds " + std::to_string(feature.size()));
+  check_finite(feature, "features");
+  check_finite({&target, 1}, "targets");
+  if (n_ == 0) return fit(feature, {&target, 1});
+  const LinalgKernels& kernels = linalg_kernels();
+  reserve(n_ + 1);
+  const std::size_t n = n_;
+
+  distances_.resize((n + 1) * (n + 2) / 2);
+  double* d2 = distances_.data() + n * (n + 1) / 2;
+  std::vector<double> tile(4 * dimension_), tile_distances(4 * n);
+  for (std::size_t d = 0; d < dimension_; ++d) std::fill_n(&tile[4 * d], 4, feature[d]);
+  kernels.tile4.squared_distances(n, dimension_, features_.data(), tile.data(), tile_distances.data());
+  for (std::size_t i = 0; i < n; ++i) d2[i] = tile_distances[4 * i];
+  d2[n] = 0;
+  features_.insert(features_.end(), feature.begin(), feature.end());
+  targets_.push_back(target);
+  n_ = n + 1;
+
+  double* row = factor_.data() + n * stride_;
+  kernels.kernel_row(n, terms_of(kernel_), d2, row);
+  kernels.forward_one(n, 0, factor_.data(), stride_, row);
+  double square = 0, along_targets = 0, along_ones = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    square += row[i] * row[i];
+    along_targets += row[i] * solved_targets_[i];
+    along_ones += row[i] * solved_ones_[i];
+  }
+  const double total = total_amplitude(kernel_), pivot = total + kernel_.noise + jitter_ - square;
+  if (!(pivot > kSmallestPivot * total)) return factorise(jitter_, 1);
+  row[n] = std::sqrt(pivot);
+  solved_targets_.push_back((target - along_targets) / row[n]);
+  solved_ones_.push_back((1.0 - along_ones) / row[n]);
+  solve_weights();
+}
+
+void Gpr::remove(std::size_t row) {
+  require(row < n_, "row to remove must be below the number of points " + std::to_string(n_) + ", but it is " +
+                        std::to_string(row));
+  require(n_ > 1, "the last point of a GP cannot be removed");
+  std::vector<double> workspace(2 * n_);
+  double* const extra[2] = {solved_targets_.data(), solved_ones_.data()};
+  linalg_kernels().remove_row(n_, row, factor_.data(), stride_, extra, workspace.data());
+  double* to = distances_.data() + row * (row + 1) / 2;
+  for (std::size_t i = row + 1; i < n_; ++i) {
+    const double* from = distances_.data() + i * (i + 1) / 2;
+    to = std::copy(from, from + row, to);
+    to = std::copy(from + row + 1, from + i + 1, to);
+  }
+  const auto begin = features_.begin() + static_cast<std::ptrdiff_t>(row * dimension_);
+  features_.erase(begin, begin + static_cast<std::ptrdiff_t>(dimension_));
+  targets_.erase(targets_.begin() + static_cast<std::ptrdiff_t>(row));
+  --n_;
+  distances_.resize(n_ * (n_ + 1) / 2);
+  solved_targets_.resize(n_);
+  solved_ones_.resize(n_);
+  solve_weights();
+}
+
+void Gpr::set_targets(std::span<const double> targets) {
+  require(targets.size() == n_, "targets must hold one value for each of the " + std::to_string(n_) +
+                                    " points, but they hold " + std::to_string(targets.size()));
+  check_finite(targets, "targets");
+  targets_.assign(targets.begin(), targets.end());
+  if (n_ > 0) solve_targets();
+}
+
+void Gpr::set_kernel(const Kernel& kernel) {
+  check_kernel(kernel);
+  kernel_ = kernel;
+  if (n_ > 0) factorise(0.0, 1);
+}
+
+std::size_t Gpr::size() const { return n_; }
+std::size_t Gpr::features() const { return dimension_; }
+const Kernel& Gpr::kernel() const { return kernel_; }
+double Gpr::mean() const { return mean_; }
+double Gpr::jitter() const { return jitter_; }
+std::span<const double> Gpr::weights() const { return weights_; }
+std::span<const double> Gpr::training() const { return features_; }
+
+Likelihood Gpr::likelihood(const Kernel& kernel) const {
+  require(n_ > 0, "the likelihood needs data; call fit first");
+  check_kernel(kernel);
+  LikelihoodOf data(n_, distances_.data(), targets_.data(), mean_);
+  Likelihood out;
+  out.value = data.value(kernel);
+  return std::isfinite(out.value) ? data.gradient() : out;
+}
+
+double Gpr::log_likelihood() const {
+  require(n_ > 0, "the likelihood needs data; call fit first");
+  double square = 0, log_determinant = 0;
+  for (std::size_t i = 0; i < n_; ++i) {
+    const double z = solved_targets_[i] - mean_ * solved_ones_[i];
+    square += z * z;
+    log_determinant += std::log(factor_[i * stride_ + i]);
+  }
+  return -0.5 * square - log_determinant - 0.5 * static_cast<double>(n_) * std::log(2 * M_PI);
+}
+
+double Gpr::optimise(const KernelBounds& bounds, std::span<const Kernel> starts, int max_evaluations) {
+  require(n_ > 0, "optimisation needs data; call fit first");
+  require(max_evaluations >= 1, "max_evaluations must be at least 1, but it is " + std::to_string(max_evaluations));
+  for (const Kernel& start : starts) check_kernel(start);
+
+  double largest = 0;
+  std::vector<double> nearest(n_, std::numeric_limits<double>::infinity());
+  for (std::size_t i = 0; i < n_; ++i)
+    for (std::size_t j = 0; j < i; ++j) {
+      const double d2 = distances_[i * (i + 1) / 2 + j];
+      largest = std::max(largest, d2);
+      nearest[i] = std::min(nearest[i], d2);
+      nearest[j] = std::min(nearest[j], d2);
+    }
+  std::nth_element(nearest.begin(), nearest.begin() + static_cast<std::ptrdiff_t>(n_ / 2), nearest.end());
+  const double median_nearest = nearest[n_ / 2];
+  const auto collapsed = [&](const Kernel& k) {
+    const KernelTerms terms = terms_of(k);
+    return correlation(terms, median_nearest) < 0.01 ||
+           2 * terms.amplitude * (1 - correlation(terms, largest)) < k.noise;
+  };
+
+  LikelihoodOf data(n_, distances_.data(), targets_.data(), mean_);
+  Kernel best = kernel_;
+  double best_value = -std::numeric_limits<double>::infinity();
+  const auto from = [&](const Kernel& start) {
+    const Parameters parameters(bounds, start);
+    Vector p = parameters.logarithms(start);
+    const double value = maximise(data, parameters, p, max_evaluations);
+    const Kernel found = parameters.kernel(p);
+    if (value > best_value && !collapsed(found)) best_value = value, best = found;
+  };
+  from(kernel_);
+  for (const Kernel& start : starts) from(start);
+  if (!std::isfinite(best_value)) return log_likelihood();
+  set_kernel(best);
+  return best_value;
+}
+
+// ---- prediction --------------------------------------------------------------------------------------------
+GprTile::GprTile(const Gpr& gpr) : dimension_(gpr.dimension_) {
+  constexpr std::size_t lanes = 8;
+  const std::size_t n = gpr.n_, size = lanes * (3 * dimension_ + 3 * n + 4);
+  storage_.reset(static_cast<double*>(std::aligned_alloc(64, size * sizeof(double))));
+  if (!storage_) throw std::bad_alloc();
+  double* at = storage_.get();
+  const auto take = [&at](std::size_t rows) {
+    double* here = at;
+    at += rows * lanes;
+    return here;
+  };
+  features_ = take(dimension_);
+  gradient_ = take(dimension_);
+  gradient_sigma_ = take(dimension_);
+  solved_ = take(n);
+  slope_ = take(n);
+  combined_ = take(n);
+  mean_ = take(1);
+  sigma_ = take(1);
+  norm_ = take(1);
+  coefficient_ = take(1);
+}
+
+void GprTile::predict(const Gpr& gpr, int lanes, double kappa, Wanted wanted) {
+  const LinalgKernels& kernels = linalg_kernels();
+  const TileKernels& tile = lanes == 8 ? kernels.tile8 : kernels.tile4;
+  const std::size_t n = gpr.n_;
+  const double *x = gpr.features_.data(), *weights = gpr.weights_.data(), *factor = gpr.factor_.data();
+  const bool sloped = wanted.gradient || wanted.gradient_sigma;
+  const bool solve_sigma = wanted.sigma || wanted.gradient_sigma || (wanted.gradient && kappa != 0);
+  const KernelTerms terms = terms_of(gpr.kernel_);
+
+  tile.squared_distances(n, dimension_, x, features_, solved_);
+  tile.evaluate(n, terms, weights, solved_, sloped ? slope_ : nullptr, mean_);
+  for (int lane = 0; lane < lanes; ++lane) mean_[lane] += gpr.mean_;
+
+  double inverse_sigma[8] = {};
+  if (solve_sigma) {
+    tile.forward(n, factor, gpr.stride_, solved_, norm_);
+    for (int lane = 0; lane < lanes; ++lane) {
+      const double variance = terms.amplitude - norm_[lane], floor = kSmallestVariance * terms.amplitude;
+      sigma_[lane] = std::sqrt(std::max(variance, floor));
+      inverse_sigma[lane] = variance > floor ? 1 / sigma_[lane] : 0.0;
+    }
+    if (sloped) tile.backward(n, factor, gpr.stride_, solved_);
+  }
+  // dk_i/df = slope_i (x_i - f), so d sigma/df = -1/sigma sum_i u_i dk_i/df with u = (K + noise)^-1 k.
+  if (wanted.gradient_sigma) {
+    for (int lane = 0; lane < lanes; ++lane) coefficient_[lane] = -inverse_sigma[lane];
+    tile.combine(n, nullptr, coefficient_, solved_, slope_, combined_);
+    tile.gradient(n, dimension_, x, features_, combined_, gradient_sigma_);
+  }
+  if (wanted.gradient) {
+    for (int lane = 0; lane < lanes; ++lane) coefficient_[lane] = kappa * inverse_sigma[lane];
+    tile.combine(n, weights, coefficient_, kappa != 0 ? solved_ : nullptr, slope_, combined_);
+    tile.gradient(n, dimension_, x, features_, combined_, gradient_);
+  }
+}
+
+void Gpr::predict(std::size_t count, const double* feature_vectors, double kappa, double* mean, double* sigma,
+                  double* gradient, double* gradient_sigma) const {
+  require(n_ > 0, "a prediction needs data; call fit first");
+  GprTile tile(*this);
+  for (std::size_t first = 0; first < count;) {
+    const int lanes = GprTile::lanes_for(count - first);
+    const std::size_t width = static_cast<std::size_t>(lanes), real = std::min(width, count - first);
+    for (std::size_t lane = 0; lane < width; ++lane)
+      tile.set_features(lane, lanes, feature_vectors + (first + std::min(lane, real - 1)) * dimension_);
+    tile.predict(*this, lanes, kappa, {sigma != nullptr, gradient != nullptr, gradient_sigma != nullptr});
+    for (std::size_t lane = 0; lane < real; ++lane) {
+      const std::size_t c = first + lane;
+      if (mean != nullptr) mean[c] = tile.mean()[lane];
+      if (sigma != nullptr) sigma[c] = tile.sigma()[lane];
+      for (std::size_t d = 0; d < dimension_; ++d) {
+        if (gradient != nullptr) gradient[c * dimension_ + d] = tile.gradient()[d * width + lane];
+        if (gradient_sigma != nullptr) gradient_sigma[c * dimension_ + d] = tile.gradient_sigma()[d * width + lane];
+      }
+    }
+    first += real;
+  }
+}
+
+}  // namespace thalweg

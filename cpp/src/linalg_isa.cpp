@@ -34,7 +34,8 @@ struct Vector {
     return *reinterpret_cast<const Unaligned*>(p);
   }
   static inline __attribute__((always_inline)) void store(double* p, Type v) { *reinterpret_cast<Unaligned*>(p) = v; }
-  static inline __attribute__((always_inline)) Type broadcast(double x) { return Type{} + x; }
+  // x - 0 is x for every x (x + 0 is not: it would cost an addition).
+  static inline __attribute__((always_inline)) Type broadcast(double x) { return x - Type{}; }
 };
 using Native = Vector<kWidth>;
 using NativeType = Native::Type;

@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cstring>
 #include <cstdlib>
+#include <memory>
 
 #include "../src/linalg.hpp"
 #include "minitest.hpp"
@@ -276,14 +277,21 @@ int main(int argc, char** argv) {
     const double t_product = best([&] { linalg::multiply(p); });
     p.lower_result = true;
     const double t_rank = best([&] { linalg::multiply(p); });
-    std::vector<double> v(8 * n, 1.0), norm(8), f(8 * 270), out(8 * n), w(8 * 270);
+    const auto aligned = [](std::size_t size) {
+      return std::unique_ptr<double[], void (*)(void*)>(
+          static_cast<double*>(std::aligned_alloc(64, (size * 8 + 63) / 64 * 64)), std::free);
+    };
+    auto v = aligned(8 * n), norm = aligned(8), f = aligned(8 * 270), out = aligned(8 * n), w = aligned(8 * 270),
+         slope = aligned(8 * n);
+    std::fill_n(v.get(), 8 * n, 1.0);
+    std::fill_n(f.get(), 8 * 270, 0.1);
+    std::fill_n(out.get(), 8 * n, 0.5);
     const auto& tile = linalg_kernels().tile8;
-    const double t_forward = best([&] { tile.forward(n, factor.data(), ld, v.data(), norm.data()); });
-    const double t_backward = best([&] { tile.backward(n, factor.data(), ld, v.data()); });
-    const double t_d2 = best([&] { tile.squared_distances(n, 270, x.data(), f.data(), out.data()); });
-    std::vector<double> slope(8 * n);
-    const double t_eval = best([&] { tile.evaluate(n, terms, v.data(), out.data(), slope.data(), norm.data()); });
-    const double t_gradient = best([&] { tile.gradient(n, 270, x.data(), f.data(), out.data(), w.data()); });
+    const double t_forward = best([&] { tile.forward(n, factor.data(), ld, v.get(), norm.get()); });
+    const double t_backward = best([&] { tile.backward(n, factor.data(), ld, v.get()); });
+    const double t_d2 = best([&] { tile.squared_distances(n, 270, x.data(), f.get(), out.get()); });
+    const double t_eval = best([&] { tile.evaluate(n, terms, v.get(), out.get(), slope.get(), norm.get()); });
+    const double t_gradient = best([&] { tile.gradient(n, 270, x.data(), f.get(), out.get(), w.get()); });
     const double nn = static_cast<double>(n), cube = nn * nn * nn;
     std::printf("n=%zu %s: distances %.2f ms, gram %.2f, cholesky %.2f (%.1f GFLOP/s), inverse %.2f (%.1f), X X^T full %.2f "
                 "(%.1f) lower %.2f (%.1f)\n   tile of 8: forward %.1f us (%.1f), backward %.1f (%.1f), distances %.1f, kernel "

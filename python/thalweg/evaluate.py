@@ -159,9 +159,10 @@ class Evaluate:
             return []
         forces = np.where(data.fixed, 0.0, data.atom_columns["forces"])
         largest = np.sqrt(np.maximum.reduceat((forces**2).sum(axis=1), data.offsets[:-1]))
-        polished = data.columns["origin"] == "polish"
-        sources = data.columns["parent"][polished]
-        done = polished | np.isin(np.arange(len(data)), sources) | (largest < self.force_tolerance)
+        n = len(data)
+        polished = data.columns.get("origin", np.zeros(n, "U1")) == "polish"
+        sources = data.columns.get("parent", np.full(n, -1))[polished]
+        done = polished | np.isin(np.arange(n), sources) | (largest < self.force_tolerance)
         relaxed = usable & (largest < self.force_tolerance)
         features = ctx.features(self.descriptor)
         chosen: list[int] = []

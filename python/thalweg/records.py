@@ -672,7 +672,8 @@ class Asked:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One finished iteration: all that an observer may read."""
+    """One finished iteration: all that an observer may read. `kind` is "search", or "finish" for the last polish of a
+    run; `seconds` is wall time by stage."""
 
     iteration: int
     proposed: Batch
@@ -681,3 +682,4 @@ class Step:
     evaluated: Batch
     carry: Mapping[str, Mapping[str, Array]]
     seconds: Mapping[str, float] = field(default_factory=dict)
+    kind: str = "search"

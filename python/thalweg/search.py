@@ -130,7 +130,7 @@ class Search:
         self._stop_reason: str | None = None
         self._budget: int | None = None
         self._barren, self._last_reason, self._finished = 0, "", False
-        self._asked, self._tickets, self.iteration, self.evaluations = 0, 0, 0, 0
+        self._asked, self._finishes, self.iteration, self.evaluations = 0, 0, 0, 0
         self._store = store if isinstance(store, Store) else Store(store, self._meta())
         try:
             self._resume()
@@ -184,7 +184,7 @@ class Search:
             }
         context = self._context(self._asked, self.data, self._fitted, self._last, self._carry, self._pending_batch())
         self._kept = {}
-        asked = self._compose(self._tickets, context, seconds)
+        asked = self._compose(self._asked, context, seconds)
         self._enter(asked, seconds)
         return asked
 
@@ -260,11 +260,13 @@ class Search:
         self._store.append("told", asked.ticket, body, timing=seconds)
         self._carry = {**self._carry, **self._kept}
         self._learn(asked.ticket, asked.kind, asked.context.iteration, asked.chosen, settled)
+        carry = MappingProxyType(self._carry)
         step = Step(
-            asked.context.iteration, asked.proposed, asked.refined, asked.chosen, evaluated, MappingProxyType(self._carry), seconds
+            asked.context.iteration, asked.proposed, asked.refined, asked.chosen, evaluated, carry, seconds, asked.kind
         )
-        for observer in self.callbacks:
-            observer(step, self)
+        if asked.kind == "search" or len(evaluated):
+            for observer in self.callbacks:
+                observer(step, self)
         if self._barren >= self.barren_steps:
             self._store.commit()
             raise ThalwegError(
@@ -392,7 +394,8 @@ class Search:
                 if hasattr(gauge, "finish_with")
             ]
             chosen = Batch.concat(batches) if batches else Batch.empty()
-            asked = Asked(self._tickets, context, Batch.empty(), chosen, np.arange(len(chosen)), len(chosen), "finish")
+            # Numbered downwards: runs of 3 and 3 iterations give the tickets that a run of 6 gives.
+            asked = Asked(-1 - self._finishes, context, Batch.empty(), chosen, np.arange(len(chosen)), len(chosen), "finish")
             self._kept = {}
             self._enter(asked, {})
         self.tell(asked, self.evaluate(asked))
@@ -449,8 +452,11 @@ class Search:
         self._store.append("asked", asked.ticket, body, timing=seconds)
         self._carry = {**self._carry, **self._kept}
         self._pending[asked.ticket] = asked.chosen
-        self._tickets += 1
-        self._asked += asked.kind == "search"
+        self._count(asked.kind)
+
+    def _count(self, kind: str) -> None:
+        self._asked += kind == "search"
+        self._finishes += kind == "finish"
         self._finished = False
 
     def _learn(self, ticket: int, kind: str, iteration: int, chosen: Batch, columns: Mapping[str, np.ndarray]) -> None:
@@ -481,9 +487,9 @@ class Search:
                 open_tickets[record.ticket] = body, replace(context, data=self.data[: body["horizon"]])
                 self._carry = {**self._carry, **_frozen_carry(body["kept"])}
                 self._pending[record.ticket] = body["chosen"]
-                self._tickets, self._finished = record.ticket + 1, False
+                self._count(body["kind"])
                 if body["kind"] == "search":
-                    self._asked, state, horizon = self._asked + 1, body["models"], body["horizon"]
+                    state, horizon = body["models"], body["horizon"]
             elif record.kind == "evaluation":
                 self._journal.setdefault(record.ticket, []).append(body["row"])
                 self.evaluations += 1

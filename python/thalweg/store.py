@@ -54,7 +54,7 @@ def encode(values: Mapping[str, Any]) -> bytes:
 
     def add(array: np.ndarray) -> dict[str, Any]:
         nonlocal position
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")  # (ascontiguousarray would turn a scalar into a vector)
         if array.dtype.kind not in "fiubU":
             raise StoreError(f"only plain arrays can be stored, not {array.dtype}")
         raw = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()

@@ -2,12 +2,18 @@
 //   k(x, x') = amplitude [ weight_long exp(-|x-x'|^2 / 2 length_long^2) + weight_short exp(-|x-x'|^2 / 2 length_short^2) ]
 // plus `noise` (a variance, eV^2) on the diagonal.
 //
-//   features_  (n, D) row-major        distances_  packed lower triangle of squared distances, cached (append adds a row)
-//   factor_    (n, n) row-major, lower Cholesky factor L of K + noise;  append and remove cost O(n^2)
-//   weights_   (n)    alpha = (K + noise)^-1 (y - mean)
+//   features_   (n, D) row-major
+//   distances_  packed lower triangle of squared distances, cached: row i at i (i + 1) / 2 (append adds a row)
+//   factor_     (capacity, stride) row-major, lower Cholesky factor L of K + noise in its first n rows; append and remove
+//               cost O(n^2)
+//   solved_targets_, solved_ones_  (n)  L^-1 y and L^-1 1, kept so that a new mean costs nothing
+//   weights_    (n)    alpha = (K + noise)^-1 (y - mean) = L^-T (L^-1 y - mean L^-1 1)
 //
-// Candidates are predicted in tiles of 8 SIMD lanes, one lane a candidate: a candidate's result does not depend on its
-// neighbours in the tile, so it is the same for every batch size and thread count.
+// Candidates are predicted in tiles of 8 (or 4) SIMD lanes, one lane a candidate: a candidate's result does not depend on
+// its neighbours in the tile, so it is the same for every batch size and thread count. Squared distances are sums of
+// squared differences, never |x|^2 + |x'|^2 - 2 x.x': predictions stay smooth next to training points, wherever the
+// features' origin is. Source of the formulas: Rasmussen and Williams, Gaussian Processes for Machine Learning (2006),
+// (2.25), (2.26), (5.8), (5.9).
 #pragma once
 
 #include <vector>
@@ -30,6 +36,7 @@ struct Likelihood {
   double d_amplitude = 0, d_length_long = 0, d_length_short = 0, d_noise = 0, d_weight = 0;
 };
 
+/// Range of the optimisation. The weight ratio weight_short / weight_long stays within 1e-4 .. 1e4.
 struct KernelBounds {
   double amplitude[2] = {1e-2, 1e6};
   double length_long[2] = {1e-2, 1e4};  // length_short <= length_long is enforced
@@ -43,12 +50,13 @@ class Gpr {
  public:
   Gpr(std::size_t features, const Kernel& kernel);
 
-  /// Full factorisation. features (n, D), targets (n). Throws Error if shapes disagree, a value is not finite, or K is
-  /// not positive definite even after the documented growth of jitter (up to 1e-6 amplitude).
+  /// Full factorisation; the mean is the average of the targets. features (n, D), targets (n). Throws Error if shapes
+  /// disagree, a value is not finite, or K is not positive definite even after jitter has grown: 0, then 1e-12, 1e-11, ...
+  /// up to 1e-6 amplitude is added to the diagonal until it is. Same bits for any number of threads.
   void fit(std::span<const double> features, std::span<const double> targets, int threads = 1);
-  /// One more point in O(n^2); equal to a refit to 1e-10.
+  /// One more point in O(n^2); equal to a refit to 1e-10. (Should the point need more jitter, all is refitted with it.)
   void append(std::span<const double> feature, double target);
-  /// One point fewer in O(n^2) (rank-one update of the trailing block).
+  /// One point fewer in O(n^2) (rank-one update of the trailing block). The last point cannot be removed.
   void remove(std::size_t row);
   /// New targets for the same points, O(n^2).
   void set_targets(std::span<const double> targets);
@@ -63,23 +71,36 @@ class Gpr {
   std::span<const double> weights() const;        // alpha (n)
   std::span<const double> training() const;       // (n, D)
 
-  Likelihood likelihood(const Kernel& kernel) const;  // at other hyperparameters, same data; does not change the fit
+  /// At other hyperparameters, same data; does not change the fit. -infinity, with a zero gradient, where K + noise is
+  /// not positive definite.
+  Likelihood likelihood(const Kernel& kernel) const;
+  double log_likelihood() const;  // of the current fit, O(n)
   /// Maximises the likelihood (projected L-BFGS in the logarithms, analytic gradient) from each of `starts` and from
-  /// the current kernel, sets the best and refits. Returns the best value.
+  /// the current kernel, with at most max_evaluations each, sets the best and refits. Returns its value.
+  /// Starts outside the bounds are moved onto them. Never collapses: a result under which the model would predict a
+  /// constant is passed over, whatever its likelihood, and if none is left the current kernel is kept. Such a result has
+  /// every point on its own (the median over points of the correlation with the nearest other one is below 0.01) or all
+  /// points alike (the function varies by less than the noise over the two most distant points).
   double optimise(const KernelBounds& bounds, std::span<const Kernel> starts, int max_evaluations = 60);
 
   /// Predictions for `count` feature vectors (count, D), any of the outputs may be null:
-  /// mean (count) and sigma (count) [eV] (sigma >= 0, of the noise-free function), and gradient (count, D) =
-  /// d(mean - kappa sigma)/d feature, gradient_sigma (count, D) = d sigma/d feature.
+  /// mean (count) and sigma (count) [eV] (of the noise-free function), and gradient (count, D) =
+  /// d(mean - kappa sigma)/d feature, gradient_sigma (count, D) = d sigma/d feature. sigma is at least 1e-6
+  /// sqrt(amplitude): there it is constant and its gradient zero.
   void predict(std::size_t count, const double* feature_vectors, double kappa, double* mean, double* sigma,
                double* gradient, double* gradient_sigma) const;
 
  private:
-  friend struct GprAccess;
+  friend class GprTile;
+  void factorise(double jitter, int threads);
+  void solve_targets();
+  void solve_weights();
+  void reserve(std::size_t points);
+
   Kernel kernel_;
-  std::size_t n_ = 0, dimension_ = 0, capacity_ = 0;
+  std::size_t n_ = 0, dimension_ = 0, capacity_ = 0, stride_ = 0;
   double mean_ = 0, jitter_ = 0;
-  std::vector<double> features_, norms_, distances_, factor_, targets_, weights_;
+  std::vector<double> features_, distances_, factor_, targets_, solved_targets_, solved_ones_, weights_;
 };
 
 }  // namespace thalweg
