@@ -48,7 +48,7 @@ _WHERE = {
     }.items()
     for name in names.split()
 }
-_MODULES = ("calculators", "descriptors", "kernels", "recipes", "testing")
+_MODULES = ("calculators", "descriptors", "recipes", "testing")
 
 __all__ = ["__version__", *_WHERE, *_MODULES]  # noqa: PLE0604
 
