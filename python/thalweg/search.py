@@ -122,7 +122,7 @@ class Search:
         self._kept: dict[str, Mapping[str, np.ndarray]] = {}
         self._last: Step | None = None
         self._pending: dict[int, Batch] = {}
-        self._ask_seconds: dict[int, dict[str, float]] = {}
+        self._seconds: dict[int, dict[str, float]] = {}
         self._journal: dict[int, list[Batch]] = {}
         self._to_replay: dict[int, list[Batch]] = {}
         self._open: list[Asked] = []
@@ -237,7 +237,7 @@ class Search:
             raise
         finally:
             self._measuring = None
-        self._ask_seconds.setdefault(asked.ticket, {})["evaluate"] = time.perf_counter() - begin
+        self._seconds.setdefault(asked.ticket, {})["evaluate"] = time.perf_counter() - begin
         return Batch.concat(rows)
 
     def tell(self, asked: Asked, evaluated: Batch) -> Step:
@@ -248,7 +248,8 @@ class Search:
         """
         if asked.ticket not in self._pending:
             raise ThalwegError(f"ticket {asked.ticket} is not open: a ticket is told once, and must come from ask()")
-        seconds = {"evaluate": self._ask_seconds.pop(asked.ticket, {}).get("evaluate", 0.0)}
+        spent = self._seconds.pop(asked.ticket, {})
+        seconds = {"evaluate": spent.pop("evaluate", 0.0)}
         if len(evaluated) and "point" not in evaluated.columns:
             evaluated = self._record_foreign(asked, evaluated)
         self._kept = {}
@@ -262,8 +263,9 @@ class Search:
         self._learn(asked.ticket, asked.kind, asked.context.iteration, asked.chosen, settled)
         carry = MappingProxyType(self._carry)
         step = Step(
-            asked.context.iteration, asked.proposed, asked.refined, asked.chosen, evaluated, carry, seconds, asked.kind
-        )
+            asked.context.iteration, asked.proposed, asked.refined, asked.chosen, evaluated, carry, {**spent, **seconds},
+            asked.kind,
+        )  # fmt: skip
         if asked.kind == "search" or len(evaluated):
             for observer in self.callbacks:
                 observer(step, self)
@@ -454,6 +456,7 @@ class Search:
             "kept": self._kept,
         }
         self._store.append("asked", asked.ticket, body, timing=seconds)
+        self._seconds[asked.ticket] = dict(seconds)
         self._carry = {**self._carry, **self._kept}
         self._pending[asked.ticket] = asked.chosen
         self._count(asked.kind)
