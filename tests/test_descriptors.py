@@ -242,7 +242,7 @@ def test_permutation():
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
 def test_supercell(convention):
-    """For k cells pairs and N^2/V grow as k: no change. Triplets as k, N^3/V as k^2: the rest falls as 1/k."""
+    """For k cells pairs and N^2/V grow as k: no change. Triplets as k, N^3/V as k^2: the rest falls so."""
     atoms = skewed()
     settings = Fingerprint(convention=convention)
     single = settings.values(batch_of(atoms))[0]

@@ -52,7 +52,7 @@ class Fingerprint:
 
     The features depend on the volume of the cell, so clusters need a cell, too. For k copies of a crystal's
     cell the number of atoms N and the volume V grow together: the radial part, normalised by N^2/V, stays as
-    it is; the angular part, normalised by N^3/V, falls as 1/k. Compare structures of one number of atoms only.
+    it is; the angular part, normalised by N^3/V, falls as 1/k. Compare structures with as many atoms only.
     """
 
     cutoff_radial: float = 6.0  # angstrom
