@@ -63,6 +63,8 @@ class Fingerprint {
     std::unique_ptr<State> state;
   };
 
+  /// Throws Error on a structure that values() could not take wherever its atoms are: species, counts, pbc, volume.
+  void check(const StructureView& structure) const;
   /// features: (size()). Throws Error on a composition or periodicity that the layout was not made for, a cell without
   /// volume, or two atoms on one point.
   void values(const StructureView& structure, double* features, Workspace& workspace) const;
