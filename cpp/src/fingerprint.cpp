@@ -425,16 +425,30 @@ std::size_t find_near(const Fingerprint::Layout& layout, State& state) {
 
 }  // namespace
 
+namespace {
+
+double find_species_and_volume(const Fingerprint::Layout& layout, const StructureView& structure, State& state) {
+  find_species(layout, structure, state);
+  const double volume = cell_volume(structure.cell);
+  if (!(volume > 0) || !std::isfinite(volume))
+    throw Error("a fingerprint is normalised by the volume of the cell, but this is " + std::to_string(volume) +
+                " angstrom^3; give the structure a cell (clusters, too)");
+  return volume;
+}
+
+}  // namespace
+
+void Fingerprint::check(const StructureView& structure) const {
+  State state(layout_->reach);
+  find_species_and_volume(*layout_, structure, state);
+}
+
 void Fingerprint::values(const StructureView& structure, double* features, Workspace& workspace) const {
   const Layout& l = *layout_;
   State& state = *workspace.state;
   const FingerprintKernels& kernels = fingerprint_kernels();
   state.ready = false;
-  find_species(l, structure, state);
-  const double volume = cell_volume(structure.cell);
-  if (!(volume > 0) || !std::isfinite(volume))
-    throw Error("a fingerprint is normalised by the volume of the cell, but this is " + std::to_string(volume) +
-                " angstrom^3; give the structure a cell (clusters, too)");
+  const double volume = find_species_and_volume(l, structure, state);
   state.neighbors.update(structure);
   state.n = structure.n;
   const double n = static_cast<double>(structure.n);

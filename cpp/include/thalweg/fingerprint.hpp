@@ -58,6 +58,8 @@ class Fingerprint {
     std::unique_ptr<State> state;
   };
 
+  /// Throws Error on a structure that values() could not take wherever its atoms are: species, counts, pbc, volume.
+  void check(const StructureView& structure) const;
   /// features: (size()). Throws Error on a species or atom count that the layout was not made for.
   void values(const StructureView& structure, double* features, Workspace& workspace) const;
   /// Adds scale * d(weights . features)/dx to gradient (n, 3), at the positions of the last values() of this
