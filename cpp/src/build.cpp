@@ -71,10 +71,10 @@ void for_rows(std::size_t n, int threads, MakeWorker make_worker) {
 // The translations of a structure in a basis that is as little skewed as pairwise reduction makes it; directions that
 // are not periodic are filled up with unit vectors perpendicular to the others.
 struct Lattice {
-  int periodic = 0;        // basis vectors 0 .. periodic - 1 are translations
-  double basis[9] = {};    // rows
-  double inverse[9] = {};  // rows: fractional coordinate k of x is inverse[k] . x
-  double height[3] = {};   // distance between the planes of whole fractional coordinates k
+  int periodic = 0;             // basis vectors 0 .. periodic - 1 are translations
+  double basis[9] = {};         // rows
+  double inverse[9] = {};       // rows: fractional coordinate k of x is inverse[k] . x
+  double height[3] = {};        // distance between the planes of whole fractional coordinates k
   double shortest = kInfinity;  // length of the shortest translation
   std::vector<Vec> shifts;      // translations that can bring a vector of rounded coordinates closer to zero
 
@@ -195,7 +195,7 @@ struct BoxedLattice {
   Lattice lattice;
   Walls walls;
   double corner[3], vectors[9];
-  bool folds[3] = {};  // open, and a lattice translation: atoms that leave come back on the other side
+  bool folds[3] = {};      // open, and a lattice translation: atoms that leave come back on the other side
   double low[3], high[3];  // range of lattice fractions of the box
 
   BoxedLattice(const double* cell, const std::uint8_t* pbc, const Confinement& box) : lattice(cell, pbc), walls(box) {
@@ -218,7 +218,8 @@ struct BoxedLattice {
     }
   }
 
-  // Brings x into the box along directions that fold; true if it is inside then (to rounding: a flat box has no inside).
+  // Brings x into the box along directions that fold; true if it is inside then (to rounding: a flat box has no
+  // inside).
   bool fold(double* x) const {
     for (int k = 0; k < 3; ++k) {
       const double h = walls.height(k, x), thickness = walls.thickness[k];
@@ -324,7 +325,8 @@ void check_settings(const BuildSettings& s) {
 
 void check_finite(const char* name, const double* x, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i)
-    if (!std::isfinite(x[i])) throw Error(std::string(name) + " must be finite, but value " + std::to_string(i) + " is not");
+    if (!std::isfinite(x[i]))
+      throw Error(std::string(name) + " must be finite, but value " + std::to_string(i) + " is not");
 }
 
 void check_template(const StructureView& frame, const Lattice& lattice, const std::vector<double>& radius) {
@@ -359,13 +361,16 @@ void check_room(std::span<const std::int32_t> placed, const std::vector<double>&
   }
   if (filled > room)
     throw Error("the box is too small: " + std::to_string(placed.size()) + " atoms need at least " +
-                number_text(filled) + " angstrom^3 (spheres of radius c1 R), but the box has " + number_text(own) + " (" +
-                number_text(room) + " with the spheres' overhang); make it larger, place fewer atoms or lower c1");
+                number_text(filled) + " angstrom^3 (spheres of radius c1 R), but the box has " + number_text(own) +
+                " (" + number_text(room) +
+                " with the spheres' overhang); make it larger, place fewer atoms or lower c1");
   for (std::size_t i = 0; i < placed.size(); ++i)
     if (box.lattice.shortest < 2 * settings.c1 * radius[i])
       throw Error("the cell is too small: an atom of " + std::string(chemical_symbol(placed[i])) + " would be " +
-                  number_text(box.lattice.shortest) + " angstrom from its own image, closer than c1 times twice its "
-                  "covalent radius (" + number_text(2 * settings.c1 * radius[i]) + "); use a larger cell");
+                  number_text(box.lattice.shortest) +
+                  " angstrom from its own image, closer than c1 times twice its "
+                  "covalent radius (" +
+                  number_text(2 * settings.c1 * radius[i]) + "); use a larger cell");
 }
 
 // What every row of random_structures shares.
@@ -405,12 +410,14 @@ struct RandomPlan {
       cross3(plane_v, normal, plane_u);
     }
     for (std::size_t i = 0; i < frame.n; ++i) {
-      const double near = settings.c1 * (template_radius[i] + largest), far = settings.c2 * (template_radius[i] + largest);
+      const double near = settings.c1 * (template_radius[i] + largest),
+                   far = settings.c2 * (template_radius[i] + largest);
       box.images(frame.positions + 3 * i, far, [&](const Vec& image) {
         if (box.walls.outside_closed(image.data()) <= near)
           obstacles.add(image, template_radius[i], static_cast<std::int32_t>(i));
         for (int k = 0; k < 3; ++k) {
-          const double f = box.walls.thickness[k] > 0 ? box.walls.height(k, image.data()) / box.walls.thickness[k] : 0.0;
+          const double f =
+              box.walls.thickness[k] > 0 ? box.walls.height(k, image.data()) / box.walls.thickness[k] : 0.0;
           if (box.folds[k] && (f < -1e-6 || f >= 1 - 1e-6)) return;
         }
         anchors.add(image, template_radius[i], static_cast<std::int32_t>(i));
@@ -443,8 +450,13 @@ struct RandomPlan {
 class RandomWorker {
  public:
   RandomWorker(const RandomPlan& plan, Key key, std::uint64_t first_row, BuildResult& result)
-      : plan_(plan), key_(key), first_row_(first_row), result_(result), obstacles_(plan.obstacles),
-        anchors_(plan.anchors), order_(plan.placed.size()) {}
+      : plan_(plan),
+        key_(key),
+        first_row_(first_row),
+        result_(result),
+        obstacles_(plan.obstacles),
+        anchors_(plan.anchors),
+        order_(plan.placed.size()) {}
 
   void operator()(std::size_t row) {
     const std::size_t frame_n = plan_.frame.n, n = frame_n + plan_.placed.size();
@@ -460,8 +472,8 @@ class RandomWorker {
     }
     for (std::size_t i = 0; i < plan_.placed.size(); ++i)
       for (std::size_t c = 0; c < 3; ++c)
-        added[3 * i + c] = plan_.box.corner[c] +
-                           0.5 * (plan_.box.vectors[c] + plan_.box.vectors[3 + c] + plan_.box.vectors[6 + c]);
+        added[3 * i + c] =
+            plan_.box.corner[c] + 0.5 * (plan_.box.vectors[c] + plan_.box.vectors[3 + c] + plan_.box.vectors[6 + c]);
   }
 
  private:
@@ -518,7 +530,12 @@ class RattleWorker {
  public:
   RattleWorker(const BatchView& parents, const BuildSettings& settings, double amplitude, double moved, Key key,
                std::uint64_t first_row, BuildResult& result)
-      : parents_(parents), settings_(settings), amplitude_(amplitude), moved_(moved), key_(key), first_row_(first_row),
+      : parents_(parents),
+        settings_(settings),
+        amplitude_(amplitude),
+        moved_(moved),
+        key_(key),
+        first_row_(first_row),
         result_(result) {}
 
   void operator()(std::size_t row) {
@@ -620,7 +637,8 @@ class PermuteWorker {
     free_.clear();
     for (std::size_t i = 0; i < parent.n; ++i)
       if (!any_fixed(parent, i)) free_.push_back(i);
-    // partners_[k]: free atoms of another species than the k-th free atom; a swap draws its first atom with these weights.
+    // partners_[k]: free atoms of another species than the k-th free atom; a swap draws its first atom with these
+    // weights.
     partners_.assign(free_.size(), 0);
     std::uint64_t pairs = 0;
     for (std::size_t k = 0; k < free_.size(); ++k) {

@@ -82,10 +82,13 @@ std::array<long double, kPowers> interpolate(const std::array<long double, kPowe
 struct Axis {
   HistogramAxis view{};
   std::size_t blocks = 0;
-  std::vector<double> breaks, scale, shift, by_power, by_column;
+  std::vector<double> breaks, scale, shift;
+  Buffer<double> by_power, by_column;
+  std::vector<SlotPlace> places;
 
   std::size_t slots() const { return blocks * static_cast<std::size_t>(view.centers * view.pieces); }
-  std::size_t copy_stride() const { return blocks * static_cast<std::size_t>(view.stride); }
+  /// of a padded histogram with all blocks
+  std::size_t length() const { return blocks * static_cast<std::size_t>(view.stride); }
 
   /// open_ended: samples may sit in the `reach` bins past the last one, too.
   void build(std::size_t block_count, std::size_t bins, double width, double sigma, double n_sigma, bool open_ended,
@@ -124,8 +127,8 @@ struct Axis {
     std::array<long double, kPowers> nodes, values;
     for (int k = 0; k < kPowers; ++k) nodes[k] = std::cos(std::acos(-1.0L) * k / (kPowers - 1));
     const std::size_t columns = static_cast<std::size_t>(view.padded_columns);
-    by_power.assign(pieces * kPowers * columns, 0.0);
-    by_column.assign(pieces * kPowers * columns, 0.0);
+    double* power_table = by_power.need(pieces * kPowers * columns);
+    double* column_table = by_column.need(pieces * kPowers * columns);
     for (std::size_t piece = 0; piece < pieces; ++piece) {
       const long double low = ends[piece], high = ends[piece + 1];
       if (piece > 0) breaks.push_back(static_cast<double>(low));
@@ -140,11 +143,18 @@ struct Axis {
         const auto coefficients = interpolate(nodes, values);
         for (std::size_t power = 0; power < kPowers; ++power) {
           const std::size_t c = static_cast<std::size_t>(column);
-          by_power[(piece * kPowers + power) * columns + c] = static_cast<double>(coefficients[power]);
-          by_column[(piece * columns + c) * kPowers + power] = static_cast<double>(coefficients[power]);
+          power_table[(piece * kPowers + power) * columns + c] = static_cast<double>(coefficients[power]);
+          column_table[(piece * columns + c) * kPowers + power] = static_cast<double>(coefficients[power]);
         }
       }
     }
+    const auto copy = static_cast<std::int32_t>(length());
+    for (std::int32_t block = 0; block < static_cast<std::int32_t>(blocks); ++block)
+      for (std::int32_t bin = 0; bin < view.centers; ++bin)
+        for (std::int32_t piece = 0; piece < view.pieces; ++piece)
+          places.push_back(
+              {block * view.stride + bin, (bin & 3) * copy + block * view.stride + (bin + 3) / 4 * 4, piece});
+    view.places = places.data();
     view.breaks = breaks.data();
     view.scale = scale.data();
     view.shift = shift.data();
@@ -283,28 +293,20 @@ struct HistogramMemory {
     used = {0, slots.need(slots_in_all + 1), in_use.need(slots_in_all)};
     moments.need(slots_in_all * kPowers);
   }
-  /// Samples up to the next multiple of kLanes point at a slot that is there.
-  void pad() {
-    for (std::size_t k = samples.n; k < padded(samples.n); ++k) {
-      samples.t[k] = 0.0;
-      samples.slot[k] = 0;
-    }
-  }
   /// The histogram [block][stride], in copy 0.
   const double* make_histogram(const Axis& axis, const FingerprintKernels& kernels) {
-    const std::size_t copy_stride = axis.copy_stride();
-    double* h = histogram.need(4 * copy_stride + kLanes);
-    std::memset(h, 0, (4 * copy_stride + kLanes) * sizeof(double));
+    const std::size_t copy = axis.length();
+    double* h = histogram.need(4 * copy + kLanes);
+    std::memset(h, 0, (4 * copy + kLanes) * sizeof(double));
     kernels.deposit(samples, moments.data(), used);
-    kernels.expand(axis.view, used, moments.data(), h, copy_stride);
-    const double* second = h + copy_stride + 3;
-    const double* third = h + 2 * copy_stride + 2;
-    const double* fourth = h + 3 * copy_stride + 1;
-    for (std::size_t k = 0; k + 3 < copy_stride; ++k) h[k] = (h[k] + second[k]) + (third[k] + fourth[k]);
+    kernels.expand(axis.view, used, moments.data(), h);
+    const double* second = h + copy + 3;
+    const double* third = h + 2 * copy + 2;
+    const double* fourth = h + 3 * copy + 1;
+    for (std::size_t k = 0; k + 3 < copy; ++k) h[k] = (h[k] + second[k]) + (third[k] + fourth[k]);
     return h;
   }
   void project(const Axis& axis, const FingerprintKernels& kernels) {
-    pad();
     double* p = polynomials.need(axis.slots() * 2 * kPowers);
     kernels.project(axis.view, used, weights.data(), p);
     const std::size_t room = samples.n + 3 * kLanes;
@@ -506,7 +508,7 @@ void Fingerprint::contract(const double* weights, double scale, double* gradient
   if (!state.ready) throw Error("contract() needs values() of this workspace first");
   const FingerprintKernels& kernels = fingerprint_kernels();
   const auto bins = static_cast<std::size_t>(l.radial.view.bins);
-  double* padded_weights = state.radial.weights.need(l.radial.copy_stride());
+  double* padded_weights = state.radial.weights.need(l.radial.length());
   for (std::size_t block = 0; block < l.radial.blocks; ++block) {
     double* to = padded_weights + block * static_cast<std::size_t>(l.radial.view.stride) + l.radial.view.reach;
     for (std::size_t b = 0; b < bins; ++b) to[b] = scale * weights[block * bins + b];
@@ -519,7 +521,7 @@ void Fingerprint::contract(const double* weights, double scale, double* gradient
 
   weights += l.radial.blocks * bins;
   const auto angular_bins = static_cast<std::size_t>(l.angular.view.bins);
-  padded_weights = state.angular.weights.need(l.angular.copy_stride());
+  padded_weights = state.angular.weights.need(l.angular.length());
   for (std::size_t block = 0; block < l.angular.blocks; ++block) {
     double* to = padded_weights + block * static_cast<std::size_t>(l.angular.view.stride);
     const double* from = weights + block * angular_bins;
@@ -550,14 +552,14 @@ void Fingerprint::jacobian(double* jacobian, Workspace& workspace) const {
   State& state = *workspace.state;
   if (!state.ready) throw Error("jacobian() needs values() of this workspace first");
   const FingerprintKernels& kernels = fingerprint_kernels();
-  const std::size_t row_stride = l.radial.copy_stride() + (l.settings.angular ? l.angular.copy_stride() : 0);
+  const std::size_t row_stride = l.radial.length() + (l.settings.angular ? l.angular.length() : 0);
   double* rows = state.rows.need(3 * state.n * row_stride);
   std::memset(rows, 0, 3 * state.n * row_stride * sizeof(double));
   kernels.pair_jacobian(l.radial.view, state.radial.samples, state.neighbors.i(), state.neighbors.j(),
                         state.neighbors.d(), state.neighbors.r(), rows, row_stride);
   if (l.settings.angular)
     kernels.triplet_jacobian(l.angular.view, state.near, state.triplets, state.near_atom.data(),
-                             rows + l.radial.copy_stride(), row_stride);
+                             rows + l.radial.length(), row_stride);
   const auto bins = static_cast<std::size_t>(l.radial.view.bins);
   for (std::size_t row = 0; row < 3 * state.n; ++row) {
     double* to = jacobian + row * l.size;

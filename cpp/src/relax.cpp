@@ -15,10 +15,10 @@
 namespace thalweg {
 namespace {
 
-constexpr double kTouch = 1e-9;         // angstrom: an atom this close to a wall is at it
-constexpr double kEnergySlack = 1e-8;   // a rise below this times max(1, |E|) is rounding, not a rise
-constexpr int kMostShortenings = 5;     // per direction
-constexpr std::size_t kWindow = 64;     // structures that one thread relaxes side by side
+constexpr double kTouch = 1e-9;        // angstrom: an atom this close to a wall is at it
+constexpr double kEnergySlack = 1e-8;  // a rise below this times max(1, |E|) is rounding, not a rise
+constexpr int kMostShortenings = 5;    // per direction
+constexpr std::size_t kWindow = 64;    // structures that one thread relaxes side by side
 
 double dot(const double* a, const double* b, std::size_t n) {
   // Four sums: one chain of additions would wait for itself.
@@ -107,8 +107,9 @@ Walls::Walls(const Confinement& box) : active(box.active) {
     const double area = std::sqrt(dot3(normal, normal));
     double depth = area > 0 ? dot3(normal, vectors + 3 * k) / area : 0;
     if (!(std::abs(depth) > 1e-12 * longest))
-      throw Error("the vectors of the confinement box must span a volume (one of them may be zero: a flat box), but "
-                  "they are linearly dependent; give three independent rows");
+      throw Error(
+          "the vectors of the confinement box must span a volume (one of them may be zero: a flat box), but "
+          "they are linearly dependent; give three independent rows");
     const double sign = depth < 0 ? -1 : 1;
     for (int c = 0; c < 3; ++c) normal[c] *= sign / area;
     base[k] = dot3(normal, box.corner);
@@ -153,8 +154,10 @@ struct Minimiser::Touching {
         int chosen[3], members = 0;
         bool fits = true;
         for (int k = 0; k < count; ++k) {
-          if ((set >> k) & 1) chosen[members++] = k;
-          else fits = fits && !both[k];
+          if ((set >> k) & 1)
+            chosen[members++] = k;
+          else
+            fits = fits && !both[k];
         }
         double lambda[3], rest[3] = {v[0], v[1], v[2]};
         if (!fits || members != size || !multipliers(normals, chosen, members, v, lambda)) continue;

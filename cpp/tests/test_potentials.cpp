@@ -1,2 +1,240 @@
+#include <algorithm>
+#include <limits>
+
 #include "minitest.hpp"
+#include "thalweg/potentials.hpp"
+#include "thalweg/random.hpp"
+
+using namespace thalweg;
+
+namespace {
+
+// n structures of the same atoms at different random places, in a cell that is periodic as told.
+struct Structures {
+  std::vector<double> positions, cells;
+  std::vector<std::int32_t> numbers;
+  std::vector<std::int64_t> offsets{0};
+  std::vector<std::uint8_t> pbc;
+
+  void add(const std::vector<std::int32_t>& species, std::uint64_t seed, double edge, double closest, int periodic) {
+    Random rng(Key{seed, 5}, 0);
+    const double cell[9] = {edge, 0, 0, 0.2 * edge, edge, 0, -0.1 * edge, 0.15 * edge, edge};
+    const std::size_t first = positions.size() / 3;
+    while (positions.size() / 3 < first + species.size()) {
+      const double f[3] = {rng.uniform(), rng.uniform(), rng.uniform()};
+      double x[3];
+      for (int k = 0; k < 3; ++k) x[k] = f[0] * cell[k] + f[1] * cell[3 + k] + f[2] * cell[6 + k];
+      bool free = true;
+      for (std::size_t j = first; j < positions.size() / 3; ++j)
+        for (int image = 0; image < 27; ++image) {
+          double square = 0;
+          for (int k = 0; k < 3; ++k) {
+            const double shift =
+                (image % 3 - 1) * cell[k] + (image / 3 % 3 - 1) * cell[3 + k] + (image / 9 - 1) * cell[6 + k];
+            square += std::pow(x[k] - positions[3 * j + static_cast<std::size_t>(k)] + shift, 2);
+          }
+          free &= square > closest * closest;
+        }
+      if (free) positions.insert(positions.end(), x, x + 3);
+    }
+    numbers.insert(numbers.end(), species.begin(), species.end());
+    offsets.push_back(static_cast<std::int64_t>(numbers.size()));
+    cells.insert(cells.end(), cell, cell + 9);
+    for (int a = 0; a < 3; ++a) pbc.push_back(static_cast<std::uint8_t>(periodic >> a & 1));
+  }
+  BatchView view() const { return {positions, numbers, offsets, cells, pbc, {}}; }
+};
+
+struct Result {
+  std::vector<double> energies, forces;
+  bool operator==(const Result&) const = default;
+};
+Result run(const Landscape& landscape, const BatchView& batch, int threads = 1) {
+  Result out{std::vector<double>(batch.size()), std::vector<double>(batch.positions.size())};
+  evaluate(landscape, batch, out.energies, out.forces, threads);
+  return out;
+}
+
+std::vector<std::unique_ptr<Landscape>> landscapes() {
+  std::vector<std::unique_ptr<Landscape>> out;
+  out.push_back(std::make_unique<Emt>());
+  out.push_back(std::make_unique<LennardJones>(LennardJones::Settings{2.4, 0.7, 0, 0, true}));
+  out.push_back(std::make_unique<PairPrior>(PairPrior::Settings{}));
+  PairPrior::Settings repulsive;
+  repulsive.form = PairPrior::Form::repulsive;
+  out.push_back(std::make_unique<PairPrior>(repulsive));
+  return out;
+}
+
+const std::vector<std::int32_t> kAu4Ni4 = {79, 79, 79, 79, 28, 28, 28, 28};
+
+Structures mixture() {
+  Structures s;
+  s.add(kAu4Ni4, 1, 6.0, 2.1, 0);
+  s.add({79, 13, 8, 1, 1, 47}, 2, 5.0, 1.2, 7);
+  s.add({29, 29, 29, 78}, 3, 4.2, 2.0, 3);
+  s.add({46}, 4, 3.9, 2.0, 7);
+  s.add(std::vector<std::int32_t>(110, 28), 5, 14.0, 1.9, 0);
+  return s;
+}
+
+}  // namespace
+
+TEST(emt_energies_are_relative_to_the_bulk) {
+  Structures copper;
+  const double a = 3.59;
+  copper.numbers = {29};
+  copper.offsets = {0, 1};
+  copper.positions = {0.1, 0.2, 0.3};
+  copper.cells = {0, a / 2, a / 2, a / 2, 0, a / 2, a / 2, a / 2, 0};
+  copper.pbc = {1, 1, 1};
+  // zero for the perfect crystal, up to what lies between the three shells of gamma and the cutoff
+  CLOSE(run(Emt(), copper.view()).energies[0], 0.0, 0.01);
+  copper.pbc = {0, 0, 0};
+  CLOSE(run(Emt(), copper.view()).energies[0], 3.51, 1e-12);
+}
+
+TEST(lennard_jones_equals_its_formula_with_and_without_a_list) {
+  for (const std::size_t n : {2ul, 5ul, 8ul, 13ul, 38ul, 99ul, 100ul, 101ul, 120ul}) {
+    Structures s;
+    s.add(std::vector<std::int32_t>(n, 18), n, 1.1 * std::cbrt(static_cast<double>(n)), 0.7, 0);
+    for (const bool smooth : {false, true}) {
+      const double rc2 = 2.2 * 2.2, ro2 = 1.7 * 1.7;
+      double expected = 0, largest = 0;
+      for (std::size_t i = 0; i < n; ++i)
+        for (std::size_t j = 0; j < i; ++j) {
+          double r2 = 0;
+          for (std::size_t k = 0; k < 3; ++k) r2 += std::pow(s.positions[3 * i + k] - s.positions[3 * j + k], 2);
+          if (r2 > rc2) continue;
+          const double cut = r2 < ro2 ? 1 : std::pow(rc2 - r2, 2) * (rc2 + 2 * r2 - 3 * ro2) / std::pow(rc2 - ro2, 3);
+          const double pair = 4 * (std::pow(r2, -6) - std::pow(r2, -3));
+          const double shift = 4 * (std::pow(rc2, -6) - std::pow(rc2, -3));
+          expected += smooth ? pair * cut : pair - shift;
+          largest += std::abs(pair);
+        }
+      const LennardJones lj({1.0, 1.0, 2.2, 1.7, smooth});
+      CLOSE(run(lj, s.view()).energies[0], expected, 1e-13 * largest + 1e-13);
+    }
+  }
+}
+
+TEST(forces_are_the_derivative_of_the_energy) {
+  for (const auto& landscape : landscapes()) {
+    Structures s = mixture();
+    const Result at = run(*landscape, s.view());
+    Random rng(Key{8, 8}, 0);
+    std::vector<double> direction(s.positions.size());
+    for (double& u : direction) u = rng.uniform(-1, 1);
+    const std::vector<double> start = s.positions;
+    const auto energies = [&](double step) {
+      for (std::size_t k = 0; k < start.size(); ++k) s.positions[k] = start[k] + step * direction[k];
+      return run(*landscape, s.view()).energies;
+    };
+    const double h = 2e-4;
+    const auto e1 = energies(h), e2 = energies(-h), e3 = energies(2 * h), e4 = energies(-2 * h);
+    for (std::size_t row = 0; row < at.energies.size(); ++row) {
+      double analytic = 0, largest = 1;
+      for (std::size_t k = 3 * static_cast<std::size_t>(s.offsets[row]);
+           k < 3 * static_cast<std::size_t>(s.offsets[row + 1]); ++k) {
+        analytic -= at.forces[k] * direction[k];
+        largest = std::max(largest, std::abs(at.forces[k]));
+      }
+      const double numerical = (4 * (e1[row] - e2[row]) / (2 * h) - (e3[row] - e4[row]) / (4 * h)) / 3;
+      CLOSE(analytic, numerical, 1e-8 * largest * std::sqrt(static_cast<double>(s.offsets[row + 1] - s.offsets[row])));
+    }
+  }
+}
+
+TEST(rows_do_not_depend_on_threads_or_company_or_history) {
+  const Structures s = mixture();
+  Structures many;
+  for (int k = 0; k < 6; ++k) {
+    many.positions.insert(many.positions.end(), s.positions.begin(), s.positions.end());
+    many.numbers.insert(many.numbers.end(), s.numbers.begin(), s.numbers.end());
+    many.cells.insert(many.cells.end(), s.cells.begin(), s.cells.end());
+    many.pbc.insert(many.pbc.end(), s.pbc.begin(), s.pbc.end());
+    for (std::size_t row = 1; row < s.offsets.size(); ++row)
+      many.offsets.push_back(s.offsets[row] + static_cast<std::int64_t>(k) * s.offsets.back());
+  }
+  for (const auto& landscape : landscapes()) {
+    const Result one = run(*landscape, many.view(), 1);
+    CHECK(run(*landscape, many.view(), 2) == one);
+    CHECK(run(*landscape, many.view(), 5) == one);
+    const Result few = run(*landscape, s.view(), 1);
+    CHECK(std::equal(few.energies.begin(), few.energies.end(), one.energies.begin()));
+    CHECK(std::equal(few.forces.begin(), few.forces.end(), one.forces.begin() + few.forces.size()));
+
+    // an evaluator that has followed the structures gives what a fresh one gives
+    const auto evaluator = landscape->evaluator(s.view());
+    Structures moved = s;
+    Random rng(Key{2, 2}, 0);
+    Result kept{std::vector<double>(s.offsets.size() - 1), std::vector<double>(s.positions.size())};
+    for (int step = 0; step < 5; ++step) {
+      for (double& x : moved.positions) x += rng.uniform(-0.05, 0.05);
+      const std::int64_t odd[] = {3, 1}, even[] = {0, 2, 4};
+      evaluator->evaluate(odd, moved.positions.data(), kept.energies.data(), kept.forces.data());
+      evaluator->evaluate(even, moved.positions.data(), kept.energies.data(), kept.forces.data());
+      CHECK(kept == run(*landscape, moved.view()));
+    }
+  }
+}
+
+TEST(every_instruction_set_agrees) {
+  const Structures s = mixture();
+  const std::string best = active_isa();
+  for (const auto& landscape : landscapes()) {
+    force_isa(best.c_str());
+    const Result reference = run(*landscape, s.view());
+    for (const char* name : {"x86-64-v2", "x86-64-v3", "x86-64-v4"}) {
+      if (!force_isa(name)) continue;
+      const Result other = run(*landscape, s.view());
+      double largest = 1;
+      for (const double f : reference.forces) largest = std::max(largest, std::abs(f));
+      for (std::size_t row = 0; row < reference.energies.size(); ++row)
+        CLOSE(other.energies[row], reference.energies[row], 1e-12 * std::max(1.0, std::abs(reference.energies[row])));
+      for (std::size_t k = 0; k < reference.forces.size(); ++k)
+        CLOSE(other.forces[k], reference.forces[k], 1e-12 * largest);
+    }
+  }
+  force_isa(best.c_str());
+}
+
+TEST(senseless_positions_and_coinciding_atoms_are_not_finite) {
+  for (const auto& landscape : landscapes())
+    for (const double bad : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity(), 1e30}) {
+      Structures s = mixture();
+      s.positions[4] = bad;
+      s.positions[30] = bad;
+      const Result r = run(*landscape, s.view(), 2);
+      CHECK(std::isnan(r.energies[0]) && std::isnan(r.energies[1]) && std::isfinite(r.energies[2]));
+      CHECK(std::isnan(r.forces[0]) && std::isnan(r.forces[3]));
+    }
+  Structures same;
+  same.add({18, 18, 18}, 1, 3.0, 0.5, 0);
+  std::copy_n(same.positions.begin(), 3, same.positions.begin() + 3);
+  CHECK(!std::isfinite(run(LennardJones({}), same.view()).energies[0]));
+  same.pbc = {1, 1, 1};
+  CHECK(!std::isfinite(run(LennardJones({}), same.view()).energies[0]));
+}
+
+TEST(bad_input_is_refused) {
+  Structures iron;
+  iron.add({26, 79}, 1, 5.0, 1.0, 0);
+  THROWS(run(Emt(), iron.view()), "no parameters for Fe (atomic number 26); it knows Al, Cu");
+  THROWS(run(Emt(), iron.view(), 4), "no parameters for Fe");
+  Structures s = mixture();
+  std::vector<double> energies(2), forces(s.positions.size());
+  THROWS(evaluate(Emt(), s.view(), energies, forces), "energies must hold 5");
+  energies.resize(5);
+  THROWS(evaluate(Emt(), s.view(), energies, std::span(forces).first(6)), "forces must hold");
+  THROWS(evaluate(Emt(), s.view(), energies, forces, -1), "threads");
+  std::fill_n(s.cells.begin() + 9, 3, 0.0);
+  for (const auto& landscape : landscapes()) THROWS(landscape->evaluator(s.view()), "direction 0 is periodic");
+  THROWS(LennardJones({0.0, 1.0, 0, 0, false}), "sigma");
+  THROWS(LennardJones({1.0, 1.0, 2.0, 3.0, true}), "ro < rc");
+  PairPrior::Settings settings;
+  settings.depth = -1;
+  THROWS(PairPrior(settings), "depth");
+}
+
 MINITEST_MAIN

@@ -45,8 +45,8 @@ void bind_relax(py::module_& m) {
                               flags(result.converged));
       },
       py::arg("landscape"), py::arg("batch"), py::kw_only(), py::arg("steps") = 100, py::arg("force_tolerance") = 0.05,
-      py::arg("max_step") = 0.2, py::arg("memory") = 10, py::arg("first_curvature") = 70.0,
-      py::arg("box") = py::none(), py::arg("threads") = 0,
+      py::arg("max_step") = 0.2, py::arg("memory") = 10, py::arg("first_curvature") = 70.0, py::arg("box") = py::none(),
+      py::arg("threads") = 0,
       R"(Relax every structure of a batch on a landscape with L-BFGS.
 
 steps: evaluations per structure beyond the first; force_tolerance [eV/angstrom]: largest force on one atom, fixed

@@ -2,7 +2,7 @@
 
     OUT/config.toml            resolved configuration         OUT/summary.json   what came out, rewritten whole
     OUT/template.extxyz        if the problem has one         OUT/best.extxyz    best of each restart, lowest first
-    OUT/restarts/000/store.db  the journal of restart 0       OUT/report.html    written by the command line
+    OUT/restarts/000/store.journal  the log of restart 0       OUT/report.html    written by the command line
     OUT/restarts/000/result.json  its line of the summary     OUT/restarts/000/error.txt  traceback, if it failed
 
 Restart i searches with seed + i, alone in a worker process, so that results do not depend on the number of workers.
@@ -100,14 +100,14 @@ class RunFolder:
         return self.path / "restarts" / f"{index:03d}"
 
     def store(self, index: int) -> Path:
-        return self.restart(index) / "store.db"
+        return self.restart(index) / "store.journal"
 
     def result(self, index: int) -> Path:
         return self.restart(index) / "result.json"
 
     def restarts(self) -> list[int]:
         """Indices of the restarts that have a store."""
-        found = self.path.glob("restarts/*/store.db")
+        found = self.path.glob("restarts/*/store.journal")
         return sorted(int(store.parent.name) for store in found if store.parent.name.isdigit())
 
     def configuration(self) -> Configuration:
@@ -724,7 +724,7 @@ def load_results(folder: str | Path) -> Results:
     for path in sorted(run_folder.path.glob("restarts/*/result.json")):
         if path.parent.name.isdigit() and int(path.parent.name) not in histories:
             entry = _load_result(path)
-            if entry is not None and not (path.parent / "store.db").exists():
+            if entry is not None and not (path.parent / "store.journal").exists():
                 entries.append(entry)
     entries.sort(key=lambda entry: entry["index"])
     return Results(run_folder, configuration, histories, entries, problems)

@@ -493,7 +493,8 @@ def _checked(model: type[BaseModel], data: Mapping[str, Any], section: str, mist
         return model.model_validate(dict(data))
     except ValidationError as problem:
         lines: dict[str, str] = {}
-        for error in problem.errors():
+        # a misspelt key is also a missing one: say the former
+        for error in sorted(problem.errors(), key=lambda one: one["type"] != "extra_forbidden"):
             lines.setdefault(str(error["loc"][0]), _line(model, section, error))
         mistakes.extend(lines.values())
         return None

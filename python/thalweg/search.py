@@ -18,7 +18,7 @@ import numpy as np
 from thalweg import _core
 from thalweg.errors import ConfigurationError, Stop, StoreError, ThalwegError
 from thalweg.randomness import Key
-from thalweg.records import FAILED, OK, Asked, Batch, Context, Problem, Step
+from thalweg.records import FAILED, OK, Asked, Batch, Context, Measured, Problem, Step
 from thalweg.store import Store
 
 __all__ = ["Found", "Search"]
@@ -122,7 +122,7 @@ class Search:
         self._kept: dict[str, Mapping[str, np.ndarray]] = {}
         self._last: Step | None = None
         self._pending: dict[int, Batch] = {}
-        self._ask_seconds: dict[int, dict[str, float]] = {}
+        self._seconds: dict[int, dict[str, float]] = {}
         self._journal: dict[int, list[Batch]] = {}
         self._to_replay: dict[int, list[Batch]] = {}
         self._open: list[Asked] = []
@@ -130,7 +130,7 @@ class Search:
         self._stop_reason: str | None = None
         self._budget: int | None = None
         self._barren, self._last_reason, self._finished = 0, "", False
-        self._asked, self._tickets, self.iteration, self.evaluations = 0, 0, 0, 0
+        self._asked, self._finishes, self.iteration, self.evaluations = 0, 0, 0, 0
         self._store = store if isinstance(store, Store) else Store(store, self._meta())
         try:
             self._resume()
@@ -184,7 +184,7 @@ class Search:
             }
         context = self._context(self._asked, self.data, self._fitted, self._last, self._carry, self._pending_batch())
         self._kept = {}
-        asked = self._compose(self._tickets, context, seconds)
+        asked = self._compose(self._asked, context, seconds)
         self._enter(asked, seconds)
         return asked
 
@@ -237,7 +237,7 @@ class Search:
             raise
         finally:
             self._measuring = None
-        self._ask_seconds.setdefault(asked.ticket, {})["evaluate"] = time.perf_counter() - begin
+        self._seconds.setdefault(asked.ticket, {})["evaluate"] = time.perf_counter() - begin
         return Batch.concat(rows)
 
     def tell(self, asked: Asked, evaluated: Batch) -> Step:
@@ -248,7 +248,8 @@ class Search:
         """
         if asked.ticket not in self._pending:
             raise ThalwegError(f"ticket {asked.ticket} is not open: a ticket is told once, and must come from ask()")
-        seconds = {"evaluate": self._ask_seconds.pop(asked.ticket, {}).get("evaluate", 0.0)}
+        spent = self._seconds.pop(asked.ticket, {})
+        seconds = {"evaluate": spent.pop("evaluate", 0.0)}
         if len(evaluated) and "point" not in evaluated.columns:
             evaluated = self._record_foreign(asked, evaluated)
         self._kept = {}
@@ -260,11 +261,14 @@ class Search:
         self._store.append("told", asked.ticket, body, timing=seconds)
         self._carry = {**self._carry, **self._kept}
         self._learn(asked.ticket, asked.kind, asked.context.iteration, asked.chosen, settled)
+        carry = MappingProxyType(self._carry)
         step = Step(
-            asked.context.iteration, asked.proposed, asked.refined, asked.chosen, evaluated, MappingProxyType(self._carry), seconds
-        )
-        for observer in self.callbacks:
-            observer(step, self)
+            asked.context.iteration, asked.proposed, asked.refined, asked.chosen, evaluated, carry, {**spent, **seconds},
+            asked.kind,
+        )  # fmt: skip
+        if asked.kind == "search" or len(evaluated):
+            for observer in self.callbacks:
+                observer(step, self)
         if self._barren >= self.barren_steps:
             self._store.commit()
             raise ThalwegError(
@@ -311,7 +315,7 @@ class Search:
         return Found(self.best, self.best_energy, self.evaluations, self.iteration, reason)
 
     # ---- true evaluations --------------------------------------------------------------------------
-    def measure(self, structure: Batch, calculate: Callable[[Batch], Batch], columns: Mapping[str, Any]) -> Batch:
+    def measure(self, structure: Batch, calculate: Callable[[Batch], Measured], columns: Mapping[str, Any]) -> Batch:
         """`Context.measure`: journaled as it arrives; what the journal already holds for this ticket is replayed."""
         asked = self._measuring
         assert asked is not None, "measure() belongs to the gauges of a search"
@@ -331,15 +335,13 @@ class Search:
         if self._budget is not None and self.evaluations >= self._budget:
             raise _Halt("evaluations")
         begin = time.perf_counter()
-        row = calculate(structure)
+        energy, forces, reason = calculate(structure)
         cost = time.perf_counter() - begin
-        reason = ""
-        if "reason" in row.columns:
-            reason = str(row.columns["reason"][0])
-            row = replace(row, columns={name: values for name, values in row.columns.items() if name != "reason"})
-        row = row.with_columns(
-            **columns, iteration=asked.context.iteration, ticket=asked.ticket, point=len(journal)
-        )
+        row = structure.bare().with_columns(
+            energy=energy, status=np.uint8(FAILED if reason else OK), **columns,
+            iteration=asked.context.iteration, ticket=asked.ticket, point=len(journal),
+        )  # fmt: skip
+        row = row.with_atom_columns(forces=forces)
         journal.append(row)
         self.evaluations += 1
         self._store.append("evaluation", asked.ticket, {"row": row, "reason": reason}, cost=cost)
@@ -350,13 +352,19 @@ class Search:
         """Evaluations that the caller made between ask() and tell()."""
         if "energy" not in evaluated.columns:
             raise ThalwegError("tell() needs the column energy (NaN for a failed evaluation)")
-        if "status" not in evaluated.columns:
-            evaluated = evaluated.with_columns(status=np.where(evaluated.ok, OK, FAILED).astype(np.uint8))
-        if "forces" not in evaluated.atom_columns:
-            evaluated = evaluated.with_atom_columns(forces=np.full_like(evaluated.positions, np.nan))
+        forces = evaluated.atom_columns.get("forces", np.full_like(evaluated.positions, np.nan))
+        evaluated = evaluated.with_atom_columns(forces=forces)
+        told = ("energy", "status", "iteration", "ticket", "point")
+        rows = []
         self._measuring = asked
-        rows = [self.measure(evaluated[i], lambda row: row, {}) for i in range(len(evaluated))]
-        self._measuring = None
+        try:
+            for i in range(len(evaluated)):
+                row = evaluated[i]
+                given = float(row.columns["energy"][0]), row.atom_columns["forces"], "" if row.ok[0] else "told as failed"
+                columns = {name: values[0] for name, values in row.columns.items() if name not in told}
+                rows.append(self.measure(row, lambda _, given=given: given, columns))
+        finally:
+            self._measuring = None
         return Batch.concat(rows)
 
     def _settled_columns(self, ticket: int, evaluated: Batch) -> dict[str, np.ndarray]:
@@ -392,7 +400,8 @@ class Search:
                 if hasattr(gauge, "finish_with")
             ]
             chosen = Batch.concat(batches) if batches else Batch.empty()
-            asked = Asked(self._tickets, context, Batch.empty(), chosen, np.arange(len(chosen)), len(chosen), "finish")
+            # Numbered downwards: runs of 3 and 3 iterations give the tickets that a run of 6 gives.
+            asked = Asked(-1 - self._finishes, context, Batch.empty(), chosen, np.arange(len(chosen)), len(chosen), "finish")
             self._kept = {}
             self._enter(asked, {})
         self.tell(asked, self.evaluate(asked))
@@ -447,10 +456,14 @@ class Search:
             "kept": self._kept,
         }
         self._store.append("asked", asked.ticket, body, timing=seconds)
+        self._seconds[asked.ticket] = dict(seconds)
         self._carry = {**self._carry, **self._kept}
         self._pending[asked.ticket] = asked.chosen
-        self._tickets += 1
-        self._asked += asked.kind == "search"
+        self._count(asked.kind)
+
+    def _count(self, kind: str) -> None:
+        self._asked += kind == "search"
+        self._finishes += kind == "finish"
         self._finished = False
 
     def _learn(self, ticket: int, kind: str, iteration: int, chosen: Batch, columns: Mapping[str, np.ndarray]) -> None:
@@ -481,9 +494,9 @@ class Search:
                 open_tickets[record.ticket] = body, replace(context, data=self.data[: body["horizon"]])
                 self._carry = {**self._carry, **_frozen_carry(body["kept"])}
                 self._pending[record.ticket] = body["chosen"]
-                self._tickets, self._finished = record.ticket + 1, False
+                self._count(body["kind"])
                 if body["kind"] == "search":
-                    self._asked, state, horizon = self._asked + 1, body["models"], body["horizon"]
+                    state, horizon = body["models"], body["horizon"]
             elif record.kind == "evaluation":
                 self._journal.setdefault(record.ticket, []).append(body["row"])
                 self.evaluations += 1

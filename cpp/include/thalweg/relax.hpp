@@ -52,9 +52,9 @@ struct RelaxSettings {
 ///     while (!m.done()) m.tell(energy_at(m.positions()), forces_at(m.positions()));
 ///
 /// L-BFGS (Nocedal, Math. Comp. 35, 773 (1980)); the whole step is scaled so that no atom moves further than max_step.
-/// A step that raises the energy, or gives something that is not finite, is taken back; the curvature seen on it gives a
-/// new direction, which is then shortened up to five times; then all curvature is forgotten and the forces are followed;
-/// if that fails too the minimiser is done, not converged. Every call counts one evaluation.
+/// A step that raises the energy, or gives something that is not finite, is taken back; the curvature seen on it gives
+/// a new direction, which is then shortened up to five times; then all curvature is forgotten and the forces are
+/// followed; if that fails too the minimiser is done, not converged. Every call counts one evaluation.
 ///
 /// Box: an atom at a wall slides along it, and the force that presses it against the wall does not count. An atom that
 /// starts outside is not put back: for each wall it is beyond, its present distance is its wall, so it may only come
