@@ -14,7 +14,7 @@ const LinalgKernels& linalg_kernels() { return linalg_table(); }
 namespace linalg {
 namespace {
 
-constexpr std::size_t kSmall = 32;  // order below which the recursions hand over to the unblocked kernels
+constexpr std::size_t kSmall = 32;     // order below which the recursions hand over to the unblocked kernels
 constexpr double kWorthThreads = 2e7;  // multiply-adds: about a millisecond
 
 // Half of n, in whole small blocks.
