@@ -140,8 +140,8 @@ class SurrogateEvaluator : public Evaluator {
 };
 
 Surrogate::Surrogate(std::shared_ptr<const Fingerprint> fingerprint, std::shared_ptr<const Gpr> gpr,
-                     std::shared_ptr<const Landscape> prior,
-                     std::vector<std::pair<std::int32_t, double>> atom_energies, double kappa)
+                     std::shared_ptr<const Landscape> prior, std::vector<std::pair<std::int32_t, double>> atom_energies,
+                     double kappa)
     : fingerprint_(std::move(fingerprint)),
       gpr_(std::move(gpr)),
       prior_(std::move(prior)),
@@ -176,7 +176,10 @@ void Surrogate::predict(const BatchView& batch, std::span<double> energies, std:
   if (threads < 0) throw Error("threads must be 0 (choose) or positive, but it is " + std::to_string(threads));
   if (threads == 0) threads = default_threads();
   const std::int64_t tiles = static_cast<std::int64_t>((n + kLargestTile - 1) / kLargestTile);
-  threads = static_cast<int>(std::clamp<std::int64_t>(tiles, 1, threads));
+  // Threads that have less than a millisecond of work together cost more than they save.
+  const double points = static_cast<double>(gpr_->size()), features = static_cast<double>(gpr_->features());
+  const double seconds = static_cast<double>(n) * (1e-5 + points * (points + 2 * features) / 2e10);
+  threads = seconds < 1e-3 ? 1 : static_cast<int>(std::clamp<std::int64_t>(tiles, 1, threads));
 
   if (prior_) {
     std::vector<double> own;
@@ -195,8 +198,7 @@ void Surrogate::predict(const BatchView& batch, std::span<double> energies, std:
     const std::size_t count = std::min(static_cast<std::size_t>(lanes), n - first);
     bool has_features[kLargestTile];
     for (std::size_t lane = 0; lane < count; ++lane) {
-      has_features[lane] =
-          features_of(*fingerprint_, batch[first + lane], scratch.vector.data(), workspaces[lane]);
+      has_features[lane] = features_of(*fingerprint_, batch[first + lane], scratch.vector.data(), workspaces[lane]);
       if (!has_features[lane]) std::fill(scratch.vector.begin(), scratch.vector.end(), 0.0);
       scratch.tile.set_features(lane, lanes, scratch.vector.data());
     }

@@ -45,7 +45,8 @@ Structures random_structures(std::size_t count, std::size_t atoms, bool periodic
               if (!periodic && (a || b || c)) continue;
               double r2 = 0;
               for (int d = 0; d < 3; ++d) {
-                const double delta = x[i + static_cast<std::size_t>(d)] - p[d] + a * cell[d] + b * cell[3 + d] + c * cell[6 + d];
+                const double delta =
+                    x[i + static_cast<std::size_t>(d)] - p[d] + a * cell[d] + b * cell[3 + d] + c * cell[6 + d];
                 r2 += delta * delta;
               }
               apart &= r2 > 4.0;
@@ -75,7 +76,8 @@ Model trained(std::size_t n, std::size_t atoms, bool periodic, std::uint64_t see
   const BatchView batch = data.view();
   Model model;
   model.prior = std::make_shared<PairPrior>(PairPrior::Settings{});
-  model.fingerprint = std::make_shared<Fingerprint>(FingerprintSettings{}, std::span(data.numbers).first(atoms), periodic);
+  model.fingerprint =
+      std::make_shared<Fingerprint>(FingerprintSettings{}, std::span(data.numbers).first(atoms), periodic);
   const std::size_t dimension = model.fingerprint->size();
   std::vector<double> features(n * dimension), energies(n), prior(n), forces(data.positions.size());
   Fingerprint::Workspace workspace(*model.fingerprint);
@@ -210,7 +212,8 @@ TEST(a_broken_structure_leaves_the_others_alone) {
   Structures broken = test;
   broken.positions[3 * atoms] = std::nan("");
   for (int k = 0; k < 3; ++k)  // two atoms on one point
-    broken.positions[6 * atoms + static_cast<std::size_t>(k)] = broken.positions[6 * atoms + 3 + static_cast<std::size_t>(k)];
+    broken.positions[6 * atoms + static_cast<std::size_t>(k)] =
+        broken.positions[6 * atoms + 3 + static_cast<std::size_t>(k)];
   const Surrogate surrogate = model.surrogate(1.0);
   std::vector<double> e(count), f(test.positions.size()), expected(e), expected_forces(f), sigmas(e), none;
   evaluate(surrogate, test.view(), expected, expected_forces, 1);
@@ -251,7 +254,8 @@ int main(int argc, char** argv) {
       for (int k = 0; k < 40; ++k) {
         const auto start = std::chrono::steady_clock::now();
         evaluator->evaluate(rows, test.positions.data(), energies.data(), forces.data());
-        least = std::min(least, std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count());
+        least = std::min(least,
+                         std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count());
       }
       return least / static_cast<double>(size);
     };
@@ -262,11 +266,13 @@ int main(int argc, char** argv) {
       const auto start = std::chrono::steady_clock::now();
       model.fingerprint->values(test.view()[0], features.data(), workspace);
       model.fingerprint->contract(features.data(), 1.0, gradient.data(), workspace);
-      fingerprint = std::min(fingerprint, std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count());
+      fingerprint = std::min(
+          fingerprint, std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count());
     }
-    std::printf("n=%zu, Ni4Au4, D=%zu: per structure LCB of 8 %.1f us, of 4 %.1f, of 1 %.1f; energy of 8 %.1f us, of 1 %.1f; "
-                "fingerprint alone %.1f us\n",
-                n, features.size(), time(2, 8), time(2, 4), time(2, 1), time(0, 8), time(0, 1), fingerprint);
+    std::printf(
+        "n=%zu, Ni4Au4, D=%zu: per structure LCB of 8 %.1f us, of 4 %.1f, of 1 %.1f; energy of 8 %.1f us, of 1 %.1f; "
+        "fingerprint alone %.1f us\n",
+        n, features.size(), time(2, 8), time(2, 4), time(2, 1), time(0, 8), time(0, 1), fingerprint);
   }
   return 0;
 }

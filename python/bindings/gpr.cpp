@@ -46,16 +46,16 @@ py::dict likelihood(const Gpr& self, const Kernel& kernel) {
   return out;
 }
 
-double optimise(Gpr& self, const py::dict& bounds, const std::vector<Kernel>& starts, const std::vector<std::string>& free,
-                int max_evaluations) {
+double optimise(Gpr& self, const py::dict& bounds, const std::vector<Kernel>& starts,
+                const std::vector<std::string>& free, int max_evaluations) {
   KernelBounds b;
   for (const auto& [key, range] : bounds) {
     const std::string name = py::cast<std::string>(key);
-    double(*target)[2] = name == "amplitude"      ? &b.amplitude
-                         : name == "length_long"  ? &b.length_long
-                         : name == "length_short" ? &b.length_short
-                         : name == "noise"        ? &b.noise
-                                                  : nullptr;
+    double (*target)[2] = name == "amplitude"      ? &b.amplitude
+                          : name == "length_long"  ? &b.length_long
+                          : name == "length_short" ? &b.length_short
+                          : name == "noise"        ? &b.noise
+                                                   : nullptr;
     if (target == nullptr)
       throw Error("bounds may name amplitude, length_long, length_short and noise, but they name '" + name + "'");
     const auto [low, high] = py::cast<std::pair<double, double>>(range);
@@ -103,7 +103,8 @@ py::tuple predict_batch(const Surrogate& self, const py::object& batch, bool for
   const BatchArrays arrays(batch);
   const py::ssize_t n = length(arrays.view().size()), m = forces ? length(arrays.view().atoms()) : 0;
   py::array_t<double> energies(n), sigmas(n), f({m, py::ssize_t{3}}), sigma_forces({m, py::ssize_t{3}});
-  const std::span<double> e = span_mut(energies), s = span_mut(sigmas), out = span_mut(f), sigma_out = span_mut(sigma_forces);
+  const std::span<double> e = span_mut(energies), s = span_mut(sigmas), out = span_mut(f),
+                          sigma_out = span_mut(sigma_forces);
   {
     py::gil_scoped_release release;
     self.predict(arrays.view(), e, s, out, sigma_out, threads);
@@ -116,10 +117,11 @@ py::tuple predict_batch(const Surrogate& self, const py::object& batch, bool for
 
 void bind_gpr(py::module_& m) {
   const Kernel defaults;
-  py::class_<Kernel>(m, "Kernel",
-                     "k(x, x') = amplitude [weight_long exp(-|x-x'|^2 / 2 length_long^2) + weight_short exp(-|x-x'|^2 / 2 "
-                     "length_short^2)] (thesis (2.17)); amplitude and noise (a variance, on the diagonal) in eV^2, lengths "
-                     "in units of the features.")
+  py::class_<Kernel>(
+      m, "Kernel",
+      "k(x, x') = amplitude [weight_long exp(-|x-x'|^2 / 2 length_long^2) + weight_short exp(-|x-x'|^2 / 2 "
+      "length_short^2)] (thesis (2.17)); amplitude and noise (a variance, on the diagonal) in eV^2, lengths "
+      "in units of the features.")
       .def(py::init([](double amplitude, double length_long, double length_short, double weight_long,
                        double weight_short, double noise) {
              return Kernel{amplitude, length_long, length_short, weight_long, weight_short, noise};
@@ -150,24 +152,27 @@ void bind_gpr(py::module_& m) {
       .def("append", &append, py::arg("feature"), py::arg("target"), "One more point (D,) in O(n^2).")
       .def("remove", &Gpr::remove, py::arg("row"), py::call_guard<py::gil_scoped_release>(),
            "One point fewer in O(n^2).")
-      .def("set_targets",
-           [](Gpr& self, const Array<double>& targets) {
-             expect_shape(targets, "targets", {length(self.size())});
-             py::gil_scoped_release release;
-             self.set_targets(span(targets));
-           },
-           py::arg("targets"), "New targets (n,) for the same points, O(n^2).")
+      .def(
+          "set_targets",
+          [](Gpr& self, const Array<double>& targets) {
+            expect_shape(targets, "targets", {length(self.size())});
+            py::gil_scoped_release release;
+            self.set_targets(span(targets));
+          },
+          py::arg("targets"), "New targets (n,) for the same points, O(n^2).")
       .def("set_kernel", &Gpr::set_kernel, py::arg("kernel"), py::call_guard<py::gil_scoped_release>(),
            "New hyperparameters and a refit from the cached distances.")
       .def("likelihood", &likelihood, py::arg("kernel"),
-           "Log marginal likelihood (`value`) at other hyperparameters and its derivatives with respect to the logarithms "
+           "Log marginal likelihood (`value`) at other hyperparameters and its derivatives with respect to the "
+           "logarithms "
            "of amplitude, length_long, length_short, noise and weight_short / weight_long (`weight`).")
-      .def("optimise", &optimise, py::kw_only(), py::arg("bounds") = py::dict(),
-           py::arg("starts") = std::vector<Kernel>(),
-           py::arg("free") = std::vector<std::string>{"amplitude", "length_long", "length_short"},
-           py::arg("max_evaluations") = 60,
-           "Maximises the likelihood over the hyperparameters named in `free`, from the current kernel and from each of "
-           "`starts`; refits with the best and returns its log likelihood. bounds: name -> (low, high).")
+      .def(
+          "optimise", &optimise, py::kw_only(), py::arg("bounds") = py::dict(),
+          py::arg("starts") = std::vector<Kernel>(),
+          py::arg("free") = std::vector<std::string>{"amplitude", "length_long", "length_short"},
+          py::arg("max_evaluations") = 60,
+          "Maximises the likelihood over the hyperparameters named in `free`, from the current kernel and from each of "
+          "`starts`; refits with the best and returns its log likelihood. bounds: name -> (low, high).")
       .def("predict", &predict, py::arg("features"), py::kw_only(), py::arg("kappa") = 0.0, py::arg("gradient") = false,
            "Of (count, D) features: mean (count,) and sigma (count,), with gradient=True also d(mean - kappa sigma)/df "
            "and d sigma/df (count, D).")
@@ -183,8 +188,7 @@ void bind_gpr(py::module_& m) {
       });
 
   py::class_<Surrogate, Landscape, std::shared_ptr<Surrogate>>(
-      m, "Surrogate",
-      "The GP as a landscape: prior + atom energies + mean - kappa sigma, with forces (thesis (2.18)).")
+      m, "Surrogate", "The GP as a landscape: prior + atom energies + mean - kappa sigma, with forces (thesis (2.18)).")
       .def(py::init([](std::shared_ptr<Fingerprint> fingerprint, std::shared_ptr<Gpr> gpr,
                        std::shared_ptr<Landscape> prior, const std::map<std::int32_t, double>& atom_energies,
                        double kappa) {
@@ -196,7 +200,8 @@ void bind_gpr(py::module_& m) {
            py::arg("atom_energies") = std::map<std::int32_t, double>(), py::arg("kappa") = 0.0)
       .def("predict", &predict_batch, py::arg("batch"), py::kw_only(), py::arg("forces") = false,
            py::arg("threads") = 0,
-           "Energy (n,) and sigma (n,) [eV], with forces=True also -dE/dx and -d sigma/dx (m, 3); kappa is not applied.");
+           "Energy (n,) and sigma (n,) [eV], with forces=True also -dE/dx and -d sigma/dx (m, 3); kappa is not "
+           "applied.");
 }
 
 }  // namespace thalweg::bindings

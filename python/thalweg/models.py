@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from thalweg import _core
-from thalweg.descriptors import BatchLike, Fingerprint
+from thalweg.descriptors import Fingerprint
 from thalweg.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from thalweg.records import Batch
 
 __all__ = ["GPR", "FittedGPR"]
 
@@ -27,6 +30,8 @@ _FEWEST_FOR_OPTIMISATION = 4
 _LENGTH_RANGE = (0.02, 30.0)
 # (long, short) lengths to start from, in the same unit; the first is the initial guess.
 _STARTS = ((1.0, 0.2), (3.0, 0.3), (0.4, 0.1), (10.0, 1.0), (1.0, 0.05), (0.2, 0.2))
+# So many structures are done before threads have woken up.
+_FEW = 100
 _NO_ROWS = np.zeros(0, np.int64)
 
 
@@ -94,7 +99,7 @@ class GPR:
         _atom_energies(self.atom_energies)
 
     # ---- learning ------------------------------------------------------------------------------------
-    def fit(self, data: BatchLike, previous: FittedGPR | None = None, *, key: Any = None) -> FittedGPR:
+    def fit(self, data: Batch, previous: FittedGPR | None = None, *, key: Any = None) -> FittedGPR:
         """Learns evaluated structures.
 
         data : batch with columns energy (n,) [eV] and status (n,), 0 = ok; other rows are left out.
@@ -124,9 +129,11 @@ class GPR:
         for row in gone:
             operations.append(-1 - order.index(row))
             order.remove(row)
-        return self._changed(data, previous, operations, np.concatenate([previous._operations, operations]), seen)
+        return self._changed(
+            data, previous, operations, np.concatenate([previous._operations, operations]), seen
+        )
 
-    def restore(self, data: BatchLike, state: Mapping[str, Array]) -> FittedGPR:
+    def restore(self, data: Batch, state: Mapping[str, Array]) -> FittedGPR:
         """The fitted model of this `.state`, bit for bit; data: the rows it had learned, in their order, at least."""
         factored = np.asarray(state["factored"], np.int64)
         bookkeeping = [int(x) for x in np.asarray(state["seen"])]
@@ -155,7 +162,7 @@ class GPR:
             return start
         return self._changed(data, start, [int(x) for x in operations], operations, bookkeeping[0])
 
-    def _refit(self, data: BatchLike, rows: Array, previous: FittedGPR | None) -> FittedGPR:
+    def _refit(self, data: Batch, rows: Array, previous: FittedGPR | None) -> FittedGPR:
         """All at once, and better hyperparameters if they are due."""
         if len(rows) == 0:
             return FittedGPR(self, None, None, _NO_ROWS, _NO_ROWS, _NO_ROWS, _Learned.empty(), 0, 0)
@@ -164,7 +171,11 @@ class GPR:
         scale = _mean_distance(learned.features)
         spread = max(float(np.var(learned.targets)), 1e-3)
         kernel = self._initial_kernel(scale, spread)
-        known = previous is not None and previous._gpr is not None and len(previous.rows) >= _FEWEST_FOR_OPTIMISATION
+        known = (
+            previous is not None
+            and previous._gpr is not None
+            and len(previous.rows) >= _FEWEST_FOR_OPTIMISATION
+        )
         if known:
             kernel = previous.kernel
         seen = len(rows) if previous is None else previous._seen + len(np.setdiff1d(rows, previous.rows))
@@ -191,7 +202,7 @@ class GPR:
         return FittedGPR(self, fingerprint, gpr, rows, rows, _NO_ROWS, learned, seen, seen_at_optimisation)
 
     def _changed(
-        self, data: BatchLike, start: FittedGPR, steps: list[int], operations: Array, seen: int
+        self, data: Batch, start: FittedGPR, steps: list[int], operations: Array, seen: int
     ) -> FittedGPR:
         """`start` with points appended (row >= 0) and removed (-1 - position), one by one."""
         rows = np.array([step for step in steps if step >= 0], np.int64)
@@ -222,7 +233,7 @@ class GPR:
         )
 
     # ---- pieces --------------------------------------------------------------------------------------
-    def _rows_to_learn(self, data: BatchLike) -> Array:
+    def _rows_to_learn(self, data: Batch) -> Array:
         """(k,) rising indices of the usable rows of lowest energy."""
         columns = data.columns
         if "energy" not in columns:
@@ -236,11 +247,11 @@ class GPR:
             rows = np.sort(rows[np.argsort(energy[rows], kind="stable")[: self.max_rows]])
         return rows
 
-    def _bound(self, data: BatchLike, rows: Array) -> _core.Fingerprint:
+    def _bound(self, data: Batch, rows: Array) -> _core.Fingerprint:
         first = data.offsets[rows[0]], data.offsets[rows[0] + 1]
         return self.descriptor.bind(data.numbers[first[0] : first[1]], bool(np.any(data.pbc[rows[0]])))
 
-    def _learned(self, data: BatchLike, rows: Array, previous: FittedGPR | None = None) -> _Learned:
+    def _learned(self, data: Batch, rows: Array, previous: FittedGPR | None = None) -> _Learned:
         """Features and targets of these rows; those that `previous` has are taken from it."""
         if previous is not None and len(previous.rows):
             place = {int(row): k for k, row in enumerate(previous.rows)}
@@ -254,16 +265,19 @@ class GPR:
         energies = np.asarray(batch.columns["energy"], float)
         targets = energies - _sum_of_atom_energies(batch, _atom_energies(self.atom_energies))
         prior = _prior(self.prior)
+        threads = self.threads if len(rows) > _FEW else 1
         if prior is not None:
-            targets = targets - _core.evaluate(prior, batch, threads=self.threads)[0]
+            targets = targets - _core.evaluate(prior, batch, threads=threads)[0]
         try:
-            features = self._bound(data, rows).values(batch, self.threads)
+            features = self._bound(data, rows).values(batch, threads)
         except _core.CoreError as problem:
             raise ConfigurationError(f"the GP learns structures of one composition: {problem}") from problem
         sizes = np.diff(batch.offsets)
         return _Learned(features, targets, energies, batch.positions.reshape(len(rows), 3 * int(sizes[0])))
 
-    def _initial_kernel(self, scale: float, spread: float, start: tuple[float, float] = _STARTS[0]) -> _core.Kernel:
+    def _initial_kernel(
+        self, scale: float, spread: float, start: tuple[float, float] = _STARTS[0]
+    ) -> _core.Kernel:
         given = self.kernel
         if given is not None and start is _STARTS[0]:
             return given
@@ -324,7 +338,12 @@ class FittedGPR:
     ):
         self.model = model
         self.rows = rows  # (size,) row of `data` of each training point, in the order of the factor
-        self._fingerprint, self._gpr, self._factored, self._operations = fingerprint, gpr, factored, operations
+        self._fingerprint, self._gpr, self._factored, self._operations = (
+            fingerprint,
+            gpr,
+            factored,
+            operations,
+        )
         self._learned, self._seen, self._seen_at_optimisation = learned, seen, seen_at_optimisation
         self._prior = _prior(model.prior)
         self._atom_energies = _atom_energies(model.atom_energies)
@@ -367,11 +386,11 @@ class FittedGPR:
             "seen": np.array([self._seen, self._seen_at_optimisation], np.int64),
         }
 
-    def features(self, batch: BatchLike) -> Array:
+    def features(self, batch: Batch) -> Array:
         """(n, D) features of structures."""
         return self.model.descriptor.values(batch, self.model.threads)
 
-    def predict(self, batch: BatchLike, *, forces: bool = False, threads: int = 0) -> tuple[Array, ...]:
+    def predict(self, batch: Batch, *, forces: bool = False, threads: int = 0) -> tuple[Array, ...]:
         """Energy (n,) and sigma (n,) [eV]; with forces also -dE/dx and -d sigma/dx (m, 3) [eV/angstrom].
 
         NaN where a structure has no energy (atoms on one point). Raises CoreError for another composition.
@@ -396,11 +415,15 @@ class FittedGPR:
     def _surrogate(self, kappa: float) -> _core.Surrogate:
         if kappa not in self._landscapes:
             self._landscapes[kappa] = _core.Surrogate(
-                self._fingerprint, self._gpr, prior=self._prior, atom_energies=self._atom_energies, kappa=kappa
+                self._fingerprint,
+                self._gpr,
+                prior=self._prior,
+                atom_energies=self._atom_energies,
+                kappa=kappa,
             )
         return self._landscapes[kappa]
 
-    def _began(self, model: GPR, data: BatchLike) -> bool:
+    def _began(self, model: GPR, data: Batch) -> bool:
         """Whether this model learned, with the same settings, rows that are still at their places in the data."""
         if self.model is not model and repr(self.model) != repr(model):
             return False
@@ -435,22 +458,19 @@ def _atom_energies(energies: Mapping[str, float] | None) -> dict[int, float]:
     return {NUMBERS[name]: float(energy) for name, energy in (energies or {}).items()}
 
 
-def _sum_of_atom_energies(batch: BatchLike, energies: Mapping[int, float]) -> Array:
+def _sum_of_atom_energies(batch: Batch, energies: Mapping[int, float]) -> Array:
     """(n,) eV."""
-    per_atom = np.zeros(len(batch.numbers))
+    total = np.zeros(len(batch.offsets) - 1)
     for number, energy in energies.items():
-        per_atom[np.asarray(batch.numbers) == number] = energy
-    total = np.concatenate([[0.0], np.cumsum(per_atom)])
-    return total[batch.offsets[1:]] - total[batch.offsets[:-1]]
+        up_to = np.concatenate([[0], np.cumsum(np.asarray(batch.numbers) == number)])
+        total += energy * (up_to[batch.offsets[1:]] - up_to[batch.offsets[:-1]])
+    return total
 
 
 def _mean_distance(features: Array) -> float:
-    """Mean distance between feature vectors; of at most 200, evenly spaced, since only the scale matters."""
-    some = features[np.unique(np.linspace(0, len(features) - 1, 200).astype(int))]
-    square = np.einsum("ij,ij->i", some, some)
-    distance = np.sqrt(np.maximum(square[:, None] + square[None] - 2 * some @ some.T, 0.0))
-    pairs = len(some) * (len(some) - 1)
-    mean = distance.sum() / pairs if pairs else 0.0
-    norm = float(np.sqrt(square.max()))
+    """Root mean square distance between feature vectors. No BLAS: its bits depend on its threads."""
+    n = len(features)
+    mean_square = 2.0 * float(np.var(features, axis=0).sum()) * n / max(n - 1, 1)
+    norm_square = float(np.square(features).sum(axis=1).max())
     # One structure, or copies of one: a tenth of the size of its feature vector.
-    return float(mean) if mean > 1e-3 * norm else max(0.1 * norm, 1e-6)
+    return float(np.sqrt(max(mean_square if mean_square > 1e-6 * norm_square else 0.01 * norm_square, 1e-12)))
