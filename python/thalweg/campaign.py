@@ -241,13 +241,8 @@ def _extxyz(structures: Sequence[Any]) -> bytes:
     buffer = io.StringIO()
     # without a structure ASE refuses; an empty file is a valid answer to "the best of no restart"
     if structures:
-        ase.io.write(buffer, list(structures), format="extxyz", columns=_columns(structures))
+        ase.io.write(buffer, list(structures), format="extxyz")
     return buffer.getvalue().encode()
-
-
-def _columns(structures: Sequence[Any]) -> list[str] | None:
-    constrained = any(structure.constraints for structure in structures)
-    return ["symbols", "positions", "move_mask"] if constrained else ["symbols", "positions"]
 
 
 # ---- one restart ---------------------------------------------------------------------------------------------
