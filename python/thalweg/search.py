@@ -472,7 +472,9 @@ class Search:
         self._to_replay.pop(ticket, None)
         self.iteration += kind == "search"
         self._finished = kind == "finish"
-        self._barren = 0 if kind == "finish" or np.any(rows.ok) else self._barren + 1
+        # A step whose candidates were all refused as copies is no failure: the search may simply be done.
+        failed = not np.any(rows.ok) and (len(rows) > 0 or len(chosen) == 0)
+        self._barren = self._barren + 1 if failed and kind == "search" else 0
         empty = Batch.empty()
         self._last = Step(iteration, empty, empty, chosen, rows, MappingProxyType(dict(self._carry)))
 
