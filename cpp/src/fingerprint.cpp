@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <mutex>
 #include <new>
 
 #include "fingerprint_kernels.hpp"
@@ -21,6 +22,7 @@ constexpr std::size_t kMostColumns = 256;  // of a window; also in fingerprint_i
 constexpr double kLongestPiece = 0.25;     // in sigma: a polynomial of degree 7 is then off by 3e-13
 constexpr double kClosest = 1e-6;          // angstrom, between two atoms
 constexpr std::size_t kMostPieces = 64;
+constexpr std::size_t kMostSpare = 64;  // workspaces kept
 
 /// Cache-aligned array that only grows; new memory is zero, old contents are lost on growth.
 template <class T>
@@ -82,10 +84,13 @@ std::array<long double, kPowers> interpolate(const std::array<long double, kPowe
 struct Axis {
   HistogramAxis view{};
   std::size_t blocks = 0;
-  std::vector<double> breaks, scale, shift, by_power, by_column;
+  std::vector<double> breaks, scale, shift;
+  Buffer<double> by_power, by_column;
+  std::vector<SlotPlace> places;
 
   std::size_t slots() const { return blocks * static_cast<std::size_t>(view.centers * view.pieces); }
-  std::size_t copy_stride() const { return blocks * static_cast<std::size_t>(view.stride); }
+  /// of a padded histogram with all blocks
+  std::size_t length() const { return blocks * static_cast<std::size_t>(view.stride); }
 
   /// open_ended: samples may sit in the `reach` bins past the last one, too.
   void build(std::size_t block_count, std::size_t bins, double width, double sigma, double n_sigma, bool open_ended,
@@ -124,8 +129,8 @@ struct Axis {
     std::array<long double, kPowers> nodes, values;
     for (int k = 0; k < kPowers; ++k) nodes[k] = std::cos(std::acos(-1.0L) * k / (kPowers - 1));
     const std::size_t columns = static_cast<std::size_t>(view.padded_columns);
-    by_power.assign(pieces * kPowers * columns, 0.0);
-    by_column.assign(pieces * kPowers * columns, 0.0);
+    double* power_table = by_power.need(pieces * kPowers * columns);
+    double* column_table = by_column.need(pieces * kPowers * columns);
     for (std::size_t piece = 0; piece < pieces; ++piece) {
       const long double low = ends[piece], high = ends[piece + 1];
       if (piece > 0) breaks.push_back(static_cast<double>(low));
@@ -140,11 +145,18 @@ struct Axis {
         const auto coefficients = interpolate(nodes, values);
         for (std::size_t power = 0; power < kPowers; ++power) {
           const std::size_t c = static_cast<std::size_t>(column);
-          by_power[(piece * kPowers + power) * columns + c] = static_cast<double>(coefficients[power]);
-          by_column[(piece * columns + c) * kPowers + power] = static_cast<double>(coefficients[power]);
+          power_table[(piece * kPowers + power) * columns + c] = static_cast<double>(coefficients[power]);
+          column_table[(piece * columns + c) * kPowers + power] = static_cast<double>(coefficients[power]);
         }
       }
     }
+    const auto copy = static_cast<std::int32_t>(length());
+    for (std::int32_t block = 0; block < static_cast<std::int32_t>(blocks); ++block)
+      for (std::int32_t bin = 0; bin < view.centers; ++bin)
+        for (std::int32_t piece = 0; piece < view.pieces; ++piece)
+          places.push_back(
+              {block * view.stride + bin, (bin & 3) * copy + block * view.stride + (bin + 3) / 4 * 4, piece});
+    view.places = places.data();
     view.breaks = breaks.data();
     view.scale = scale.data();
     view.shift = shift.data();
@@ -171,6 +183,9 @@ struct Fingerprint::Layout {
   std::vector<std::int32_t> triplet_block;     // (species of the centre, species, species)
   Axis radial, angular;
   std::vector<std::int32_t> fold;  // bin of the angular histogram that each padded one reflects to
+
+  mutable std::mutex guard;  // of spare
+  mutable std::vector<Workspace> spare;
 
   std::string formula() const {
     std::string text;
@@ -283,28 +298,20 @@ struct HistogramMemory {
     used = {0, slots.need(slots_in_all + 1), in_use.need(slots_in_all)};
     moments.need(slots_in_all * kPowers);
   }
-  /// Samples up to the next multiple of kLanes point at a slot that is there.
-  void pad() {
-    for (std::size_t k = samples.n; k < padded(samples.n); ++k) {
-      samples.t[k] = 0.0;
-      samples.slot[k] = 0;
-    }
-  }
   /// The histogram [block][stride], in copy 0.
   const double* make_histogram(const Axis& axis, const FingerprintKernels& kernels) {
-    const std::size_t copy_stride = axis.copy_stride();
-    double* h = histogram.need(4 * copy_stride + kLanes);
-    std::memset(h, 0, (4 * copy_stride + kLanes) * sizeof(double));
+    const std::size_t copy = axis.length();
+    double* h = histogram.need(4 * copy + kLanes);
+    std::memset(h, 0, (4 * copy + kLanes) * sizeof(double));
     kernels.deposit(samples, moments.data(), used);
-    kernels.expand(axis.view, used, moments.data(), h, copy_stride);
-    const double* second = h + copy_stride + 3;
-    const double* third = h + 2 * copy_stride + 2;
-    const double* fourth = h + 3 * copy_stride + 1;
-    for (std::size_t k = 0; k + 3 < copy_stride; ++k) h[k] = (h[k] + second[k]) + (third[k] + fourth[k]);
+    kernels.expand(axis.view, used, moments.data(), h);
+    const double* second = h + copy + 3;
+    const double* third = h + 2 * copy + 2;
+    const double* fourth = h + 3 * copy + 1;
+    for (std::size_t k = 0; k + 3 < copy; ++k) h[k] = (h[k] + second[k]) + (third[k] + fourth[k]);
     return h;
   }
   void project(const Axis& axis, const FingerprintKernels& kernels) {
-    pad();
     double* p = polynomials.need(axis.slots() * 2 * kPowers);
     kernels.project(axis.view, used, weights.data(), p);
     const std::size_t room = samples.n + 3 * kLanes;
@@ -332,6 +339,23 @@ Fingerprint::Workspace::Workspace(const Fingerprint& fingerprint)
     : state(std::make_unique<State>(fingerprint.layout_->reach)) {}
 Fingerprint::Workspace::~Workspace() = default;
 Fingerprint::Workspace::Workspace(Workspace&&) noexcept = default;
+
+Fingerprint::Workspace Fingerprint::borrow() const {
+  {
+    const std::lock_guard<std::mutex> lock(layout_->guard);
+    if (!layout_->spare.empty()) {
+      Workspace workspace = std::move(layout_->spare.back());
+      layout_->spare.pop_back();
+      return workspace;
+    }
+  }
+  return Workspace(*this);
+}
+
+void Fingerprint::give_back(Workspace&& workspace) const {
+  const std::lock_guard<std::mutex> lock(layout_->guard);
+  if (layout_->spare.size() < kMostSpare) layout_->spare.push_back(std::move(workspace));
+}
 
 namespace {
 
@@ -423,16 +447,30 @@ std::size_t find_near(const Fingerprint::Layout& layout, State& state) {
 
 }  // namespace
 
+namespace {
+
+double find_species_and_volume(const Fingerprint::Layout& layout, const StructureView& structure, State& state) {
+  find_species(layout, structure, state);
+  const double volume = cell_volume(structure.cell);
+  if (!(volume > 0) || !std::isfinite(volume))
+    throw Error("a fingerprint is normalised by the volume of the cell, but this is " + std::to_string(volume) +
+                " angstrom^3; give the structure a cell (clusters, too)");
+  return volume;
+}
+
+}  // namespace
+
+void Fingerprint::check(const StructureView& structure) const {
+  State state(layout_->reach);
+  find_species_and_volume(*layout_, structure, state);
+}
+
 void Fingerprint::values(const StructureView& structure, double* features, Workspace& workspace) const {
   const Layout& l = *layout_;
   State& state = *workspace.state;
   const FingerprintKernels& kernels = fingerprint_kernels();
   state.ready = false;
-  find_species(l, structure, state);
-  const double volume = cell_volume(structure.cell);
-  if (!(volume > 0) || !std::isfinite(volume))
-    throw Error("a fingerprint is normalised by the volume of the cell, but this is " + std::to_string(volume) +
-                " angstrom^3; give the structure a cell (clusters, too)");
+  const double volume = find_species_and_volume(l, structure, state);
   state.neighbors.update(structure);
   state.n = structure.n;
   const double n = static_cast<double>(structure.n);
@@ -492,7 +530,7 @@ void Fingerprint::contract(const double* weights, double scale, double* gradient
   if (!state.ready) throw Error("contract() needs values() of this workspace first");
   const FingerprintKernels& kernels = fingerprint_kernels();
   const auto bins = static_cast<std::size_t>(l.radial.view.bins);
-  double* padded_weights = state.radial.weights.need(l.radial.copy_stride());
+  double* padded_weights = state.radial.weights.need(l.radial.length());
   for (std::size_t block = 0; block < l.radial.blocks; ++block) {
     double* to = padded_weights + block * static_cast<std::size_t>(l.radial.view.stride) + l.radial.view.reach;
     for (std::size_t b = 0; b < bins; ++b) to[b] = scale * weights[block * bins + b];
@@ -505,7 +543,7 @@ void Fingerprint::contract(const double* weights, double scale, double* gradient
 
   weights += l.radial.blocks * bins;
   const auto angular_bins = static_cast<std::size_t>(l.angular.view.bins);
-  padded_weights = state.angular.weights.need(l.angular.copy_stride());
+  padded_weights = state.angular.weights.need(l.angular.length());
   for (std::size_t block = 0; block < l.angular.blocks; ++block) {
     double* to = padded_weights + block * static_cast<std::size_t>(l.angular.view.stride);
     const double* from = weights + block * angular_bins;
@@ -536,14 +574,14 @@ void Fingerprint::jacobian(double* jacobian, Workspace& workspace) const {
   State& state = *workspace.state;
   if (!state.ready) throw Error("jacobian() needs values() of this workspace first");
   const FingerprintKernels& kernels = fingerprint_kernels();
-  const std::size_t row_stride = l.radial.copy_stride() + (l.settings.angular ? l.angular.copy_stride() : 0);
+  const std::size_t row_stride = l.radial.length() + (l.settings.angular ? l.angular.length() : 0);
   double* rows = state.rows.need(3 * state.n * row_stride);
   std::memset(rows, 0, 3 * state.n * row_stride * sizeof(double));
   kernels.pair_jacobian(l.radial.view, state.radial.samples, state.neighbors.i(), state.neighbors.j(),
                         state.neighbors.d(), state.neighbors.r(), rows, row_stride);
   if (l.settings.angular)
     kernels.triplet_jacobian(l.angular.view, state.near, state.triplets, state.near_atom.data(),
-                             rows + l.radial.copy_stride(), row_stride);
+                             rows + l.radial.length(), row_stride);
   const auto bins = static_cast<std::size_t>(l.radial.view.bins);
   for (std::size_t row = 0; row < 3 * state.n; ++row) {
     double* to = jacobian + row * l.size;

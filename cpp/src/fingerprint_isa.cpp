@@ -9,16 +9,25 @@ namespace {
 using Vector = double __attribute__((vector_size(8 * kLanes)));
 using Unaligned = double __attribute__((vector_size(8 * kLanes), aligned(8), may_alias));
 using Mask = long long __attribute__((vector_size(8 * kLanes)));
+using Integers = std::int32_t __attribute__((vector_size(4 * kLanes)));
+using UnalignedIntegers = std::int32_t __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 constexpr std::size_t kLanesU = kLanes;
 constexpr std::size_t kPowersU = kPowers;
-constexpr std::size_t kChunk = 64;  // samples that are located at a time, so that intermediate arrays stay in L1
 constexpr double kPi = 3.141592653589793;
 
 inline Vector load(const double* p) { return *reinterpret_cast<const Unaligned*>(p); }
 inline void store(double* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 inline Vector spread(double x) { return Vector{x, x, x, x}; }
 inline Vector where(Mask mask, Vector v) { return reinterpret_cast<Vector>(mask & reinterpret_cast<Mask>(v)); }
+/// mask ? yes : no (written with bits: the ternary operator falls apart into scalars where vectors are narrower).
+inline Vector choose(Mask mask, Vector yes, Vector no) {
+  return reinterpret_cast<Vector>((mask & reinterpret_cast<Mask>(yes)) | (~mask & reinterpret_cast<Mask>(no)));
+}
+inline Integers load_integers(const std::int32_t* p) { return *reinterpret_cast<const UnalignedIntegers*>(p); }
+inline Vector square_root(Vector v) {
+  return Vector{std::sqrt(v[0]), std::sqrt(v[1]), std::sqrt(v[2]), std::sqrt(v[3])};
+}
 inline double sum(Vector v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
 /// {sum(a), sum(b), sum(c), sum(d)}
@@ -39,48 +48,47 @@ inline void powers(double t, Vector& low, Vector& high) {
 
 // ---- where samples sit ------------------------------------------------------------------------------------------
 
-void locate(const HistogramAxis& axis, std::size_t n, const double* __restrict q, const std::int32_t* __restrict block,
-            double* __restrict t, std::int32_t* __restrict slot) {
-  double scale[kChunk], shift[kChunk];
-  std::int32_t piece[kChunk];
-  for (std::size_t k = 0; k < n; ++k) {
-    std::int32_t bin = static_cast<std::int32_t>(q[k]);
-    bin = bin < axis.centers ? bin : axis.centers - 1;
-    slot[k] = (block[k] * axis.centers + bin) * axis.pieces;
-    t[k] = q[k] - bin;
-  }
-  for (std::size_t k = 0; k < n; ++k) {
-    scale[k] = axis.scale[0];
-    shift[k] = axis.shift[0];
-    piece[k] = 0;
-  }
+/// Finds t and slot of the kLanes samples from `first` on, which sit at q.
+inline void locate(const HistogramAxis& axis, Vector q, std::size_t first, Samples& samples) {
+  const Vector last_center = spread(axis.centers - 1);
+  Vector bin = __builtin_convertvector(__builtin_convertvector(q, Integers), Vector);
+  bin = choose(bin < last_center, bin, last_center);
+  const Vector place = q - bin;
+  Vector scale = spread(axis.scale[0]), shift = spread(axis.shift[0]), piece = spread(0.0);
   for (std::int32_t next = 1; next < axis.pieces; ++next) {
-    const double from = axis.breaks[next - 1], its_scale = axis.scale[next], its_shift = axis.shift[next];
-    for (std::size_t k = 0; k < n; ++k) {
-      const bool beyond = t[k] >= from;
-      scale[k] = beyond ? its_scale : scale[k];
-      shift[k] = beyond ? its_shift : shift[k];
-      piece[k] = beyond ? next : piece[k];
-    }
+    const Mask beyond = place >= spread(axis.breaks[next - 1]);
+    scale = choose(beyond, spread(axis.scale[next]), scale);
+    shift = choose(beyond, spread(axis.shift[next]), shift);
+    piece = choose(beyond, spread(next), piece);
   }
-  for (std::size_t k = 0; k < n; ++k) {
-    t[k] = t[k] * scale[k] + shift[k];
-    slot[k] += piece[k];
+  const Vector block = __builtin_convertvector(load_integers(samples.block + first), Vector);
+  const Vector slot = (block * spread(axis.centers) + bin) * spread(axis.pieces) + piece;
+  store(samples.t + first, place * scale + shift);
+  *reinterpret_cast<UnalignedIntegers*>(samples.slot + first) = __builtin_convertvector(slot, Integers);
+}
+
+// Both run over the padding, too, and then point it at slot 0.
+inline void pad(Samples& samples) {
+  for (std::size_t k = samples.n; k < padded(samples.n); ++k) {
+    samples.t[k] = 0.0;
+    samples.slot[k] = 0;
   }
 }
 
 void locate_pairs(const HistogramAxis& axis, const double* r, double norm, Samples& samples) {
-  double q[kChunk];
-  for (std::size_t first = 0; first < samples.n; first += kChunk) {
-    const std::size_t n = samples.n - first < kChunk ? samples.n - first : kChunk;
-    double* __restrict weight = samples.weight + first;
-    const double* __restrict distance = r + first;
-    for (std::size_t k = 0; k < n; ++k) {
-      q[k] = distance[k] * axis.inverse_width;
-      weight[k] = norm / (distance[k] * distance[k]);
-    }
-    locate(axis, n, q, samples.block + first, samples.t + first, samples.slot + first);
+  const Vector whole_norm = spread(norm), inverse_width = spread(axis.inverse_width);
+  std::size_t first = 0;
+  const auto add = [&](Vector distance) {
+    store(samples.weight + first, whole_norm / (distance * distance));
+    locate(axis, distance * inverse_width, first, samples);
+  };
+  for (; first + kLanesU <= samples.n; first += kLanesU) add(load(r + first));
+  if (first < samples.n) {
+    Vector rest = spread(1.0);
+    for (std::size_t lane = 0; first + lane < samples.n; ++lane) rest[lane] = r[first + lane];
+    add(rest);
   }
+  pad(samples);
 }
 
 // asin(sqrt(z)) / sqrt(z) on 0 <= z <= 1/2: interpolated at 18 Chebyshev nodes, relative error 2.4e-16 with rounding.
@@ -90,21 +98,25 @@ constexpr double kArcsine[] = {0.9999999999999999,    0.166666666666762,    0.07
                                -1.3361380175788327,   2.73332796871551,     -3.974232006625552,   3.9651660247789393,
                                -2.421334511698546,    0.7052735073244607};
 
+/// asin(sqrt(z)) / sqrt(z), by Estrin's scheme: short chains of dependent operations.
+inline Vector arcsine_ratio(Vector z) {
+  const Vector z2 = z * z, z4 = z2 * z2, z8 = z4 * z4;
+  const auto four = [&](int k) {
+    return (spread(kArcsine[k]) + z * kArcsine[k + 1]) + z2 * (spread(kArcsine[k + 2]) + z * kArcsine[k + 3]);
+  };
+  const Vector top = spread(kArcsine[16]) + z * kArcsine[17];
+  return (four(0) + z4 * four(4)) + z8 * ((four(8) + z4 * four(12)) + z8 * top);
+}
+
 void locate_triplets(const HistogramAxis& axis, Triplets& triplets) {
-  double q[kChunk];
-  Samples& samples = triplets.samples;
-  for (std::size_t first = 0; first < samples.n; first += kChunk) {
-    const std::size_t n = samples.n - first < kChunk ? samples.n - first : kChunk;
-    const double* __restrict z = triplets.half_square + first;
-    const double* __restrict cosine = triplets.cosine + first;
-    for (std::size_t k = 0; k < n; ++k) {
-      double ratio = kArcsine[17];
-      for (int power = 16; power >= 0; --power) ratio = ratio * z[k] + kArcsine[power];
-      const double acute = 2.0 * std::sqrt(z[k]) * ratio;
-      q[k] = (cosine[k] >= 0.0 ? acute : kPi - acute) * axis.inverse_width;
-    }
-    locate(axis, n, q, samples.block + first, samples.t + first, samples.slot + first);
+  const Vector two = spread(2.0), pi = spread(kPi), inverse_width = spread(axis.inverse_width);
+  for (std::size_t first = 0; first < triplets.samples.n; first += kLanesU) {
+    const Vector z = load(triplets.half_square + first);
+    const Vector acute = two * square_root(z) * arcsine_ratio(z);
+    const Vector angle = choose(load(triplets.cosine + first) >= 0.0, acute, pi - acute);
+    locate(axis, angle * inverse_width, first, triplets.samples);
   }
+  pad(triplets.samples);
 }
 
 std::size_t find_triplets(const NearNeighbors& near, const std::int32_t* center_species, std::int32_t n_species,
@@ -122,7 +134,7 @@ std::size_t find_triplets(const NearNeighbors& near, const std::int32_t* center_
         const std::size_t to = n + static_cast<std::size_t>(b - a - 1);
         const Vector bx = load(near.ux + b), by = load(near.uy + b), bz = load(near.uz + b);
         const Vector cosine = ax * bx + ay * by + az * bz;
-        const Vector side = cosine >= 0.0 ? one : -one;
+        const Vector side = choose(cosine >= 0.0, one, -one);
         const Vector ex = ax - side * bx, ey = ay - side * by, ez = az - side * bz;
         store(triplets.cosine + to, cosine);
         store(triplets.half_square + to, quarter * (ex * ex + ey * ey + ez * ez));
@@ -155,39 +167,27 @@ void deposit(const Samples& samples, double* moments, SlotsInUse& used) {
   used.n = count;
 }
 
-struct Slot {
-  std::size_t block, bin, piece;
-};
-inline Slot take_apart(const HistogramAxis& axis, std::int32_t slot) {
-  const std::uint32_t whole = static_cast<std::uint32_t>(slot) / static_cast<std::uint32_t>(axis.pieces);
-  const std::uint32_t block = whole / static_cast<std::uint32_t>(axis.centers);
-  return {block, whole - block * static_cast<std::uint32_t>(axis.centers),
-          static_cast<std::uint32_t>(slot) - whole * static_cast<std::uint32_t>(axis.pieces)};
-}
-
-void expand(const HistogramAxis& axis, const SlotsInUse& used, double* moments, double* histogram,
-            std::size_t copy_stride) {
+void expand(const HistogramAxis& axis, const SlotsInUse& used, double* moments, double* histogram) {
   const std::size_t columns = static_cast<std::size_t>(axis.padded_columns);
   const Vector zero = spread(0.0);
   for (std::size_t k = 0; k < used.n; ++k) {
     const std::int32_t slot = used.slots[k];
-    const Slot at = take_apart(axis, slot);
+    const SlotPlace at = axis.places[slot];
     double* moment = moments + kPowersU * static_cast<std::size_t>(slot);
     Vector m[kPowers];
     for (int power = 0; power < kPowers; ++power) m[power] = spread(moment[power]);
     store(moment, zero);
     store(moment + kLanes, zero);
     used.in_use[slot] = 0;
-    const double* table = axis.by_power + at.piece * kPowersU * columns;
-    double* window = histogram + (at.bin & 3) * copy_stride + at.block * static_cast<std::size_t>(axis.stride) +
-                     (at.bin + 3) / 4 * 4;
+    const double* table = axis.by_power + static_cast<std::size_t>(at.piece) * kPowersU * columns;
+    double* window = histogram + at.histogram;
     for (std::size_t column = 0; column < columns; column += kLanesU) {
-      Vector even = load(window + column), odd = zero;
-      for (std::size_t power = 0; power < kPowersU; power += 2) {
+      Vector even = m[0] * load(table + column), odd = m[1] * load(table + columns + column);
+      for (std::size_t power = 2; power < kPowersU; power += 2) {
         even += m[power] * load(table + power * columns + column);
         odd += m[power + 1] * load(table + (power + 1) * columns + column);
       }
-      store(window + column, even + odd);
+      store(window + column, load(window + column) + (even + odd));
     }
   }
 }
@@ -200,9 +200,9 @@ void project(const HistogramAxis& axis, const SlotsInUse& used, const double* we
   const Vector zero = spread(0.0), factors_low = {1.0, 2.0, 3.0, 4.0}, factors_high = {5.0, 6.0, 7.0, 0.0};
   for (std::size_t k = 0; k < used.n; ++k) {
     const std::int32_t slot = used.slots[k];
-    const Slot at = take_apart(axis, slot);
-    const double* window = weights + at.block * static_cast<std::size_t>(axis.stride) + at.bin;
-    const double* table = axis.by_column + at.piece * table_size;
+    const SlotPlace at = axis.places[slot];
+    const double* window = weights + at.window;
+    const double* table = axis.by_column + static_cast<std::size_t>(at.piece) * table_size;
     Vector low = zero, high = zero, low_odd = zero, high_odd = zero;
     std::size_t column = 0;
     for (; column + 1 < columns; column += 2) {
@@ -245,13 +245,13 @@ void evaluate(const Samples& samples, const double* polynomials, double* value, 
 }
 
 /// slope := -weight * slope * slope_scale / sin(angle), 0 where the angle is 0 or pi to rounding.
-void divide_by_sine(const Triplets& triplets, double slope_scale, double* __restrict slope) {
-  const double* __restrict z = triplets.half_square;
-  const double* __restrict weight = triplets.samples.weight;
-  for (std::size_t k = 0; k < triplets.samples.n; ++k) {
-    const double square = z[k] * (1.0 - z[k]);
-    const double half_inverse = square > 1e-30 ? -0.5 / std::sqrt(square) : 0.0;
-    slope[k] *= slope_scale * weight[k] * half_inverse;
+void divide_by_sine(const Triplets& triplets, double slope_scale, double* slope) {
+  const Vector one = spread(1.0), tiny = spread(1e-30), factor = spread(-0.5 * slope_scale);
+  for (std::size_t k = 0; k < triplets.samples.n; k += kLanesU) {
+    const Vector z = load(triplets.half_square + k), square = z * (one - z);
+    const Mask open = square > tiny;
+    const Vector inverse = where(open, one / square_root(choose(open, square, one)));
+    store(slope + k, load(slope + k) * load(triplets.samples.weight + k) * (factor * inverse));
   }
 }
 
@@ -331,9 +331,9 @@ void pair_gradient(const Samples& samples, const std::int32_t* i, const std::int
 constexpr std::size_t kMostColumns = 256;  // fingerprint.cpp checks
 
 /// Each column's value and derivative with respect to q, for weight 1.
-inline void window_at(const HistogramAxis& axis, std::size_t piece, double t, double* value, double* slope) {
+inline void window_at(const HistogramAxis& axis, std::int32_t piece, double t, double* value, double* slope) {
   const std::size_t columns = static_cast<std::size_t>(axis.padded_columns);
-  const double* table = axis.by_power + piece * kPowersU * columns;
+  const double* table = axis.by_power + static_cast<std::size_t>(piece) * kPowersU * columns;
   const Vector place = spread(t), scale = spread(axis.scale[piece]);
   for (std::size_t column = 0; column < columns; column += kLanesU) {
     Vector v = load(table + (kPowersU - 1) * columns + column), s = v;
@@ -353,14 +353,14 @@ void pair_jacobian(const HistogramAxis& axis, const Samples& samples, const std:
   const std::size_t columns = static_cast<std::size_t>(axis.padded_columns);
   for (std::size_t k = 0; k < samples.n; ++k) {
     if (i[k] == j[k]) continue;  // an atom and its image move together
-    const Slot at = take_apart(axis, samples.slot[k]);
+    const SlotPlace at = axis.places[samples.slot[k]];
     window_at(axis, at.piece, samples.t[k], value, slope);
     const double inverse_r = 1.0 / r[k];
     const Vector of_value = spread(-2.0 * samples.weight[k] * inverse_r * inverse_r),
                  of_slope = spread(samples.weight[k] * axis.inverse_width * inverse_r);
     for (std::size_t column = 0; column < columns; column += kLanesU)
       store(value + column, of_value * load(value + column) + of_slope * load(slope + column));
-    const std::size_t window = at.block * static_cast<std::size_t>(axis.stride) + at.bin;
+    const std::ptrdiff_t window = at.window;
     double* at_i = rows + 3 * static_cast<std::size_t>(i[k]) * row_stride + window;
     double* at_j = rows + 3 * static_cast<std::size_t>(j[k]) * row_stride + window;
     for (std::size_t dimension = 0; dimension < 3; ++dimension) {
@@ -384,13 +384,13 @@ void triplet_jacobian(const HistogramAxis& axis, const NearNeighbors& near, cons
   for (std::size_t center = 0; center < near.centers; ++center) {
     for (std::int32_t a = near.first[center]; a + 1 < near.last[center]; ++a) {
       for (std::int32_t b = a + 1; b < near.last[center]; ++b, ++k) {
-        const Slot at = take_apart(axis, triplets.samples.slot[k]);
+        const SlotPlace at = axis.places[triplets.samples.slot[k]];
         window_at(axis, at.piece, triplets.samples.t[k], value, slope);
         const double c = triplets.cosine[k], z = triplets.half_square[k], square = z * (1.0 - z);
         const double g =
             square > 1e-30 ? -0.5 / std::sqrt(square) * axis.inverse_width * triplets.samples.weight[k] : 0.0;
         const double ua[3] = {near.ux[a], near.uy[a], near.uz[a]}, ub[3] = {near.ux[b], near.uy[b], near.uz[b]};
-        const std::size_t window = at.block * static_cast<std::size_t>(axis.stride) + at.bin;
+        const std::ptrdiff_t window = at.window;
         double* to_center = rows + 3 * center * row_stride + window;
         double* to_a = rows + 3 * static_cast<std::size_t>(neighbor_atom[a]) * row_stride + window;
         double* to_b = rows + 3 * static_cast<std::size_t>(neighbor_atom[b]) * row_stride + window;

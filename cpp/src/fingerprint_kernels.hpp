@@ -22,6 +22,13 @@ namespace thalweg {
 inline constexpr int kPowers = 8;  // coefficients of a piece
 inline constexpr int kLanes = 4;   // arrays of samples and neighbours are padded to multiples of this
 
+/// Where the window of a slot starts.
+struct SlotPlace {
+  std::int32_t window;     // in [block][stride] arrays
+  std::int32_t histogram;  // in the histogram's copies
+  std::int32_t piece;
+};
+
 struct HistogramAxis {
   std::int32_t bins, reach;              // a window is the bins center - reach .. center + reach
   std::int32_t centers;                  // bins that samples may sit in
@@ -32,6 +39,7 @@ struct HistogramAxis {
   const double* scale;      // (pieces)
   const double* shift;      // (pieces)
   const double* by_power;   // (pieces, kPowers, padded_columns)
+  const SlotPlace* places;  // (slots)
   const double* by_column;  // (pieces, padded_columns, kPowers)
 };
 
@@ -70,11 +78,12 @@ struct FingerprintKernels {
   /// Blocks, weights fc fc', cosines of all triplets; returns their number. block_of: (species, species, species).
   std::size_t (*find_triplets)(const NearNeighbors&, const std::int32_t* center_species, std::int32_t n_species,
                                const std::int32_t* block_of, Triplets&);
+  /// t and slot of each sample; the padding of samples points at slot 0.
   void (*locate_pairs)(const HistogramAxis&, const double* r, double norm, Samples&);
   void (*locate_triplets)(const HistogramAxis&, Triplets&);
   void (*deposit)(const Samples&, double* moments, SlotsInUse&);
   /// Adds the slots' moments to the histogram and zeroes moments and in_use; the list of slots stays.
-  void (*expand)(const HistogramAxis&, const SlotsInUse&, double* moments, double* histogram, std::size_t copy_stride);
+  void (*expand)(const HistogramAxis&, const SlotsInUse&, double* moments, double* histogram);
   void (*project)(const HistogramAxis&, const SlotsInUse&, const double* weights, double* polynomials);
   /// value and slope (d/dq) of the weighted features of each sample, for weight 1.
   void (*evaluate)(const Samples&, const double* polynomials, double* value, double* slope);

@@ -48,8 +48,8 @@ void check_kernel(const Kernel& k) {
 double total_amplitude(const Kernel& k) { return k.amplitude * (k.weight_long + k.weight_short); }
 
 KernelTerms terms_of(const Kernel& k) {
-  return {total_amplitude(k), k.weight_short / (k.weight_long + k.weight_short),
-          -0.5 / (k.length_long * k.length_long), -0.5 / (k.length_short * k.length_short)};
+  return {total_amplitude(k), k.weight_short / (k.weight_long + k.weight_short), -0.5 / (k.length_long * k.length_long),
+          -0.5 / (k.length_short * k.length_short)};
 }
 
 double correlation(const KernelTerms& t, double d2) {
@@ -134,8 +134,8 @@ class Parameters {
   Parameters(const KernelBounds& bounds, const Kernel& start) : fixed_part_(start) {
     const auto set = [this](std::size_t k, const double (&range)[2], bool optimised, const char* name) {
       require(range[0] > 0 && range[0] <= range[1] && std::isfinite(range[1]),
-              std::string("bounds of ") + name + " must be positive and rise, but they are " + std::to_string(range[0]) +
-                  " and " + std::to_string(range[1]));
+              std::string("bounds of ") + name + " must be positive and rise, but they are " +
+                  std::to_string(range[0]) + " and " + std::to_string(range[1]));
       low_[k] = std::log(range[0]);
       high_[k] = std::log(range[1]);
       free_[k] = optimised;
@@ -174,7 +174,8 @@ class Parameters {
     if (p[kShort] <= p[kLong]) return;
     if (free_[kLong] && free_[kShort]) {
       const double middle = 0.5 * (p[kLong] + p[kShort]);
-      p[kLong] = p[kShort] = std::clamp(middle, std::max(low_[kLong], low_[kShort]), std::min(high_[kLong], high_[kShort]));
+      p[kLong] = p[kShort] =
+          std::clamp(middle, std::max(low_[kLong], low_[kShort]), std::min(high_[kLong], high_[kShort]));
     } else if (free_[kLong]) {
       p[kLong] = p[kShort];
     } else if (free_[kShort]) {
@@ -229,10 +230,9 @@ double maximise(LikelihoodOf& data, const Parameters& parameters, Vector& p, int
       projections[h] = dot(s, direction) / dot(s, y);
       for (std::size_t k = 0; k < kParameters; ++k) direction[k] -= projections[h] * y[k];
     }
-    const double scale = history.empty()
-                             ? std::min(1.0, 1.0 / largest_gradient)
-                             : dot(history.back().first, history.back().second) /
-                                   dot(history.back().second, history.back().second);
+    const double scale = history.empty() ? std::min(1.0, 1.0 / largest_gradient)
+                                         : dot(history.back().first, history.back().second) /
+                                               dot(history.back().second, history.back().second);
     for (double& x : direction) x *= scale;
     for (std::size_t h = 0; h < history.size(); ++h) {
       const auto& [s, y] = history[h];
@@ -335,9 +335,9 @@ void Gpr::solve_weights() {
 void Gpr::fit(std::span<const double> features, std::span<const double> targets, int threads) {
   const std::size_t n = targets.size();
   require(n > 0, "a fit needs at least one point, but there are no targets");
-  require(features.size() == n * dimension_, "features must hold " + std::to_string(n) + " x " +
-                                                 std::to_string(dimension_) + " values (targets x features), but they hold " +
-                                                 std::to_string(features.size()));
+  require(features.size() == n * dimension_,
+          "features must hold " + std::to_string(n) + " x " + std::to_string(dimension_) +
+              " values (targets x features), but they hold " + std::to_string(features.size()));
   check_finite(features, "features");
   check_finite(targets, "targets");
   features_.assign(features.begin(), features.end());

@@ -16,7 +16,8 @@ class GprTile {
   /// Where the features of the candidates go, [dimension][lanes].
   double* features() { return features_; }
   void set_features(std::size_t lane, int lanes, const double* feature_vector) {
-    for (std::size_t d = 0; d < dimension_; ++d) features_[d * static_cast<std::size_t>(lanes) + lane] = feature_vector[d];
+    for (std::size_t d = 0; d < dimension_; ++d)
+      features_[d * static_cast<std::size_t>(lanes) + lane] = feature_vector[d];
   }
 
   struct Wanted {
@@ -39,7 +40,8 @@ class GprTile {
   };
   std::size_t dimension_;
   std::unique_ptr<double[], Free> storage_;  // on 64-byte lines
-  double *features_, *gradient_, *gradient_sigma_, *solved_, *slope_, *combined_, *mean_, *sigma_, *norm_, *coefficient_;
+  double *features_, *gradient_, *gradient_sigma_, *solved_, *slope_, *combined_, *mean_, *sigma_, *norm_,
+      *coefficient_;
 };
 
 }  // namespace thalweg

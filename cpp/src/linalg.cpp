@@ -14,7 +14,8 @@ const LinalgKernels& linalg_kernels() { return linalg_table(); }
 namespace linalg {
 namespace {
 
-constexpr std::size_t kSmall = 32;  // order below which the recursions hand over to the unblocked kernels
+constexpr std::size_t kSmall = 32;     // order below which the recursions hand over to the unblocked kernels
+constexpr double kWorthThreads = 2e7;  // multiply-adds: about a millisecond
 
 // Half of n, in whole small blocks.
 std::size_t first_half(std::size_t n) { return (n / 2 + kSmall - 1) / kSmall * kSmall; }
@@ -48,7 +49,7 @@ void multiply(Product product, int threads) {
   product.row_end = product.m;
   // Threads own whole rows of C, and a row's sums do not depend on who owns it.
   const double work = static_cast<double>(product.m) * static_cast<double>(product.n) * static_cast<double>(product.k);
-  if (threads > 1 && work > 4e6) {
+  if (threads > 1 && work > kWorthThreads) {
     const int parts = 4 * threads;  // a lower result makes the last rows the longest
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int part = parts - 1; part >= 0; --part) {
@@ -134,7 +135,8 @@ void pair_distances(std::size_t n, std::size_t dimension, const double* x, doubl
     for (std::size_t i = first; i < n; ++i)
       std::copy_n(&out[8 * (i - first)], std::min(count, i - first + 1), packed + i * (i + 1) / 2 + first);
   };
-#pragma omp parallel num_threads(threads) if (threads > 1)
+  const double work = 0.5 * static_cast<double>(n) * static_cast<double>(n) * static_cast<double>(dimension);
+#pragma omp parallel num_threads(threads) if (threads > 1 && work > kWorthThreads)
   {
     std::vector<double> points, out;
 #pragma omp for schedule(dynamic, 1)

@@ -2,7 +2,8 @@
 // installation. Private to the core; plain structs and pointers only (this header is read by per-ISA units).
 //
 //   matrices      row-major, leading dimension `ld` >= columns; of a triangular matrix only its triangle is read
-//   tiles         `lanes` (8 or 4) candidates side by side, element i of candidate c at [i * lanes + c]. Every lane does
+//   tiles         `lanes` (8 or 4) candidates side by side, element i of candidate c at [i * lanes + c]. Every lane
+//   does
 //                 the same operations in the same order whatever the width, so a candidate's result does not depend on
 //                 its neighbours. One candidate alone is padded to 4 lanes, which costs the same as a scalar variant:
 //                 both are bound by the latency of one multiply-add chain per row.
@@ -51,8 +52,8 @@ struct TileKernels {
   /// v <- L^-T v.
   void (*backward)(std::size_t n, const double* factor, std::size_t ld, double* v);
   /// out[i][lane] = slope[i][lane] (weights_i + coefficient[lane] u[i][lane]); weights or u may be null (zero).
-  void (*combine)(std::size_t n, const double* weights, const double* coefficient, const double* u,
-                  const double* slope, double* out);
+  void (*combine)(std::size_t n, const double* weights, const double* coefficient, const double* u, const double* slope,
+                  double* out);
   /// out[d][lane] = sum_i g[i][lane] (x_id - f[d][lane]).
   void (*gradient)(std::size_t n, std::size_t dimension, const double* x, const double* f, const double* g,
                    double* out);

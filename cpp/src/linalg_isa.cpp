@@ -13,7 +13,7 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 8;
-constexpr int kTileRows = 8;     // rows of a matrix handled at once: enough chains to hide the latency
+constexpr int kTileRows = 8;  // rows of a matrix handled at once: enough chains to hide the latency
 constexpr int kMicroRows = 8, kMicroVectors = 3;
 #elif defined(__AVX__)
 constexpr int kWidth = 4;
@@ -144,7 +144,8 @@ THALWEG_INLINE std::size_t larger(std::size_t a, std::size_t b) { return a > b ?
 // Panel of `height` (of kMicroRows) rows: [l][row]; what lies in the other triangle, or beyond the height, is zero.
 void pack_a(const Product& p, std::size_t row, std::size_t height, std::size_t k_begin, std::size_t k_count,
             double* out) {
-  const double* a = p.a + static_cast<std::ptrdiff_t>(row) * p.a_row + static_cast<std::ptrdiff_t>(k_begin) * p.a_column;
+  const double* a =
+      p.a + static_cast<std::ptrdiff_t>(row) * p.a_row + static_cast<std::ptrdiff_t>(k_begin) * p.a_column;
   if (height == kMicroRows && p.a_shape == Product::full) {
     for (std::size_t l = 0; l < k_count; ++l, out += kMicroRows)
       for (int r = 0; r < kMicroRows; ++r) out[r] = a[r * p.a_row + static_cast<std::ptrdiff_t>(l) * p.a_column];
@@ -153,9 +154,10 @@ void pack_a(const Product& p, std::size_t row, std::size_t height, std::size_t k
   for (std::size_t l = 0; l < k_count; ++l, out += kMicroRows)
     for (std::size_t r = 0; r < kMicroRows; ++r) {
       const std::size_t i = row + r, column = k_begin + l;
-      const bool present = r < height && !(p.a_shape == Product::lower && column > i) &&
-                           !(p.a_shape == Product::upper && column < i);
-      out[r] = present ? a[static_cast<std::ptrdiff_t>(r) * p.a_row + static_cast<std::ptrdiff_t>(l) * p.a_column] : 0.0;
+      const bool present =
+          r < height && !(p.a_shape == Product::lower && column > i) && !(p.a_shape == Product::upper && column < i);
+      out[r] =
+          present ? a[static_cast<std::ptrdiff_t>(r) * p.a_row + static_cast<std::ptrdiff_t>(l) * p.a_column] : 0.0;
     }
 }
 
@@ -178,7 +180,8 @@ void pack_b(const Product& p, std::size_t column, std::size_t width, std::size_t
       const std::size_t i = k_begin + l, j = column + c;
       const bool present =
           c < width && !(p.b_shape == Product::lower && j > i) && !(p.b_shape == Product::upper && j < i);
-      out[c] = present ? b[static_cast<std::ptrdiff_t>(l) * p.b_row + static_cast<std::ptrdiff_t>(c) * p.b_column] : 0.0;
+      out[c] =
+          present ? b[static_cast<std::ptrdiff_t>(l) * p.b_row + static_cast<std::ptrdiff_t>(c) * p.b_column] : 0.0;
     }
 }
 
@@ -230,23 +233,24 @@ void multiply(const Product& p, double* workspace) {
     const std::size_t n_count = smaller(kBlockN, p.n - jc);
     for (std::size_t pc = 0; pc < p.k; pc += kBlockK) {
       const std::size_t k_count = smaller(kBlockK, p.k - pc);
-      if (p.b_shape == Product::lower && jc > pc + k_count) continue;          // needs k >= j
-      if (p.b_shape == Product::upper && jc + n_count <= pc) continue;         // needs k <= j
+      if (p.b_shape == Product::lower && jc > pc + k_count) continue;   // needs k >= j
+      if (p.b_shape == Product::upper && jc + n_count <= pc) continue;  // needs k <= j
       for (std::size_t j = 0; j < n_count; j += kMicroColumns)
         pack_b(p, jc + j, smaller(kMicroColumns, n_count - j), pc, k_count, packed_b + j * k_count);
       for (std::size_t ic = p.row_begin; ic < p.row_end; ic += kBlockM) {
         const std::size_t m_count = smaller(kBlockM, p.row_end - ic);
         if (p.lower_result && ic + m_count <= jc) continue;
-        if (p.a_shape == Product::lower && ic + m_count <= pc) continue;       // needs k <= i
-        if (p.a_shape == Product::upper && ic >= pc + k_count) continue;       // needs k >= i
+        if (p.a_shape == Product::lower && ic + m_count <= pc) continue;  // needs k <= i
+        if (p.a_shape == Product::upper && ic >= pc + k_count) continue;  // needs k >= i
         for (std::size_t i = 0; i < m_count; i += kMicroRows)
           pack_a(p, ic + i, smaller(kMicroRows, m_count - i), pc, k_count, packed_a + i * k_count);
         for (std::size_t j = 0; j < n_count; j += kMicroColumns) {
           const std::size_t width = smaller(kMicroColumns, n_count - j);
           for (std::size_t i = 0; i < m_count; i += kMicroRows) {
             const std::size_t height = smaller(kMicroRows, m_count - i), row = ic + i, column = jc + j;
-            const std::ptrdiff_t diagonal =
-                p.lower_result ? static_cast<std::ptrdiff_t>(row) - static_cast<std::ptrdiff_t>(column) : PTRDIFF_MAX / 2;
+            const std::ptrdiff_t diagonal = p.lower_result
+                                                ? static_cast<std::ptrdiff_t>(row) - static_cast<std::ptrdiff_t>(column)
+                                                : PTRDIFF_MAX / 2;
             if (diagonal + static_cast<std::ptrdiff_t>(height) <= 0) continue;
             // The range of k in which neither triangular factor is all zero.
             std::size_t begin = pc, end = pc + k_count;
@@ -668,18 +672,12 @@ void remove_row(std::size_t n, std::size_t row, double* factor, std::size_t ld, 
 }  // namespace
 
 const LinalgKernels& linalg_table() {
-  static const LinalgKernels table = {multiply,
-                                      kBlockK * kBlockN + kBlockK * kBlockM,
-                                      cholesky_block,
-                                      solve_rows_block,
-                                      invert_block,
-                                      forward_one,
-                                      backward_one,
-                                      exponential_row,
-                                      kernel_row,
-                                      likelihood_row,
-                                      remove_row,
-                                      Tile<8>::table(),
+  static const LinalgKernels table = {multiply,        kBlockK * kBlockN + kBlockK * kBlockM,
+                                      cholesky_block,  solve_rows_block,
+                                      invert_block,    forward_one,
+                                      backward_one,    exponential_row,
+                                      kernel_row,      likelihood_row,
+                                      remove_row,      Tile<8>::table(),
                                       Tile<4>::table()};
   return table;
 }

@@ -122,8 +122,7 @@ TEST(likelihood_gradient_is_the_derivative) {
       central([](Kernel& k, double t) { k.amplitude *= std::exp(t); }),
       central([](Kernel& k, double t) { k.length_long *= std::exp(t); }),
       central([](Kernel& k, double t) { k.length_short *= std::exp(t); }),
-      central([](Kernel& k, double t) { k.noise *= std::exp(t); }),
-      central([](Kernel& k, double t) {
+      central([](Kernel& k, double t) { k.noise *= std::exp(t); }), central([](Kernel& k, double t) {
         const double sum = k.weight_long + k.weight_short, ratio = k.weight_short / k.weight_long * std::exp(t);
         k.weight_short = sum * ratio / (1 + ratio), k.weight_long = sum - k.weight_short;
       })};
@@ -227,7 +226,8 @@ TEST(results_do_not_depend_on_batch_or_threads) {
       CHECK(part.mean[c] == all.mean[first + c]);
       CHECK(part.sigma[c] == all.sigma[first + c]);
     }
-    CHECK(std::equal(part.gradient.begin(), part.gradient.end(), all.gradient.begin() + static_cast<long>(first * dimension)));
+    CHECK(std::equal(part.gradient.begin(), part.gradient.end(),
+                     all.gradient.begin() + static_cast<long>(first * dimension)));
     CHECK(std::equal(part.gradient_sigma.begin(), part.gradient_sigma.end(),
                      all.gradient_sigma.begin() + static_cast<long>(first * dimension)));
   }
@@ -245,8 +245,10 @@ TEST(smooth_and_symmetric_at_near_duplicates_far_from_the_origin) {
   double slope = 0;
   for (std::size_t d = 0; d < dimension; ++d) slope += at.gradient[d] * direction[static_cast<Eigen::Index>(d)];
   for (const double step : {0x1.0p-20, 0x1.0p-16}) {
-    const Eigen::VectorXd up = data.x.row(4).transpose() + step * direction, down = data.x.row(4).transpose() - step * direction;
-    const double rise = predict(gpr, {up.data(), dimension}, 0).mean[0] - predict(gpr, {down.data(), dimension}, 0).mean[0];
+    const Eigen::VectorXd up = data.x.row(4).transpose() + step * direction,
+                          down = data.x.row(4).transpose() - step * direction;
+    const double rise =
+        predict(gpr, {up.data(), dimension}, 0).mean[0] - predict(gpr, {down.data(), dimension}, 0).mean[0];
     CLOSE(rise / (2 * step), slope, 1e-13 * 25 / step);  // rounding of the energies themselves, nothing more
   }
   // sigma at a training point: finite derivative; the same for a point and its twin.
@@ -357,7 +359,8 @@ int main(int argc, char** argv) {
     for (int k = 0; k < repeats; ++k) {
       const auto start = std::chrono::steady_clock::now();
       body();
-      least = std::min(least, std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
+      least =
+          std::min(least, std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
     }
     return least;
   };
@@ -379,15 +382,19 @@ int main(int argc, char** argv) {
     const double t_remove = best(12, [&] { gpr.remove(n / 3); });
     Prediction p = predict(gpr, other.features(0, 16), 1);
     const auto time_predict = [&](std::size_t count, double kappa, bool sigma) {
-      return 1e3 * best(20, [&] {
-               gpr.predict(count, other.x.data(), kappa, p.mean.data(), sigma ? p.sigma.data() : nullptr, p.gradient.data(),
-                           nullptr);
-             }) / static_cast<double>(count);
+      return 1e3 *
+             best(20,
+                  [&] {
+                    gpr.predict(count, other.x.data(), kappa, p.mean.data(), sigma ? p.sigma.data() : nullptr,
+                                p.gradient.data(), nullptr);
+                  }) /
+             static_cast<double>(count);
     };
-    std::printf("n=%zu D=270 %s: fit %.2f ms (2 threads %.2f), refit %.2f, likelihood + gradient %.2f, append %.3f, remove "
-                "%.3f ms; predict per candidate: LCB of 16 %.1f us, of 4 %.1f, of 1 %.1f; mean of 16 %.1f us\n",
-                n, active_isa(), t_fit, t_fit2, t_refit, t_likelihood, t_append, t_remove, time_predict(16, 2, true),
-                time_predict(4, 2, true), time_predict(1, 2, true), time_predict(16, 0, false));
+    std::printf(
+        "n=%zu D=270 %s: fit %.2f ms (2 threads %.2f), refit %.2f, likelihood + gradient %.2f, append %.3f, remove "
+        "%.3f ms; predict per candidate: LCB of 16 %.1f us, of 4 %.1f, of 1 %.1f; mean of 16 %.1f us\n",
+        n, active_isa(), t_fit, t_fit2, t_refit, t_likelihood, t_append, t_remove, time_predict(16, 2, true),
+        time_predict(4, 2, true), time_predict(1, 2, true), time_predict(16, 0, false));
   }
   return 0;
 }

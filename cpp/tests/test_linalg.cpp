@@ -1,8 +1,8 @@
 // Dense algebra against Eigen, and the law that a lane's bits do not depend on the width of its tile.
 #include <Eigen/Dense>
 #include <chrono>
-#include <cstring>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 
 #include "../src/linalg.hpp"
@@ -293,13 +293,14 @@ int main(int argc, char** argv) {
     const double t_eval = best([&] { tile.evaluate(n, terms, v.get(), out.get(), slope.get(), norm.get()); });
     const double t_gradient = best([&] { tile.gradient(n, 270, x.data(), f.get(), out.get(), w.get()); });
     const double nn = static_cast<double>(n), cube = nn * nn * nn;
-    std::printf("n=%zu %s: distances %.2f ms, gram %.2f, cholesky %.2f (%.1f GFLOP/s), inverse %.2f (%.1f), X X^T full %.2f "
-                "(%.1f) lower %.2f (%.1f)\n   tile of 8: forward %.1f us (%.1f), backward %.1f (%.1f), distances %.1f, kernel "
-                "%.1f, gradient %.1f us\n",
-                n, active_isa(), 1e3 * t_distance, 1e3 * t_gram, 1e3 * t_cholesky, cube / 3e9 / t_cholesky,
-                1e3 * t_inverse, cube * 2 / 3e9 / t_inverse, 1e3 * t_product, 2 * 270 * nn * nn / 1e9 / t_product,
-                1e3 * t_rank, 270 * nn * nn / 1e9 / t_rank, 1e6 * t_forward, 8 * nn * nn / 1e9 / t_forward,
-                1e6 * t_backward, 8 * nn * nn / 1e9 / t_backward, 1e6 * t_d2, 1e6 * t_eval, 1e6 * t_gradient);
+    std::printf(
+        "n=%zu %s: distances %.2f ms, gram %.2f, cholesky %.2f (%.1f GFLOP/s), inverse %.2f (%.1f), X X^T full %.2f "
+        "(%.1f) lower %.2f (%.1f)\n   tile of 8: forward %.1f us (%.1f), backward %.1f (%.1f), distances %.1f, kernel "
+        "%.1f, gradient %.1f us\n",
+        n, active_isa(), 1e3 * t_distance, 1e3 * t_gram, 1e3 * t_cholesky, cube / 3e9 / t_cholesky, 1e3 * t_inverse,
+        cube * 2 / 3e9 / t_inverse, 1e3 * t_product, 2 * 270 * nn * nn / 1e9 / t_product, 1e3 * t_rank,
+        270 * nn * nn / 1e9 / t_rank, 1e6 * t_forward, 8 * nn * nn / 1e9 / t_forward, 1e6 * t_backward,
+        8 * nn * nn / 1e9 / t_backward, 1e6 * t_d2, 1e6 * t_eval, 1e6 * t_gradient);
   }
   return 0;
 }

@@ -3,7 +3,7 @@
     from thalweg import Problem, recipes
     from thalweg.calculators import EMT
 
-    search = recipes.gofee(Problem("Au4Ni4", cell=12.0, box=6.0), EMT(), store="au4ni4.db", seed=1)
+    search = recipes.gofee(Problem("Au4Ni4", cell=12.0, box=6.0), EMT(), store="au4ni4.journal", seed=1)
     found = search.run(60)
 
 Importing thalweg loads NumPy and the compiled core; ASE and SciPy follow when something needs them.
@@ -48,7 +48,7 @@ _WHERE = {
     }.items()
     for name in names.split()
 }
-_MODULES = ("calculators", "descriptors", "kernels", "recipes", "testing")
+_MODULES = ("calculators", "descriptors", "recipes", "testing")
 
 __all__ = ["__version__", *_WHERE, *_MODULES]  # noqa: PLE0604
 

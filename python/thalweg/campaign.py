@@ -2,7 +2,7 @@
 
     OUT/config.toml            resolved configuration         OUT/summary.json   what came out, rewritten whole
     OUT/template.extxyz        if the problem has one         OUT/best.extxyz    best of each restart, lowest first
-    OUT/restarts/000/store.db  the journal of restart 0       OUT/report.html    written by the command line
+    OUT/restarts/000/store.journal  the log of restart 0       OUT/report.html    written by the command line
     OUT/restarts/000/result.json  its line of the summary     OUT/restarts/000/error.txt  traceback, if it failed
 
 Restart i searches with seed + i, alone in a worker process, so that results do not depend on the number of workers.
@@ -100,14 +100,14 @@ class RunFolder:
         return self.path / "restarts" / f"{index:03d}"
 
     def store(self, index: int) -> Path:
-        return self.restart(index) / "store.db"
+        return self.restart(index) / "store.journal"
 
     def result(self, index: int) -> Path:
         return self.restart(index) / "result.json"
 
     def restarts(self) -> list[int]:
         """Indices of the restarts that have a store."""
-        found = self.path.glob("restarts/*/store.db")
+        found = self.path.glob("restarts/*/store.journal")
         return sorted(int(store.parent.name) for store in found if store.parent.name.isdigit())
 
     def configuration(self) -> Configuration:
@@ -241,13 +241,8 @@ def _extxyz(structures: Sequence[Any]) -> bytes:
     buffer = io.StringIO()
     # without a structure ASE refuses; an empty file is a valid answer to "the best of no restart"
     if structures:
-        ase.io.write(buffer, list(structures), format="extxyz", columns=_columns(structures))
+        ase.io.write(buffer, list(structures), format="extxyz")
     return buffer.getvalue().encode()
-
-
-def _columns(structures: Sequence[Any]) -> list[str] | None:
-    constrained = any(structure.constraints for structure in structures)
-    return ["symbols", "positions", "move_mask"] if constrained else ["symbols", "positions"]
 
 
 # ---- one restart ---------------------------------------------------------------------------------------------
@@ -356,17 +351,23 @@ def _search(configuration: Configuration, folder: RunFolder, index: int, link: _
             search.request_stop("target reached")  # the finishing touch would only cost evaluations
             raise Stop("target reached")
 
+    if reached():
+        search.close()
+        return "target reached"
     try:
         link.progress(index, search.iteration, search.evaluations, search.best_energy)
-        if reached():
-            return "target reached"
         link.attach(search)
         search.callbacks.append(observe)
         found = search.run(max(0, iterations - search.iteration), evaluations=configuration.search.max_evaluations)
-        return str(found.reason)
+        reason = str(found.reason)
+    except BaseException:
+        with contextlib.suppress(Exception):  # what closing says after a failure would hide the failure
+            search.close()
+        raise
     finally:
         link.attach(None)
-        search.close()
+    search.close()
+    return reason
 
 
 # ---- workers -------------------------------------------------------------------------------------------------
@@ -724,7 +725,7 @@ def load_results(folder: str | Path) -> Results:
     for path in sorted(run_folder.path.glob("restarts/*/result.json")):
         if path.parent.name.isdigit() and int(path.parent.name) not in histories:
             entry = _load_result(path)
-            if entry is not None and not (path.parent / "store.db").exists():
+            if entry is not None and not (path.parent / "store.journal").exists():
                 entries.append(entry)
     entries.sort(key=lambda entry: entry["index"])
     return Results(run_folder, configuration, histories, entries, problems)

@@ -6,7 +6,6 @@ Everything here takes a batch: any object with the arrays of `thalweg.records.Ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal, Protocol
@@ -40,19 +39,20 @@ class BatchLike(Protocol):
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Fingerprint of Oganov and Valle (J. Chem. Phys. 130, 104504 (2009); thesis (2.20)), weighted as in GOFEE.
+    """Fingerprint of Oganov and Valle, weighted as in GOFEE.
 
-    A histogram of distances for each pair of species, then a histogram of angles for each triplet (centre, pair),
-    both smeared with Gaussians. Species are sorted by atomic number; blocks exist for the pairs and triplets that the
-    composition can fill (periodic structures: all).
+    J. Chem. Phys. 130, 104504 (2009); thesis (2.20). A histogram of distances for each pair of species, then
+    one of angles for each triplet (centre, pair), both smeared with Gaussians. Species are sorted by atomic
+    number; blocks exist for the pairs and triplets that the composition can fill (periodic structures: all).
 
     `convention="smooth"` (default): the Gaussians are lowered so that they end with zero value and slope at
-    `n_sigma`; the features then have two continuous derivatives and the forces of a model are exact everywhere.
+    `n_sigma`; the features then have two continuous derivatives (one where a neighbour crosses
+    `cutoff_angular`), so the forces of a model are exact everywhere.
     `convention="agox"`: Gaussians cut off at `n_sigma`, values as those of AGOX's `Fingerprint`.
 
-    The features depend on the volume of the cell, so clusters need a cell, too. For a crystal described by k copies
-    of its cell the number of atoms N and the volume V grow together: the radial part, normalised by N^2/V, stays as
-    it is; the angular part, normalised by N^3/V, falls as 1/k. Compare structures with one number of atoms only.
+    The features depend on the volume of the cell, so clusters need a cell, too. For k copies of a crystal's
+    cell the number of atoms N and the volume V grow together: the radial part, normalised by N^2/V, stays as
+    it is; the angular part, normalised by N^3/V, falls as 1/k. Compare structures with as many atoms only.
     """
 
     cutoff_radial: float = 6.0  # angstrom
@@ -68,12 +68,14 @@ class Fingerprint:
     convention: Literal["smooth", "agox"] = "smooth"
 
     def bind(self, numbers: ArrayLike, periodic: bool) -> _core.Fingerprint:
-        """The compiled fingerprint for structures of one composition; the same object for the same composition.
+        """The compiled fingerprint for structures of one composition; cached.
 
         numbers: (atoms,) atomic numbers in any order. periodic: whether any direction is periodic.
         Raises ValueError if a setting makes no sense.
         """
-        return _bind(self, tuple(sorted(int(number) for number in np.asarray(numbers).ravel())), bool(periodic))
+        return _bind(
+            self, tuple(sorted(int(number) for number in np.asarray(numbers).ravel())), bool(periodic)
+        )
 
     def values(self, batch: BatchLike, threads: int = 0) -> Floats:
         """Features (n, size) of structures that share composition and periodicity; else raises ValueError."""
@@ -88,9 +90,11 @@ class Fingerprint:
         return self._bind_to(batch).contract(batch, weights, threads)
 
     def _bind_to(self, batch: BatchLike) -> _core.Fingerprint:
-        offsets: Sequence[int] = np.asarray(batch.offsets)
+        offsets = np.asarray(batch.offsets)
         if len(offsets) < 2:
-            raise _core.CoreError("a fingerprint needs a batch of at least one structure, but this one is empty")
+            raise _core.CoreError(
+                "a fingerprint needs a batch of at least one structure, but this one is empty"
+            )
         return self.bind(np.asarray(batch.numbers)[: offsets[1]], bool(np.any(np.asarray(batch.pbc)[0])))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,14 @@ import numpy as np
 from thalweg import _core
 from thalweg.descriptors import Fingerprint
 from thalweg.errors import CalculationFailed, ConfigurationError
-from thalweg.records import FAILED, OK, REJECTED, Batch, Context, Problem
+from thalweg.records import OK, REJECTED, Batch, Context, Measured, Problem
 
 __all__ = ["Duplicate", "Evaluate", "Metropolis", "calculate"]
 
 
-def calculate(calculator: Any, structure: Batch) -> Batch:
-    """Energy and forces of one structure by an ASE calculator; whatever goes wrong becomes a row with status 1 and the
-    column `reason`, never an exception."""
+def calculate(calculator: Any, structure: Batch) -> Measured:
+    """Energy and forces of one structure by an ASE calculator, and why it failed; whatever goes wrong is told in the
+    third place, never raised."""
     from thalweg.calculators import landscape_of
 
     try:
@@ -30,17 +31,15 @@ def calculate(calculator: Any, structure: Batch) -> Batch:
             atoms.set_constraint()
             atoms.calc = calculator
             energy = float(atoms.get_potential_energy())
-            forces = np.asarray(atoms.get_forces(), float)
-        if not np.isfinite(energy):
+            forces = np.array(atoms.get_forces(), float)
+        if not math.isfinite(energy):
             raise CalculationFailed(f"the energy is {energy}")
-        if forces.shape != structure.positions.shape or not np.all(np.isfinite(forces)):
+        if forces.shape != structure.positions.shape or not np.isfinite(forces).all():
             raise CalculationFailed("the forces are not finite")
     except Exception as problem:
         reason = f"{type(problem).__name__}: {problem}".splitlines()[0][:300]
-        nothing = np.full_like(structure.positions, np.nan)
-        row = structure.with_columns(energy=np.nan, status=np.uint8(FAILED), reason=reason)
-        return row.with_atom_columns(forces=nothing)
-    return structure.with_columns(energy=energy, status=np.uint8(OK)).with_atom_columns(forces=forces)
+        return math.nan, np.full_like(structure.positions, np.nan), reason
+    return energy, forces, ""
 
 
 @dataclass(frozen=True)
@@ -115,11 +114,11 @@ class Evaluate:
     # ------------------------------------------------------------------------------------------------
     def _relax(self, structure: Batch, ctx: Context, steps: int, tolerance: float, **columns: Any) -> Batch:
         """One point, then up to `steps` more; ends early at a failed point."""
-        first = ctx.measure(_bare(structure), self._calculate, **columns, **_descent(structure))
+        first = ctx.measure(structure, self._calculate, **{**_descent(structure), **columns})
         if steps == 0 or first.columns["status"][0] != OK:
             return first
         minimiser = self._minimiser(first, steps, tolerance)
-        return Batch.concat([first, *self._descend(minimiser, structure, ctx, columns)])
+        return Batch.concat([first, *self._descend(minimiser, structure, ctx, {**_descent(structure), **columns})])
 
     def _polish(self, known: Batch, row: int, ctx: Context) -> Batch:
         """Goes on from a structure whose energy and forces are known: its first point costs nothing."""
@@ -138,15 +137,15 @@ class Evaluate:
     def _descend(self, minimiser: Any, structure: Batch, ctx: Context, columns: dict[str, Any]) -> list[Batch]:
         rows: list[Batch] = []
         while not minimiser.done:
-            here = replace(_bare(structure), positions=np.array(minimiser.positions))
-            row = ctx.measure(here, self._calculate, **{**_descent(structure), **columns})
+            here = structure.with_positions(np.array(minimiser.positions))
+            row = ctx.measure(here, self._calculate, **columns)
             rows.append(row)
             if row.columns["status"][0] != OK:
                 break
             minimiser.tell(float(row.columns["energy"][0]), row.atom_columns["forces"])
         return rows
 
-    def _calculate(self, structure: Batch) -> Batch:
+    def _calculate(self, structure: Batch) -> Measured:
         return calculate(self.calculator, structure)
 
     def _worth_polishing(self, ctx: Context, count: int) -> list[int]:
@@ -174,11 +173,6 @@ class Evaluate:
             if not np.any(distance < self.same * np.linalg.norm(features[row])):
                 chosen.append(int(row))
         return chosen
-
-
-def _bare(structure: Batch) -> Batch:
-    """The structure without anything that was said about it."""
-    return replace(structure, columns={}, atom_columns={})
 
 
 def _descent(structure: Batch) -> dict[str, Any]:

@@ -28,9 +28,12 @@ from thalweg.randomness import Key
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["FAILED", "OK", "REJECTED", "Asked", "Batch", "Context", "Problem", "Step", "parse_symbols"]
+__all__ = ["FAILED", "OK", "REJECTED", "Asked", "Batch", "Context", "Measured", "Problem", "Step", "parse_symbols"]
 
 Array = np.ndarray
+
+# What a calculation gives: energy [eV], forces (n, 3), and why it failed ("" if it did not).
+Measured = tuple[float, np.ndarray, str]
 
 # Values of the column `status`.
 OK, FAILED, REJECTED = 0, 1, 2
@@ -128,6 +131,20 @@ class Batch:
         put(self, "columns", _check_columns(self.columns, n, "column"))
         put(self, "atom_columns", _check_columns(self.atom_columns, m, "atom column"))
 
+    def _changed(self, **changes: Any) -> Batch:
+        """A copy from parts that are known to fit: read-only arrays of the right shapes. No checks, for speed."""
+        new = object.__new__(Batch)
+        new.__dict__.update(self.__dict__)
+        for name, value in changes.items():
+            if name in ("columns", "atom_columns"):
+                for array in value.values():
+                    array.flags.writeable = False
+                value = MappingProxyType(value)
+            else:
+                value.flags.writeable = False
+            new.__dict__[name] = value
+        return new
+
     # ---- size and access ---------------------------------------------------------------------------
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -167,40 +184,43 @@ class Batch:
             rows: Any = slice(self.offsets[idx[0]], self.offsets[idx[0] + 1])
         else:
             rows = np.repeat(self.offsets[:-1][idx] - offsets[:-1], sizes) + np.arange(offsets[-1])
-        return Batch(
-            self.positions[rows],
-            self.numbers[rows],
-            offsets,
-            self.cells[idx],
-            self.pbc[idx],
-            self.fixed[rows],
-            {name: values[idx] for name, values in self.columns.items()},
-            {name: values[rows] for name, values in self.atom_columns.items()},
+        return self._changed(
+            positions=self.positions[rows],
+            numbers=self.numbers[rows],
+            offsets=offsets,
+            cells=self.cells[idx],
+            pbc=self.pbc[idx],
+            fixed=self.fixed[rows],
+            columns={name: values[idx] for name, values in self.columns.items()},
+            atom_columns={name: values[rows] for name, values in self.atom_columns.items()},
         )
 
     # ---- changed copies ----------------------------------------------------------------------------
     def with_columns(self, **columns: Any) -> Batch:
         """The same structures with columns added or replaced; a scalar fills the whole column."""
         n = len(self)
-        new = {
-            name: np.full(n, values) if np.ndim(values) == 0 else np.asarray(values)
-            for name, values in columns.items()
-        }
-        return replace(self, columns={**self.columns, **new})
+        new = {name: np.full(n, values) if np.ndim(values) == 0 else values for name, values in columns.items()}
+        return self._changed(columns={**self.columns, **_check_columns(new, n, "column")})
 
     def with_atom_columns(self, **columns: Any) -> Batch:
         """The same structures with per-atom columns added or replaced."""
-        return replace(self, atom_columns={**self.atom_columns, **columns})
+        return self._changed(atom_columns={**self.atom_columns, **_check_columns(columns, self.atoms, "atom column")})
 
     def with_positions(self, positions: Array) -> Batch:
         """The same structures somewhere else, (m, 3); forces no longer belong to them and are dropped, as is energy."""
         gone = ("energy", "sigma", "score")
-        return replace(
-            self,
+        positions = _frozen(positions, np.float64)
+        if positions.shape != self.positions.shape:
+            raise ConfigurationError(f"positions must have shape {self.positions.shape}, got {positions.shape}")
+        return self._changed(
             positions=positions,
             columns={name: values for name, values in self.columns.items() if name not in gone},
             atom_columns={name: values for name, values in self.atom_columns.items() if name != "forces"},
         )
+
+    def bare(self) -> Batch:
+        """The same structures without columns."""
+        return self._changed(columns={}, atom_columns={})
 
     @staticmethod
     def concat(batches: Sequence[Batch]) -> Batch:
@@ -637,10 +657,11 @@ class Context:
         """Hands small named arrays to this stage's own next step; they are stored."""
         self._services.keep(self.stage, {name: _frozen(values) for name, values in arrays.items()})
 
-    def measure(self, structure: Batch, calculate: Callable[[Batch], Batch], **columns: Any) -> Batch:
+    def measure(self, structure: Batch, calculate: Callable[[Batch], Measured], **columns: Any) -> Batch:
         """One true evaluation of one structure, journaled before it is returned; replayed when the search resumes.
 
-        `calculate` takes and returns a batch of one, with columns energy and status and the atom column forces.
+        `calculate` gives (energy [eV], forces (n, 3) [eV/angstrom], reason of failure or ""); the row that comes back has
+        the columns energy and status (0 ok, 1 failed), `columns`, and the atom column forces.
         """
         return self._services.measure(structure, calculate, columns)
 

@@ -72,10 +72,10 @@ class Relax:
             one = batch[i]
             minimiser = _core.Minimiser(one.positions, one.fixed, **settings, box=box)
             while not minimiser.done:
-                row = calculate(self.on, one.with_positions(np.array(minimiser.positions)))
-                if not row.ok[0]:
+                energy, forces, failure = calculate(self.on, one.with_positions(np.array(minimiser.positions)))
+                if failure:
                     break
-                minimiser.tell(float(row.columns["energy"][0]), row.atom_columns["forces"])
+                minimiser.tell(energy, forces)
             parts.append(np.array(minimiser.best_positions if minimiser.evaluations else one.positions))
         return np.concatenate(parts)
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import thalweg
 from thalweg.campaign import Results, load_results, write_atomically
 from thalweg.errors import ThalwegError
-from thalweg.statistics import SuccessCurve, energy_curves, success_curve
+from thalweg.statistics import SuccessCurve, describe_band, energy_curves, success_curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,11 +99,9 @@ def _median_text(curve: SuccessCurve | None) -> str:
     """The median with its band and the number of restarts behind it."""
     if curve is None:
         return "no target set"
-    low, high = curve.quantile_band(0.5)
-    band = f"{_count(low)} to {_count(high) if math.isfinite(high) else 'unknown'}"
     if math.isinf(curve.quantile(0.5)):
         return f"{curve.successes} of {curve.restarts} restarts so far"
-    return f"95 % band {band}; {curve.successes} of {curve.restarts} restarts"
+    return f"95 % band {describe_band(curve)}; {curve.successes} of {curve.restarts} restarts"
 
 
 def _energy(value: float | None) -> str:
@@ -122,6 +121,15 @@ def _figure(width: float = 6.4, height: float = 3.6) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _legend(axes: Any) -> None:
+    """Above the axes, where it covers nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(
+            handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=2 if len(labels) > 1 else 1, fontsize=9
+        )
 
 
 def _svg(figure: Figure, label: str) -> str:
@@ -156,7 +164,7 @@ def _success_figure(named: Sequence[tuple[str, dict[str, SuccessCurve]]]) -> str
             _draw_success(axes, curves["delivered"], COLOURS[k % len(COLOURS)], name)
     axes.set(xlabel="true evaluations", ylabel="fraction of restarts", ylim=(0, 1.02))
     axes.set_xlim(left=0)
-    axes.legend(loc="lower right")
+    _legend(axes)
     return _svg(figure, "fraction of restarts that reached the target, against true evaluations")
 
 
@@ -193,7 +201,7 @@ def _energy_figure(results: Results) -> str:
     axes.set(xlabel="true evaluations", ylabel="best energy so far (eV)")
     axes.set_xlim(0, max(2, len(curves.evaluations)))
     axes.set_ylim(*_energy_limits([curves], target.energy if target else None))
-    axes.legend(loc="upper right")
+    _legend(axes)
     return _svg(figure, "best energy so far against true evaluations")
 
 
@@ -212,10 +220,32 @@ def _comparison_figure(named: Sequence[tuple[str, Results]]) -> str:
         axes.fill_between(curves.evaluations, low, high, step="post", color=colour, alpha=0.15, linewidth=0)
         axes.step(curves.evaluations, curves.mean, where="post", color=colour, lw=2, label=name)
     axes.set(xlabel="true evaluations", ylabel="mean best energy so far (eV)")
+    axes.set_xlim(left=0)
     if drawn:
         axes.set_ylim(*_energy_limits(drawn, None))
-        axes.legend(loc="upper right")
+        _legend(axes)
     return _svg(figure, "mean best energy so far of each run folder, against true evaluations")
+
+
+def _final_figure(results: Results) -> str:
+    """Best energy of each restart, sorted: how often the lowest ones are found."""
+    found = sorted(float(np.nanmin(e)) for e in _energies(results).values() if np.any(np.isfinite(e)))
+    if len(found) < 2:
+        return ""
+    target = results.configuration.search.target
+    figure = _figure()
+    axes = figure.add_subplot()
+    axes.plot(np.arange(1, len(found) + 1), found, "o", color=COLOURS[0], ms=5, label="each restart")
+    if target is not None:
+        axes.axhline(target.energy, color=COLOURS[2], lw=1.2, ls=":", label=f"target {target.energy:g} eV")
+    axes.set(xlabel="restarts, sorted", ylabel="best energy (eV)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    low, high = axes.get_ylim()
+    if high - low < 0.01:  # differences below the accuracy of a relaxation should not look large
+        axes.set_ylim((low + high) / 2 - 0.005, (low + high) / 2 + 0.005)
+    _legend(axes)
+    return _svg(figure, "best energy of each restart, sorted")
 
 
 def _stage_figure(results: Results) -> str:
@@ -319,7 +349,7 @@ def _structures(named: Sequence[tuple[str, Results]]) -> str:
     dataset = json.dumps(data, allow_nan=False).replace("</", "<\\/")
     library = script.read_text(encoding="utf-8").replace("</script", "<\\/script")
     return f"""
-<p>Click a point to see its structure; drag to turn it. Point 1 is the lowest energy found.</p>
+<p>Click a point to see its structure; drag to turn it. Structure 0 is the lowest found.</p>
 <div class="viewer">
   <div class="half"><div id="viewer-map"></div></div>
   <div class="half"><div id="viewer-structure"></div><div id="viewer-info"></div></div>
@@ -358,12 +388,13 @@ main { max-width: 1180px; margin: 0 auto; padding: 24px 20px 60px; }
 h1 { font-size: 26px; margin: 0 0 2px; } h2 { font-size: 19px; margin: 34px 0 10px; }
 h3 { font-size: 15px; margin: 0 0 6px; }
 .quiet { color: #6b7280; } .error { color: #b91c1c; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px; margin: 16px 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)); gap: 12px; margin: 16px 0; }
 .card, .panel { background: #fff; border: 1px solid #e5e7eb; border-radius: 10px; padding: 12px 16px; }
 .card .label { color: #6b7280; font-size: 12.5px; }
 .card .value { font-size: 21px; font-weight: 600; overflow-wrap: anywhere; }
 .card .note { color: #6b7280; font-size: 12.5px; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 12px; }
+.figures p { margin: 6px 0 0; font-size: 12.5px; }
 .figures svg { width: 100%; height: auto; display: block; }
 .scroll { overflow-x: auto; max-height: 460px; overflow-y: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
@@ -418,7 +449,12 @@ def _problem_text(results: Results) -> str:
     symbols = problem.symbols
     if not isinstance(symbols, str):
         symbols = "".join(f"{name}{count if count > 1 else ''}" for name, count in symbols.items())
-    return f"{symbols} on {problem.template}" if problem.template else str(symbols)
+    if problem.template is None:
+        return str(symbols)
+    for history in results.histories.values():
+        if history.problem.template is not None:
+            return f"{symbols} on {history.problem.template.to_ase()[0].get_chemical_formula()}"
+    return f"{symbols} on {problem.template}"
 
 
 def _cards(results: Results) -> str:
@@ -473,19 +509,27 @@ def _restart_table(results: Results) -> str:
     return f'{text}<div class="scroll">{_table(headers, rows, best)}</div>'
 
 
-def _folder_section(name: str, results: Results) -> str:
+def _folder_section(name: str, results: Results, structures: str = "") -> str:
     curves = success_curves(results)
     figures = []
     if curves:
-        figures.append(_panel("Restarts that have reached the target", _success_figure([(name, curves)])))
+        note = (
+            '<p class="quiet">Delivered: a counted evaluation has the target energy. Relaxes: an evaluated structure has '
+            "it after a relaxation in the true potential that is not counted. Bands: 95 %, exponential Greenwood.</p>"
+        )
+        figures.append(_panel("Restarts that have reached the target", _success_figure([(name, curves)]) + note))
     if _energies(results):
         figures.append(_panel("Best energy so far", _energy_figure(results)))
+        figures.append(_panel("Best energy of each restart", _final_figure(results)))
         figures.append(_panel("Time by stage", _stage_figure(results)))
     configuration = html.escape(results.configuration.to_toml())
+    unfolded = " open" if structures else ""
     return f"""{_cards(results)}
 <div class="figures">{"".join(figures)}</div>
+{structures}
 <h2>Restarts</h2><section class="panel">{_restart_table(results)}</section>
-<h2>Configuration</h2><section class="panel"><details open><summary class="quiet">config.toml, resolved</summary>
+<h2>Configuration</h2><section class="panel"><details{unfolded}>
+<summary class="quiet">config.toml, resolved</summary>
 <pre>{configuration}</pre></details></section>"""
 
 
@@ -503,7 +547,7 @@ def _comparison(named: Sequence[tuple[str, Results]]) -> str:
             curves.append((name, found))
         summary, configuration = results.summary, results.configuration
         best = summary["best_energy"]
-        band = None if curve is None else " to ".join(_count(value) for value in curve.quantile_band(0.5))
+        band = None if curve is None else describe_band(curve)
         rows.append(
             (
                 name, _problem_text(results), configuration.search.method, configuration.calculator.name,
@@ -532,19 +576,14 @@ def page(results: Sequence[Results]) -> str:
 
     names = _names([found.folder.path for found in results])
     named = list(zip(names, results, strict=True))
+    structures = f'<h2>Structures</h2><section class="panel">{_structures(named)}</section>'
     with matplotlib.rc_context(STYLE):
         if len(named) == 1:
-            body = _folder_section(*named[0])
+            body = _folder_section(*named[0], structures)
         else:
-            parts = [_comparison(named)]
+            parts = [_comparison(named), structures]
             parts += [f"<h2>{html.escape(name)}</h2>{_folder_section(name, found)}" for name, found in named]
             body = "".join(parts)
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        written = f"thalweg {version('thalweg')}"
-    except PackageNotFoundError:
-        written = "thalweg"
     title = html.escape(", ".join(names))
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -553,9 +592,9 @@ def page(results: Sequence[Results]) -> str:
 <title>{title} · thalweg</title>
 <style>{_CSS}</style></head>
 <body><main>
-<h1>{title}</h1><div class="quiet">Search report, written by {written}. Energies in eV, lengths in angstrom.</div>
+<h1>{title}</h1><div class="quiet">Search report, written by thalweg {thalweg.__version__}. Energies in eV,
+lengths in angstrom.</div>
 {body}
-<h2>Structures</h2><section class="panel">{_structures(named)}</section>
 </main></body></html>
 """
 

@@ -18,7 +18,7 @@ import numpy as np
 from thalweg import _core
 from thalweg.errors import ConfigurationError, Stop, StoreError, ThalwegError
 from thalweg.randomness import Key
-from thalweg.records import FAILED, OK, Asked, Batch, Context, Problem, Step
+from thalweg.records import FAILED, OK, Asked, Batch, Context, Measured, Problem, Step
 from thalweg.store import Store
 
 __all__ = ["Found", "Search"]
@@ -122,7 +122,7 @@ class Search:
         self._kept: dict[str, Mapping[str, np.ndarray]] = {}
         self._last: Step | None = None
         self._pending: dict[int, Batch] = {}
-        self._ask_seconds: dict[int, dict[str, float]] = {}
+        self._seconds: dict[int, dict[str, float]] = {}
         self._journal: dict[int, list[Batch]] = {}
         self._to_replay: dict[int, list[Batch]] = {}
         self._open: list[Asked] = []
@@ -142,6 +142,9 @@ class Search:
     def run(self, iterations: int, *, evaluations: int | None = None) -> Found:
         """Runs that many iterations more, then lets the gauges finish (a last polish, counted); run again to continue.
 
+        Ends early, and without the finish, when an observer raises Stop, the evaluations are spent, or a stop was
+        requested; what was open then is resumed by the next run.
+
         Parameters
         ----------
         iterations : int
@@ -153,17 +156,13 @@ class Search:
         try:
             while self.iteration < last:
                 self.tell(asked := self.ask(), self.evaluate(asked))
+            self._finish()
         except Stop as stop:
             reason = str(stop) or "an observer stopped the run"
         except _Halt as halt:
-            self._store.commit()
-            return self._found(str(halt))
-        try:
-            self._finish()
-        except _Halt as halt:
             reason = str(halt)
         self._store.commit()
-        return self._found(reason)
+        return Found(self.best, self.best_energy, self.evaluations, self.iteration, reason)
 
     def steps(self, iterations: int) -> Iterator[Step]:
         """The same iterations, one step at a time, without the finishing touch: `for step in search.steps(100)`."""
@@ -237,7 +236,7 @@ class Search:
             raise
         finally:
             self._measuring = None
-        self._ask_seconds.setdefault(asked.ticket, {})["evaluate"] = time.perf_counter() - begin
+        self._seconds.setdefault(asked.ticket, {})["evaluate"] = time.perf_counter() - begin
         return Batch.concat(rows)
 
     def tell(self, asked: Asked, evaluated: Batch) -> Step:
@@ -248,7 +247,8 @@ class Search:
         """
         if asked.ticket not in self._pending:
             raise ThalwegError(f"ticket {asked.ticket} is not open: a ticket is told once, and must come from ask()")
-        seconds = {"evaluate": self._ask_seconds.pop(asked.ticket, {}).get("evaluate", 0.0)}
+        spent = self._seconds.pop(asked.ticket, {})
+        seconds = {"evaluate": spent.pop("evaluate", 0.0)}
         if len(evaluated) and "point" not in evaluated.columns:
             evaluated = self._record_foreign(asked, evaluated)
         self._kept = {}
@@ -262,8 +262,9 @@ class Search:
         self._learn(asked.ticket, asked.kind, asked.context.iteration, asked.chosen, settled)
         carry = MappingProxyType(self._carry)
         step = Step(
-            asked.context.iteration, asked.proposed, asked.refined, asked.chosen, evaluated, carry, seconds, asked.kind
-        )
+            asked.context.iteration, asked.proposed, asked.refined, asked.chosen, evaluated, carry, {**spent, **seconds},
+            asked.kind,
+        )  # fmt: skip
         if asked.kind == "search" or len(evaluated):
             for observer in self.callbacks:
                 observer(step, self)
@@ -309,11 +310,8 @@ class Search:
     def __exit__(self, *unused: object) -> None:
         self.close()
 
-    def _found(self, reason: str) -> Found:
-        return Found(self.best, self.best_energy, self.evaluations, self.iteration, reason)
-
     # ---- true evaluations --------------------------------------------------------------------------
-    def measure(self, structure: Batch, calculate: Callable[[Batch], Batch], columns: Mapping[str, Any]) -> Batch:
+    def measure(self, structure: Batch, calculate: Callable[[Batch], Measured], columns: Mapping[str, Any]) -> Batch:
         """`Context.measure`: journaled as it arrives; what the journal already holds for this ticket is replayed."""
         asked = self._measuring
         assert asked is not None, "measure() belongs to the gauges of a search"
@@ -333,15 +331,13 @@ class Search:
         if self._budget is not None and self.evaluations >= self._budget:
             raise _Halt("evaluations")
         begin = time.perf_counter()
-        row = calculate(structure)
+        energy, forces, reason = calculate(structure)
         cost = time.perf_counter() - begin
-        reason = ""
-        if "reason" in row.columns:
-            reason = str(row.columns["reason"][0])
-            row = replace(row, columns={name: values for name, values in row.columns.items() if name != "reason"})
-        row = row.with_columns(
-            **columns, iteration=asked.context.iteration, ticket=asked.ticket, point=len(journal)
-        )
+        row = structure.bare().with_columns(
+            energy=energy, status=np.uint8(FAILED if reason else OK), **columns,
+            iteration=asked.context.iteration, ticket=asked.ticket, point=len(journal),
+        )  # fmt: skip
+        row = row.with_atom_columns(forces=forces)
         journal.append(row)
         self.evaluations += 1
         self._store.append("evaluation", asked.ticket, {"row": row, "reason": reason}, cost=cost)
@@ -352,13 +348,19 @@ class Search:
         """Evaluations that the caller made between ask() and tell()."""
         if "energy" not in evaluated.columns:
             raise ThalwegError("tell() needs the column energy (NaN for a failed evaluation)")
-        if "status" not in evaluated.columns:
-            evaluated = evaluated.with_columns(status=np.where(evaluated.ok, OK, FAILED).astype(np.uint8))
-        if "forces" not in evaluated.atom_columns:
-            evaluated = evaluated.with_atom_columns(forces=np.full_like(evaluated.positions, np.nan))
+        forces = evaluated.atom_columns.get("forces", np.full_like(evaluated.positions, np.nan))
+        evaluated = evaluated.with_atom_columns(forces=forces)
+        told = ("energy", "status", "iteration", "ticket", "point")
+        rows = []
         self._measuring = asked
-        rows = [self.measure(evaluated[i], lambda row: row, {}) for i in range(len(evaluated))]
-        self._measuring = None
+        try:
+            for i in range(len(evaluated)):
+                row = evaluated[i]
+                given = float(row.columns["energy"][0]), row.atom_columns["forces"], "" if row.ok[0] else "told as failed"
+                columns = {name: values[0] for name, values in row.columns.items() if name not in told}
+                rows.append(self.measure(row, lambda _, given=given: given, columns))
+        finally:
+            self._measuring = None
         return Batch.concat(rows)
 
     def _settled_columns(self, ticket: int, evaluated: Batch) -> dict[str, np.ndarray]:
@@ -450,6 +452,7 @@ class Search:
             "kept": self._kept,
         }
         self._store.append("asked", asked.ticket, body, timing=seconds)
+        self._seconds[asked.ticket] = dict(seconds)
         self._carry = {**self._carry, **self._kept}
         self._pending[asked.ticket] = asked.chosen
         self._count(asked.kind)

@@ -69,7 +69,10 @@ def main():
         atoms = make(rng)
         template = Atoms(cell=atoms.cell, pbc=atoms.pbc)
         environment = Environment(
-            template=template, symbols=atoms.get_chemical_formula(), print_report=False, confinement_cell=atoms.cell
+            template=template,
+            symbols=atoms.get_chemical_formula(),
+            print_report=False,
+            confinement_cell=atoms.cell,
         )
         features = Fingerprint(environment=environment).create_features(atoms)[0]
         name = make.__name__

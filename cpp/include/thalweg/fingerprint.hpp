@@ -8,12 +8,16 @@
 // Angular: every centre and unordered pair of its neighbours within cutoff_angular adds
 //   eta fc(R1) fc(R2) / (N^3 / V) x (integral over the bin of a Gaussian of width sigma_angular at the angle),
 //   fc(R) = 1 + gamma (R/Rc)^(gamma + 1) - (gamma + 1) (R/Rc)^gamma.
-// N: atoms; V: volume of the cell, for clusters too. Key of a triplet: (centre, sorted pair).
+// N: atoms; V: volume of the cell, for clusters too. Key of a triplet: (centre, sorted pair). Species are sorted by
+// atomic number, blocks by key. For k copies of a cell the radial part stays the same, the angular part falls as 1/k.
 //
 // Two conventions. `agox`: the window of each Gaussian is cut off at +- n_sigma, bin -n reflects to n at angle 0, and a
 // block exists only if the stoichiometry can fill it: values equal AGOX's to 1e-10. `smooth` (default): the Gaussian is
-// lowered so that it meets zero with zero slope at +- n_sigma (two continuous derivatives, so the analytic forces are the
-// derivative of the values everywhere), and bins reflect as -1 to 0 at angle 0, 30 to 29 at pi.
+// lowered so that it meets zero with zero slope at +- n_sigma (two continuous derivatives, so the analytic forces are
+// the derivative of the values everywhere), and bins reflect as -1 to 0 at angle 0, 30 to 29 at pi. (If cutoff_radial
+// is no multiple of bin_width, `smooth` takes pairs up to n_sigma sigma_radial past the last bin, not past
+// cutoff_radial.) A derivative comes out exact to rounding in both; in `agox` it jumps where the end of a window
+// crosses the edge of a bin, by about exp(-n_sigma^2 / 2).
 #pragma once
 
 #include <memory>
@@ -32,7 +36,8 @@ struct FingerprintSettings {
   int angular_bins = 30;        // over 0..pi
   double sigma_radial = 0.2;    // angstrom
   double sigma_angular = 0.2;   // radian
-  double gamma = 2.0, eta = 20.0, n_sigma = 4.0;
+  double gamma = 2.0;           // at least 1 (0, no cutoff function, in `agox` only)
+  double eta = 20.0, n_sigma = 4.0;
   bool angular = true;
   FingerprintConvention convention = FingerprintConvention::smooth;
 };
@@ -58,7 +63,14 @@ class Fingerprint {
     std::unique_ptr<State> state;
   };
 
-  /// features: (size()). Throws Error on a species or atom count that the layout was not made for.
+  /// Throws Error on a structure that values() could not take wherever its atoms are: species, counts, pbc, volume.
+  void check(const StructureView& structure) const;
+  /// A workspace that was given back, or a new one: a warm one spares short calls most of their time. Thread-safe.
+  Workspace borrow() const;
+  void give_back(Workspace&& workspace) const;
+
+  /// features: (size()). Throws Error on a composition or periodicity that the layout was not made for, a cell without
+  /// volume, or two atoms on one point.
   void values(const StructureView& structure, double* features, Workspace& workspace) const;
   /// Adds scale * d(weights . features)/dx to gradient (n, 3), at the positions of the last values() of this
   /// workspace, without forming the Jacobian: one backward pass over pairs and triplets.

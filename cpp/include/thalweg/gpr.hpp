@@ -1,16 +1,18 @@
 // Gaussian process regression on feature vectors with the two-scale kernel of GOFEE (thesis (2.14)-(2.17)):
-//   k(x, x') = amplitude [ weight_long exp(-|x-x'|^2 / 2 length_long^2) + weight_short exp(-|x-x'|^2 / 2 length_short^2) ]
+//   k(x, x') = amplitude [ weight_long exp(-|x-x'|^2 / 2 length_long^2) + weight_short exp(-|x-x'|^2 / 2
+//   length_short^2) ]
 // plus `noise` (a variance, eV^2) on the diagonal.
 //
 //   features_   (n, D) row-major
 //   distances_  packed lower triangle of squared distances, cached: row i at i (i + 1) / 2 (append adds a row)
-//   factor_     (capacity, stride) row-major, lower Cholesky factor L of K + noise in its first n rows; append and remove
+//   factor_     (capacity, stride) row-major, lower Cholesky factor L of K + noise in its first n rows; append and
+//   remove
 //               cost O(n^2)
 //   solved_targets_, solved_ones_  (n)  L^-1 y and L^-1 1, kept so that a new mean costs nothing
 //   weights_    (n)    alpha = (K + noise)^-1 (y - mean) = L^-T (L^-1 y - mean L^-1 1)
 //
-// Candidates are predicted in tiles of 8 (or 4) SIMD lanes, one lane a candidate: a candidate's result does not depend on
-// its neighbours in the tile, so it is the same for every batch size and thread count. Squared distances are sums of
+// Candidates are predicted in tiles of 8 (or 4) SIMD lanes, one lane a candidate: a candidate's result does not depend
+// on its neighbours in the tile, so it is the same for every batch size and thread count. Squared distances are sums of
 // squared differences, never |x|^2 + |x'|^2 - 2 x.x': predictions stay smooth next to training points, wherever the
 // features' origin is. Source of the formulas: Rasmussen and Williams, Gaussian Processes for Machine Learning (2006),
 // (2.25), (2.26), (5.8), (5.9).
@@ -51,8 +53,8 @@ class Gpr {
   Gpr(std::size_t features, const Kernel& kernel);
 
   /// Full factorisation; the mean is the average of the targets. features (n, D), targets (n). Throws Error if shapes
-  /// disagree, a value is not finite, or K is not positive definite even after jitter has grown: 0, then 1e-12, 1e-11, ...
-  /// up to 1e-6 amplitude is added to the diagonal until it is. Same bits for any number of threads.
+  /// disagree, a value is not finite, or K is not positive definite even after jitter has grown: 0, then 1e-12, 1e-11,
+  /// ... up to 1e-6 amplitude is added to the diagonal until it is. Same bits for any number of threads.
   void fit(std::span<const double> features, std::span<const double> targets, int threads = 1);
   /// One more point in O(n^2); equal to a refit to 1e-10. (Should the point need more jitter, all is refitted with it.)
   void append(std::span<const double> feature, double target);
@@ -66,10 +68,10 @@ class Gpr {
   std::size_t size() const;      // n
   std::size_t features() const;  // D
   const Kernel& kernel() const;
-  double mean() const;    // of the targets; predictions are mean + k alpha
-  double jitter() const;  // what was added to the diagonal beyond noise
-  std::span<const double> weights() const;        // alpha (n)
-  std::span<const double> training() const;       // (n, D)
+  double mean() const;                       // of the targets; predictions are mean + k alpha
+  double jitter() const;                     // what was added to the diagonal beyond noise
+  std::span<const double> weights() const;   // alpha (n)
+  std::span<const double> training() const;  // (n, D)
 
   /// At other hyperparameters, same data; does not change the fit. -infinity, with a zero gradient, where K + noise is
   /// not positive definite.
@@ -78,9 +80,9 @@ class Gpr {
   /// Maximises the likelihood (projected L-BFGS in the logarithms, analytic gradient) from each of `starts` and from
   /// the current kernel, with at most max_evaluations each, sets the best and refits. Returns its value.
   /// Starts outside the bounds are moved onto them. Never collapses: a result under which the model would predict a
-  /// constant is passed over, whatever its likelihood, and if none is left the current kernel is kept. Such a result has
-  /// every point on its own (the median over points of the correlation with the nearest other one is below 0.01) or all
-  /// points alike (the function varies by less than the noise over the two most distant points).
+  /// constant is passed over, whatever its likelihood, and if none is left the current kernel is kept. Such a result
+  /// has every point on its own (the median over points of the correlation with the nearest other one is below 0.01) or
+  /// all points alike (the function varies by less than the noise over the two most distant points).
   double optimise(const KernelBounds& bounds, std::span<const Kernel> starts, int max_evaluations = 60);
 
   /// Predictions for `count` feature vectors (count, D), any of the outputs may be null:

@@ -1,0 +1,143 @@
+"""How many true evaluations until the minimum: the table of search quality.
+
+    python benchmarks/search.py                              # the rows of the README
+    python benchmarks/search.py --problem Au8Ni8 --arm gofee --restarts 20 --cap 400
+    python benchmarks/search.py --problem Au4Ni4 --arm gofee --set kappa=1.0 --seed 1000
+
+One restart = one seed; every true evaluation is counted (first structures, surrogate choices, polishing, failures).
+delivered = the first counted evaluation within 1 meV of the known minimum. Restarts that reach the cap are censored.
+Each row prints n, successes, the Kaplan-Meier median, the mean cost per success (all evaluations of all restarts over
+successes), how many were done by 50, 100, 150, 400, and the seconds per iteration beside the true energy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("THALWEG_NUM_THREADS", "1")
+
+import numpy as np
+
+# ASE's EMT(), free clusters, 12 angstrom cell; putative, from long basin hopping.
+MINIMA = {
+    "Au4Ni4": 7.8049,
+    "Au6Ni6": 9.4854,
+    "Au8Ni8": 11.2439,
+    "Cu4Ni4": 9.0015,
+    "Ni8": 10.8052,
+    "Au5Ni": 4.8150,
+    "Au6": 4.0253,
+    "Cu13": 9.3614,
+}
+ARMS = {
+    "gofee": {"method": "gofee"},
+    "gofee, repulsive prior": {"method": "gofee", "prior": "repulsive"},
+    "gofee, no prior": {"method": "gofee", "prior": "none"},
+    "gofee, classic": {"method": "gofee", "classic": True},
+    "basin hopping": {"method": "basin_hopping"},
+    "random search": {"method": "random_search"},
+}
+
+
+def one(task: tuple[str, dict, int, int]) -> dict:
+    """One restart."""
+    from thalweg import Problem, StopAt, recipes
+    from thalweg.calculators import EMT
+
+    formula, options, seed, cap = task
+    options = dict(options)
+    method = options.pop("method")
+    problem = Problem(formula, cell=12.0 if formula not in ("Au8Ni8",) else 15.0, box=options.pop("box", None))
+    target = MINIMA[formula]
+    seconds: dict[str, float] = {}
+
+    def count(step, search):
+        for name, value in step.seconds.items():
+            seconds[name] = seconds.get(name, 0.0) + value
+
+    begin = time.perf_counter()
+    search = recipes.RECIPES[method](problem, EMT(), seed=seed, **options)
+    search.callbacks += [count, StopAt(target, 0.001)]
+    found = search.run(cap, evaluations=cap)
+    energies = search.data.columns["energy"] if len(search.data) else np.zeros(0)
+    reached = np.flatnonzero(energies <= target + 0.001)
+    return {
+        "seed": seed,
+        "delivered": int(reached[0]) + 1 if len(reached) else None,
+        "evaluations": found.evaluations,
+        "iterations": found.iterations,
+        "best": found.energy,
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def row(formula: str, arm: str, options: dict, restarts: int, cap: int, seed: int, workers: int) -> dict:
+    """All restarts of one arm."""
+    tasks = [(formula, options, seed + i, cap) for i in range(restarts)]
+    if workers > 1:
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            results = pool.map(one, tasks, chunksize=1)
+    else:
+        results = [one(task) for task in tasks]
+    from thalweg.statistics import success_curve
+
+    times = np.array([r["delivered"] or min(r["evaluations"], cap) for r in results])
+    success = np.array([r["delivered"] is not None for r in results])
+    curve = success_curve(times, success)
+    total = sum(int(t) for t in times)
+    done = {by: int(np.sum(success & (times <= by))) for by in (50, 100, 150, 400)}
+    return {
+        "problem": formula, "arm": arm, "n": restarts, "ok": int(success.sum()), "median": curve.quantile(0.5),
+        "mean_per_success": total / success.sum() if success.any() else float("nan"), "done_by": done,
+        "ms_per_iteration": 1e3 * sum(r["seconds"] for r in results) / max(1, sum(r["iterations"] for r in results)),
+        "restarts": results,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problem", action="append", choices=sorted(MINIMA))
+    parser.add_argument("--arm", action="append", choices=sorted(ARMS))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="options of the recipe, as JSON")
+    parser.add_argument("--restarts", type=int, default=40)
+    parser.add_argument("--cap", type=int, default=400, help="true evaluations per restart")
+    parser.add_argument("--seed", type=int, default=0, help="of the first restart")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json", help="write every restart here")
+    arguments = parser.parse_args()
+    extra = {}
+    for item in arguments.set:
+        name, _, value = item.partition("=")
+        try:
+            extra[name] = json.loads(value)
+        except ValueError:
+            extra[name] = value
+        if isinstance(extra[name], dict):
+            extra[name] = {int(first): number for first, number in extra[name].items()}
+    rows = []
+    print(f"{'problem':8s} {'arm':34s} {'ok/n':>7s} {'median':>7s} {'mean':>8s} {'by 50/100/150/400':>18s} {'ms/it':>6s}")
+    for formula in arguments.problem or ["Au4Ni4"]:
+        for arm in arguments.arm or ["gofee"]:
+            options = {**ARMS[arm], **extra}
+            result = row(formula, arm, options, arguments.restarts, arguments.cap, arguments.seed, arguments.workers)
+            rows.append(result)
+            label = arm + "".join(f" {item}" for item in arguments.set)
+            median = "-" if result["median"] is None or not np.isfinite(result["median"]) else f"{result['median']:.0f}"
+            by = "/".join(str(number) for number in result["done_by"].values())
+            print(
+                f"{formula:8s} {label:34s} {result['ok']:3d}/{result['n']:<3d} {median:>7s} "
+                f"{result['mean_per_success']:8.0f} {by:>18s} {result['ms_per_iteration']:6.1f}",
+                flush=True,
+            )
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

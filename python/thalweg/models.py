@@ -1,0 +1,476 @@
+"""Models that learn the energy from what was evaluated: `fit(data)` gives a fitted model, which predicts and is a
+landscape to relax on.
+
+A fitted model never changes; `fit(data, previous)` makes the next one, cheaply where it can, and `restore(data, state)`
+makes the same one again, bit for bit, from the few numbers in `state` and the evaluated structures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from thalweg import _core
+from thalweg.descriptors import Fingerprint
+from thalweg.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from thalweg.records import Batch
+
+__all__ = ["GPR", "FittedGPR"]
+
+Array = np.ndarray
+
+# The likelihood of fewer points says nothing about lengths.
+_FEWEST_FOR_OPTIMISATION = 4
+# Lengths may lie between these multiples of the mean distance between training structures.
+_LENGTH_RANGE = (0.02, 30.0)
+# (long, short) lengths to start from, in the same unit; the first is the initial guess.
+_STARTS = ((1.0, 0.2), (3.0, 0.3), (0.4, 0.1), (10.0, 1.0), (1.0, 0.05), (0.2, 0.2))
+# So many structures are done before threads have woken up.
+_FEW = 100
+_NO_ROWS = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class GPR:
+    """Gaussian process on a descriptor, with a pair potential as its prior mean (thesis 2.3, GOFEE).
+
+    E(x) = prior(x) + sum of atom energies + mean + GP(descriptor(x)). The hyperparameters amplitude, length_long and
+    length_short are optimised by marginal likelihood whenever the data have grown by `growth` (always below
+    `always_below` structures); in between, structures are appended to and removed from the factor in O(n^2).
+
+    Parameters
+    ----------
+    descriptor : Fingerprint
+    prior : "bonding", "repulsive", None or a landscape of the compiled core
+        Mean function. "bonding": Morse wells at the sum of covalent radii (finds minima far sooner); "repulsive":
+        GOFEE's short-range repulsion.
+    noise : float
+        Variance [eV^2]; 1e-5 is Paper III's (3.2e-3 eV)^2, AGOX uses 1e-2.
+    kernel : Kernel or None
+        Where to start (and stay, with optimise=False); None: lengths from the mean distance between structures,
+        amplitude from the spread of the energies.
+    weight_long, weight_short : float
+        Weights of the two length scales in (2.17); ignored if `kernel` is given, as is `noise`.
+    optimise : bool
+    starts : int
+        Starting points of the optimisation, the current kernel included.
+    max_rows : int
+        Only that many structures of lowest energy are learned (Paper III: 500).
+    atom_energies : mapping of symbol to eV, optional
+    growth, always_below : float, int
+        When hyperparameters are optimised: after the data have grown by this fraction, and always below that many.
+    threads : int
+        Threads of the fit; 0: all that this process may use. Results do not depend on it.
+    """
+
+    descriptor: Fingerprint = field(default_factory=Fingerprint)
+    _: KW_ONLY
+    prior: Any = "bonding"
+    noise: float = 1e-5
+    kernel: _core.Kernel | None = None
+    weight_long: float = 0.99
+    weight_short: float = 0.01
+    optimise: bool = True
+    starts: int = 3
+    max_rows: int = 500
+    atom_energies: Mapping[str, float] | None = None
+    growth: float = 0.2
+    always_below: int = 10
+    threads: int = field(default=0, repr=False)
+    name: str = "gp"
+
+    def __post_init__(self) -> None:
+        if not (self.noise > 0 and np.isfinite(self.noise)):
+            raise ConfigurationError(f"noise is a variance in eV^2 and must be above 0, got {self.noise}")
+        if self.weight_long < 0 or self.weight_short < 0 or not self.weight_long + self.weight_short > 0:
+            raise ConfigurationError(
+                "weight_long and weight_short must not be negative and not both 0, "
+                f"got {self.weight_long} and {self.weight_short}"
+            )
+        for name, least in {"starts": 1, "max_rows": 1, "growth": 0, "always_below": 0, "threads": 0}.items():
+            if not getattr(self, name) >= least:
+                raise ConfigurationError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        _prior(self.prior)
+        _atom_energies(self.atom_energies)
+
+    # ---- learning ------------------------------------------------------------------------------------
+    def fit(self, data: Batch, previous: FittedGPR | None = None, *, key: Any = None) -> FittedGPR:
+        """Learns evaluated structures.
+
+        data : batch with columns energy (n,) [eV] and status (n,), 0 = ok; other rows are left out.
+        previous : what `fit` or `restore` gave for a beginning of the same data; makes this call cheap.
+        key : not used, nothing here is random.
+
+        Without any usable row the fitted model is the prior with a constant sigma. Raises ConfigurationError if the
+        structures differ in composition.
+        """
+        rows = self._rows_to_learn(data)
+        if previous is None or not previous._began(self, data):
+            return self._refit(data, rows, None)
+        gone = np.setdiff1d(previous.rows, rows)
+        new = np.setdiff1d(rows, previous.rows)
+        if len(new) == 0 and len(gone) == 0:
+            return previous
+        seen = previous._seen + len(new)
+        due = self.optimise and (
+            len(rows) < self.always_below or seen - previous._seen_at_optimisation >= self.growth * len(rows)
+        )
+        if due or len(previous.rows) == 0 or len(new) > max(8, len(rows) // 10):
+            return self._refit(data, rows, previous)
+        # Appending comes first: a model is never left without points.
+        order = list(previous.rows)
+        operations = [int(row) for row in new]
+        order += operations
+        for row in gone:
+            operations.append(-1 - order.index(row))
+            order.remove(row)
+        return self._changed(
+            data, previous, operations, np.concatenate([previous._operations, operations]), seen
+        )
+
+    def restore(self, data: Batch, state: Mapping[str, Array]) -> FittedGPR:
+        """The fitted model of this `.state`, bit for bit; data: the rows it had learned, in their order, at least."""
+        factored = np.asarray(state["factored"], np.int64)
+        bookkeeping = [int(x) for x in np.asarray(state["seen"])]
+        if len(factored) == 0:
+            return FittedGPR(self, None, None, _NO_ROWS, _NO_ROWS, _NO_ROWS, _Learned.empty(), *bookkeeping)
+        amplitude, length_long, length_short, weight_long, weight_short, noise = map(float, state["kernel"])
+        kernel = _core.Kernel(
+            amplitude=amplitude,
+            length_long=length_long,
+            length_short=length_short,
+            weight_long=weight_long,
+            weight_short=weight_short,
+            noise=noise,
+        )
+        if factored.max() >= len(data.offsets) - 1:
+            raise ConfigurationError(
+                f"a fitted model learned row {factored.max()}, but there are only {len(data.offsets) - 1} rows of data"
+            )
+        learned = self._learned(data, factored)
+        fingerprint = self._bound(data, factored)
+        gpr = _core.Gpr(fingerprint.size, kernel)
+        gpr.fit(learned.features, learned.targets, threads=self._threads())
+        start = FittedGPR(self, fingerprint, gpr, factored, factored, _NO_ROWS, learned, *bookkeeping)
+        operations = np.asarray(state["operations"], np.int64)
+        if len(operations) == 0:
+            return start
+        return self._changed(data, start, [int(x) for x in operations], operations, bookkeeping[0])
+
+    def _refit(self, data: Batch, rows: Array, previous: FittedGPR | None) -> FittedGPR:
+        """All at once, and better hyperparameters if they are due."""
+        if len(rows) == 0:
+            return FittedGPR(self, None, None, _NO_ROWS, _NO_ROWS, _NO_ROWS, _Learned.empty(), 0, 0)
+        fingerprint = self._bound(data, rows)
+        learned = self._learned(data, rows, previous)
+        scale = _mean_distance(learned.features)
+        spread = max(float(np.var(learned.targets)), 1e-3)
+        kernel = self._initial_kernel(scale, spread)
+        known = (
+            previous is not None
+            and previous._gpr is not None
+            and len(previous.rows) >= _FEWEST_FOR_OPTIMISATION
+        )
+        if known:
+            kernel = previous.kernel
+        seen = len(rows) if previous is None else previous._seen + len(np.setdiff1d(rows, previous.rows))
+        seen_at_optimisation = 0 if previous is None else previous._seen_at_optimisation
+        due = (
+            self.optimise
+            and len(rows) >= _FEWEST_FOR_OPTIMISATION
+            and (len(rows) < self.always_below or seen - seen_at_optimisation >= self.growth * len(rows))
+        )
+        gpr = _core.Gpr(fingerprint.size, kernel)
+        gpr.fit(learned.features, learned.targets, threads=self._threads())
+        if due:
+            low, high = (factor * scale for factor in _LENGTH_RANGE)
+            others = [self._initial_kernel(scale, spread, start) for start in _STARTS[(0 if known else 1) :]]
+            gpr.optimise(
+                bounds={
+                    "amplitude": (0.1 * spread, 1e5 * spread),
+                    "length_long": (low, high),
+                    "length_short": (low, high),
+                },
+                starts=others[: self.starts - 1],
+            )
+            seen_at_optimisation = seen
+        return FittedGPR(self, fingerprint, gpr, rows, rows, _NO_ROWS, learned, seen, seen_at_optimisation)
+
+    def _changed(
+        self, data: Batch, start: FittedGPR, steps: list[int], operations: Array, seen: int
+    ) -> FittedGPR:
+        """`start` with points appended (row >= 0) and removed (-1 - position), one by one."""
+        rows = np.array([step for step in steps if step >= 0], np.int64)
+        new = self._learned(data, rows)
+        gpr = start._gpr.copy()
+        order, learned = list(start.rows), start._learned
+        place = 0
+        for step in steps:
+            if step >= 0:
+                gpr.append(new.features[place], float(new.targets[place]))
+                order.append(step)
+                learned = learned.joined(new.take([place]))
+                place += 1
+            else:
+                gpr.remove(-1 - step)
+                del order[-1 - step]
+                learned = learned.take(np.delete(np.arange(len(learned.targets)), -1 - step))
+        return FittedGPR(
+            self,
+            start._fingerprint,
+            gpr,
+            np.array(order, np.int64),
+            start._factored,
+            np.asarray(operations, np.int64),
+            learned,
+            seen,
+            start._seen_at_optimisation,
+        )
+
+    # ---- pieces --------------------------------------------------------------------------------------
+    def _rows_to_learn(self, data: Batch) -> Array:
+        """(k,) rising indices of the usable rows of lowest energy."""
+        columns = data.columns
+        if "energy" not in columns:
+            return _NO_ROWS
+        energy = np.asarray(columns["energy"], float)
+        usable = np.isfinite(energy)
+        if "status" in columns:
+            usable &= np.asarray(columns["status"]) == 0
+        rows = np.flatnonzero(usable).astype(np.int64)
+        if len(rows) > self.max_rows:
+            rows = np.sort(rows[np.argsort(energy[rows], kind="stable")[: self.max_rows]])
+        return rows
+
+    def _bound(self, data: Batch, rows: Array) -> _core.Fingerprint:
+        first = data.offsets[rows[0]], data.offsets[rows[0] + 1]
+        return self.descriptor.bind(data.numbers[first[0] : first[1]], bool(np.any(data.pbc[rows[0]])))
+
+    def _learned(self, data: Batch, rows: Array, previous: FittedGPR | None = None) -> _Learned:
+        """Features and targets of these rows; those that `previous` has are taken from it."""
+        if previous is not None and len(previous.rows):
+            place = {int(row): k for k, row in enumerate(previous.rows)}
+            new = np.array([row for row in rows if int(row) not in place], np.int64)
+            both = previous._learned.joined(self._learned(data, new)) if len(new) else previous._learned
+            place.update({int(row): len(previous.rows) + k for k, row in enumerate(new)})
+            return both.take([place[int(row)] for row in rows])
+        batch = data.take(rows)
+        if len(rows) == 0:
+            return _Learned.empty()
+        energies = np.asarray(batch.columns["energy"], float)
+        targets = energies - _sum_of_atom_energies(batch, _atom_energies(self.atom_energies))
+        prior = _prior(self.prior)
+        threads = self.threads if len(rows) > _FEW else 1
+        if prior is not None:
+            targets = targets - _core.evaluate(prior, batch, threads=threads)[0]
+        try:
+            features = self._bound(data, rows).values(batch, threads)
+        except _core.CoreError as problem:
+            raise ConfigurationError(f"the GP learns structures of one composition: {problem}") from problem
+        sizes = np.diff(batch.offsets)
+        return _Learned(features, targets, energies, batch.positions.reshape(len(rows), 3 * int(sizes[0])))
+
+    def _initial_kernel(
+        self, scale: float, spread: float, start: tuple[float, float] = _STARTS[0]
+    ) -> _core.Kernel:
+        given = self.kernel
+        if given is not None and start is _STARTS[0]:
+            return given
+        return _core.Kernel(
+            amplitude=100 * spread if given is None else given.amplitude,
+            length_long=start[0] * scale,
+            length_short=start[1] * scale,
+            weight_long=self.weight_long if given is None else given.weight_long,
+            weight_short=self.weight_short if given is None else given.weight_short,
+            noise=self.noise if given is None else given.noise,
+        )
+
+    def _threads(self) -> int:
+        return self.threads or _core.default_threads()
+
+
+@dataclass(frozen=True, eq=False)
+class _Learned:
+    """What a GP was taught, row by row; energies and positions say later whether data are still the same."""
+
+    features: Array  # (k, D)
+    targets: Array  # (k,) energy - prior - atom energies
+    energies: Array  # (k,)
+    positions: Array  # (k, 3 atoms)
+
+    @staticmethod
+    def empty() -> _Learned:
+        return _Learned(np.zeros((0, 0)), np.zeros(0), np.zeros(0), np.zeros((0, 0)))
+
+    def take(self, indices: Any) -> _Learned:
+        return _Learned(
+            self.features[indices], self.targets[indices], self.energies[indices], self.positions[indices]
+        )
+
+    def joined(self, other: _Learned) -> _Learned:
+        return _Learned(
+            np.concatenate([self.features, other.features]),
+            np.concatenate([self.targets, other.targets]),
+            np.concatenate([self.energies, other.energies]),
+            np.concatenate([self.positions, other.positions]),
+        )
+
+
+class FittedGPR:
+    """A Gaussian process that has learned its data; made by `GPR.fit`, never changes."""
+
+    def __init__(
+        self,
+        model: GPR,
+        fingerprint: _core.Fingerprint | None,
+        gpr: _core.Gpr | None,
+        rows: Array,
+        factored: Array,
+        operations: Array,
+        learned: _Learned,
+        seen: int,
+        seen_at_optimisation: int,
+    ):
+        self.model = model
+        self.rows = rows  # (size,) row of `data` of each training point, in the order of the factor
+        self._fingerprint, self._gpr, self._factored, self._operations = (
+            fingerprint,
+            gpr,
+            factored,
+            operations,
+        )
+        self._learned, self._seen, self._seen_at_optimisation = learned, seen, seen_at_optimisation
+        self._prior = _prior(model.prior)
+        self._atom_energies = _atom_energies(model.atom_energies)
+        self._landscapes: dict[float, _core.Landscape] = {}
+
+    def __repr__(self) -> str:
+        return f"FittedGPR({self.size} structures, {self.kernel!r})"
+
+    @property
+    def size(self) -> int:
+        """Number of structures learned."""
+        return len(self.rows)
+
+    @property
+    def kernel(self) -> _core.Kernel:
+        """The hyperparameters in use."""
+        return self.model._initial_kernel(1.0, 1.0) if self._gpr is None else self._gpr.kernel
+
+    @property
+    def log_likelihood(self) -> float:
+        """Log marginal likelihood of the data; NaN without data."""
+        return float("nan") if self._gpr is None else self._gpr.log_likelihood
+
+    @property
+    def state(self) -> dict[str, Array]:
+        """Small arrays from which `GPR.restore` makes this model again.
+
+        kernel : amplitude, length_long, length_short, weight_long, weight_short, noise
+        factored : rows in the last full factorisation, in order
+        operations : what came after, one by one: a row appended, or -1 - position of a point removed
+        seen : rows learned so far, and how many they were at the last optimisation
+        """
+        k = self.kernel
+        return {
+            "kernel": np.array(
+                [k.amplitude, k.length_long, k.length_short, k.weight_long, k.weight_short, k.noise]
+            ),
+            "factored": self._factored.copy(),
+            "operations": self._operations.copy(),
+            "seen": np.array([self._seen, self._seen_at_optimisation], np.int64),
+        }
+
+    def features(self, batch: Batch) -> Array:
+        """(n, D) features of structures."""
+        return self.model.descriptor.values(batch, self.model.threads)
+
+    def predict(self, batch: Batch, *, forces: bool = False, threads: int = 0) -> tuple[Array, ...]:
+        """Energy (n,) and sigma (n,) [eV]; with forces also -dE/dx and -d sigma/dx (m, 3) [eV/angstrom].
+
+        NaN where a structure has no energy (atoms on one point). Raises CoreError for another composition.
+        """
+        if self._gpr is not None:
+            return self._surrogate(0.0).predict(batch, forces=forces, threads=threads)
+        n, m = len(batch.offsets) - 1, len(batch.numbers)
+        energy, slope = np.zeros(n), np.zeros((m, 3))
+        if self._prior is not None and n:
+            energy, slope = _core.evaluate(self._prior, batch, threads=threads)
+        energy = energy + _sum_of_atom_energies(batch, self._atom_energies)
+        k = self.kernel
+        sigma = np.full(n, np.sqrt(k.amplitude * (k.weight_long + k.weight_short)))
+        return (energy, sigma, slope, np.zeros((m, 3))) if forces else (energy, sigma)
+
+    def landscape(self, kappa: float = 0.0) -> _core.Landscape:
+        """The surface E - kappa sigma to relax on (thesis (2.18)); without data, the prior."""
+        if self._gpr is not None:
+            return self._surrogate(float(kappa))
+        return self._prior if self._prior is not None else _core.PairPrior("bonding", depth=0.0)
+
+    def _surrogate(self, kappa: float) -> _core.Surrogate:
+        if kappa not in self._landscapes:
+            self._landscapes[kappa] = _core.Surrogate(
+                self._fingerprint,
+                self._gpr,
+                prior=self._prior,
+                atom_energies=self._atom_energies,
+                kappa=kappa,
+            )
+        return self._landscapes[kappa]
+
+    def _began(self, model: GPR, data: Batch) -> bool:
+        """Whether this model learned, with the same settings, rows that are still at their places in the data."""
+        if self.model is not model and repr(self.model) != repr(model):
+            return False
+        if self.size == 0:
+            return True
+        if self.rows.max() >= len(data.offsets) - 1:
+            return False
+        starts, atoms = data.offsets[self.rows], self._learned.positions.shape[1] // 3
+        if np.any(data.offsets[self.rows + 1] - starts != atoms):
+            return False
+        positions = data.positions[starts[:, None] + np.arange(atoms)].reshape(self.size, -1)
+        return np.array_equal(data.columns["energy"][self.rows], self._learned.energies) and np.array_equal(
+            positions, self._learned.positions
+        )
+
+
+def _prior(prior: Any) -> _core.Landscape | None:
+    if prior is None or isinstance(prior, _core.Landscape):
+        return prior
+    if prior in ("bonding", "repulsive"):
+        return _core.PairPrior(prior)
+    raise ConfigurationError(f"prior must be 'bonding', 'repulsive', None or a landscape, got {prior!r}")
+
+
+def _atom_energies(energies: Mapping[str, float] | None) -> dict[int, float]:
+    """Atomic number -> eV."""
+    from thalweg.elements import NUMBERS
+
+    unknown = [name for name in energies or {} if name not in NUMBERS]
+    if unknown:
+        raise ConfigurationError(f"atom_energies must be named by chemical symbols, got {unknown}")
+    return {NUMBERS[name]: float(energy) for name, energy in (energies or {}).items()}
+
+
+def _sum_of_atom_energies(batch: Batch, energies: Mapping[int, float]) -> Array:
+    """(n,) eV."""
+    total = np.zeros(len(batch.offsets) - 1)
+    for number, energy in energies.items():
+        up_to = np.concatenate([[0], np.cumsum(np.asarray(batch.numbers) == number)])
+        total += energy * (up_to[batch.offsets[1:]] - up_to[batch.offsets[:-1]])
+    return total
+
+
+def _mean_distance(features: Array) -> float:
+    """Root mean square distance between feature vectors. No BLAS: its bits depend on its threads."""
+    n = len(features)
+    mean_square = 2.0 * float(np.var(features, axis=0).sum()) * n / max(n - 1, 1)
+    norm_square = float(np.square(features).sum(axis=1).max())
+    # One structure, or copies of one: a tenth of the size of its feature vector.
+    return float(np.sqrt(max(mean_square if mean_square > 1e-6 * norm_square else 0.01 * norm_square, 1e-12)))

@@ -1,0 +1,256 @@
+"""The Gaussian process: against scikit-learn, its laws, and the model that a search uses."""
+
+import numpy as np
+import pytest
+
+from thalweg import _core
+from thalweg.descriptors import Fingerprint
+from thalweg.errors import ConfigurationError
+from thalweg.models import GPR
+from thalweg.records import Batch
+
+CELL = np.eye(3) * 12.0
+
+
+def random_batch(count, seed, *, numbers=(28, 28, 28, 79, 79, 79), periodic=False):
+    """Clusters (or cells of 7 angstrom) with atoms at least 2 angstrom apart, and their EMT energies."""
+    rng = np.random.default_rng(seed)
+    cell = np.eye(3) * 7.0 if periodic else CELL
+    images = np.array([[a, b, c] for a in (-1, 0, 1) for b in (-1, 0, 1) for c in (-1, 0, 1)]) @ cell
+    structures = []
+    for _ in range(count):
+        x = np.zeros((0, 3))
+        while len(x) < len(numbers):
+            new = rng.random(3) * (7.0 if periodic else 5.0) + (0 if periodic else 3.5)
+            shifted = x[None] + (images[:, None] if periodic else 0)
+            if len(x) == 0 or np.min(np.linalg.norm(shifted - new, axis=-1)) > 2.0:
+                x = np.vstack([x, new])
+        structures.append(x)
+    n = len(numbers)
+    batch = Batch(
+        np.concatenate(structures),
+        np.tile(numbers, count),
+        np.arange(count + 1) * n,
+        np.broadcast_to(cell, (count, 3, 3)),
+        np.broadcast_to([periodic] * 3, (count, 3)),
+        np.zeros((count * n, 3), bool),
+    )
+    energy, forces = _core.evaluate(_core.Emt(), batch)
+    return batch.with_columns(energy=energy, status=np.zeros(count, np.uint8)).with_atom_columns(
+        forces=forces
+    )
+
+
+def test_gp_matches_scikit_learn():
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
+
+    rng = np.random.default_rng(1)
+    x, other = rng.random((60, 7)), rng.random((9, 7))
+    y = np.sin(4 * x[:, 0]) + x[:, 1] ** 2 - 3
+    kernel = _core.Kernel(
+        amplitude=5.0, length_long=1.3, length_short=0.4, weight_long=0.7, weight_short=0.3, noise=1e-3
+    )
+    gpr = _core.Gpr(7, kernel)
+    gpr.fit(x, y)
+    theirs = GaussianProcessRegressor(
+        ConstantKernel(5.0 * 0.7) * RBF(1.3) + ConstantKernel(5.0 * 0.3) * RBF(0.4) + WhiteKernel(1e-3),
+        alpha=0.0,
+        optimizer=None,
+    ).fit(x, y - y.mean())
+    mean, sigma = gpr.predict(other)
+    expected, deviation = theirs.predict(other, return_std=True)
+    np.testing.assert_allclose(mean, expected + y.mean(), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(sigma**2, deviation**2 - 1e-3, rtol=0, atol=1e-9)  # ours leaves the noise out
+
+    ours = gpr.likelihood(kernel)
+    value, gradient = theirs.log_marginal_likelihood(theirs.kernel_.theta, eval_gradient=True)
+    assert ours["value"] == pytest.approx(value, rel=1e-10)
+    assert gpr.log_likelihood == pytest.approx(value, rel=1e-10)
+    a_long, l_long, a_short, l_short, noise = gradient  # order of their theta
+    scale = np.abs(gradient).max()
+    assert ours["length_long"] == pytest.approx(l_long, abs=1e-9 * scale)
+    assert ours["length_short"] == pytest.approx(l_short, abs=1e-9 * scale)
+    assert ours["noise"] == pytest.approx(noise, abs=1e-9 * scale)
+    assert ours["amplitude"] == pytest.approx(a_long + a_short, abs=1e-9 * scale)
+    assert ours["weight"] == pytest.approx(0.7 * a_short - 0.3 * a_long, abs=1e-9 * scale)
+
+
+def test_optimise_is_no_worse_than_scikit_learn():
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
+
+    rng = np.random.default_rng(2)
+    x = rng.random((50, 3))
+    y = np.sin(5 * x[:, 0]) * np.cos(3 * x[:, 1])
+    bounds = (1e-2, 1e2)
+    theirs = GaussianProcessRegressor(
+        ConstantKernel(1.0, (1e-2, 1e4)) * RBF(1.0, bounds) + WhiteKernel(1e-4, "fixed"), alpha=0.0
+    ).fit(x, y - y.mean())
+    gpr = _core.Gpr(
+        3,
+        _core.Kernel(
+            amplitude=1, length_long=1, length_short=0.01, weight_long=1, weight_short=0, noise=1e-4
+        ),
+    )
+    gpr.fit(x, y)
+    best = gpr.optimise(
+        bounds={"amplitude": (1e-2, 1e4), "length_long": bounds, "length_short": (1e-3, 1e2)},
+        free=["amplitude", "length_long"],
+    )
+    assert best >= theirs.log_marginal_likelihood_value_ - 1e-3
+    assert best == pytest.approx(gpr.log_likelihood, rel=1e-8)
+
+
+def same_bits(a, b, batch):
+    assert a.rows.tolist() == b.rows.tolist()
+    assert repr(a.kernel) == repr(b.kernel)
+    for one, two in zip(a.predict(batch, forces=True), b.predict(batch, forces=True), strict=True):
+        np.testing.assert_array_equal(one, two)
+    for name, values in a.state.items():
+        np.testing.assert_array_equal(values, b.state[name])
+
+
+@pytest.mark.parametrize("max_rows", [500, 22])
+def test_restore_gives_the_same_bits(max_rows):
+    data, other = random_batch(40, 3), random_batch(7, 4)
+    status = np.zeros(40, np.uint8)
+    status[[3, 17]] = 1
+    energy = data.columns["energy"].copy()
+    energy[17] = np.nan
+    data = data.with_columns(status=status, energy=energy)
+    model, fitted, sizes = GPR(max_rows=max_rows), None, []
+    for n in [1, 2, 3, 5, 8, 12, 13, 15, 16, 17, 19, 21, 24, 26, 28, 29, 31, 32, 33, 34, 36, 37, 38, 40]:
+        fitted = model.fit(data[:n], fitted)
+        sizes.append(len(fitted.state["operations"]))
+        same_bits(model.restore(data[: n + 2], fitted.state), fitted, other)
+        assert 3 not in fitted.rows and 17 not in fitted.rows
+        assert fitted.size == min(np.sum(data[:n].ok), max_rows)
+    assert max(sizes) > 2  # some were appended, not refitted
+    if max_rows == 22:
+        assert np.any(fitted.state["operations"] < 0) or max(sizes) > 3
+        assert (
+            data.columns["energy"][fitted.rows].max()
+            <= np.sort(energy[np.isfinite(energy) & (status == 0)])[21]
+        )
+    # A fit from the start of the restored model goes on as the straight one does.
+    again = model.restore(data, fitted.state)
+    longer = Batch.concat([data, random_batch(1, 5)])
+    same_bits(model.fit(longer, again), model.fit(longer, fitted), other)
+    assert model.fit(data, fitted) is fitted
+
+
+def test_appended_model_equals_a_fresh_one():
+    data, other = random_batch(30, 6), random_batch(6, 7)
+    kernel = _core.Kernel(amplitude=50.0, length_long=40.0, length_short=8.0, noise=1e-3)
+    model = GPR(kernel=kernel, optimise=False)
+    grown = model.fit(data[:20])
+    for n in range(21, 31):
+        grown = model.fit(data[:n], grown)
+    assert grown.state["operations"].tolist() == list(range(20, 30))
+    fresh = model.fit(data)
+    for one, two in zip(grown.predict(other, forces=True), fresh.predict(other, forces=True), strict=True):
+        np.testing.assert_allclose(one, two, rtol=0, atol=1e-10 * np.abs(two).max())
+    # Other data at the same rows: nothing is taken over.
+    moved = data.with_positions(data.positions + 0.01).with_columns(energy=data.columns["energy"] + 1)
+    np.testing.assert_array_equal(
+        model.fit(moved, grown).predict(other)[0], model.fit(moved).predict(other)[0]
+    )
+
+
+def test_learns_and_its_landscapes_agree():
+    data, other = random_batch(150, 8), random_batch(9, 9)
+    model = GPR(atom_energies={"Ni": -2.0, "Au": 0.5})
+    fitted = model.fit(data)
+    energy, sigma = fitted.predict(data)
+    assert np.abs(energy - data.columns["energy"]).max() < 0.1
+    energy, sigma, forces, sigma_forces = fitted.predict(other, forces=True)
+    truth = other.columns["energy"]
+    assert np.abs(energy - truth).mean() < 0.6 * np.abs(truth - truth.mean()).mean()
+    assert 0.3 < np.sqrt(np.mean(((energy - truth) / sigma) ** 2)) < 3  # sigma is the size of the errors
+    lcb, lcb_forces = _core.evaluate(fitted.landscape(2.0), other)
+    np.testing.assert_allclose(lcb, energy - 2 * sigma, rtol=1e-12)
+    np.testing.assert_allclose(
+        lcb_forces, forces - 2 * sigma_forces, rtol=0, atol=1e-9 * np.abs(forces).max()
+    )
+    assert fitted.landscape(2.0) is fitted.landscape(2.0)
+    for threads in (1, 2):
+        np.testing.assert_array_equal(fitted.predict(other, threads=threads)[0], energy)
+    np.testing.assert_array_equal(fitted.predict(other.take([4, 2]))[0], energy[[4, 2]])
+    np.testing.assert_array_equal(fitted.features(other), Fingerprint().values(other))
+    # Atom energies that come with the data leave nothing for the model to learn about.
+    shifted = GPR(atom_energies={"Ni": -2.0 + 1.0, "Au": 0.5}).fit(
+        data.with_columns(energy=data.columns["energy"] + 3.0)
+    )
+    np.testing.assert_allclose(shifted.predict(other)[0], energy + 3.0, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("prior", ["bonding", "repulsive", None, _core.LennardJones(2.2, 0.3)])
+def test_forces_are_the_derivative_for_every_prior(prior):
+    data, other = (
+        random_batch(12, 10, periodic=True, numbers=(28, 28, 79, 79)),
+        random_batch(2, 11, periodic=True, numbers=(28, 28, 79, 79)),
+    )
+    landscape = GPR(prior=prior).fit(data).landscape(1.0)
+    _, forces = _core.evaluate(landscape, other)
+    rng = np.random.default_rng(12)
+    direction = rng.normal(size=other.positions.shape)
+
+    def energies(step):
+        return _core.evaluate(landscape, other.with_positions(other.positions + step * direction))[0]
+
+    h = 1e-4
+    slope = (8 * (energies(h) - energies(-h)) - (energies(2 * h) - energies(-2 * h))) / (12 * h)
+    expected = -(forces * direction).reshape(2, -1).sum(1)
+    np.testing.assert_allclose(
+        slope, expected, rtol=0, atol=1e-8 * np.abs(forces).max() * np.abs(direction).sum()
+    )
+
+
+def test_without_data_the_model_is_its_prior():
+    other = random_batch(3, 13)
+    empty = GPR().fit(Batch.empty())
+    assert empty.size == 0 and np.isnan(empty.log_likelihood)
+    prior = _core.evaluate(_core.PairPrior("bonding"), other)
+    energy, sigma, forces, sigma_forces = empty.predict(other, forces=True)
+    np.testing.assert_array_equal(energy, prior[0])
+    np.testing.assert_array_equal(forces, prior[1])
+    assert np.all(sigma == sigma[0]) and sigma[0] > 0 and not sigma_forces.any()
+    np.testing.assert_array_equal(_core.evaluate(empty.landscape(2.0), other)[0], prior[0])
+    nothing = GPR(prior=None).fit(other.with_columns(status=np.ones(3, np.uint8)))
+    assert nothing.size == 0
+    assert not _core.evaluate(nothing.landscape(), other)[1].any()
+    assert GPR().restore(Batch.empty(), empty.state).size == 0
+    one = GPR().fit(other[:1], empty)
+    assert one.size == 1
+    np.testing.assert_allclose(one.predict(other[:1])[0], other.columns["energy"][:1], rtol=0, atol=1e-6)
+
+
+def test_hyperparameters_never_collapse_to_a_constant():
+    data, other = random_batch(30, 14), random_batch(10, 15)
+    rng = np.random.default_rng(16)
+    noise = data.with_columns(energy=rng.normal(size=30))  # nothing to learn
+    energy, _ = GPR(prior=None).fit(noise).predict(other)
+    assert np.ptp(energy) > 1e-3
+    same = data.with_columns(energy=np.full(30, -7.0))
+    energy, sigma = GPR(prior=None).fit(same).predict(other)
+    np.testing.assert_allclose(energy, -7.0, atol=1e-6)
+    assert np.all(np.isfinite(sigma))
+
+
+def test_bad_input():
+    data = random_batch(3, 17)
+    with pytest.raises(ConfigurationError, match="noise is a variance"):
+        GPR(noise=0.0)
+    with pytest.raises(ConfigurationError, match="prior must be"):
+        GPR(prior="morse")
+    with pytest.raises(ConfigurationError, match="chemical symbols"):
+        GPR(atom_energies={"Xx": 1.0})
+    with pytest.raises(ConfigurationError, match="one composition"):
+        GPR().fit(Batch.concat([data, random_batch(1, 18, numbers=(28, 79))]))
+    with pytest.raises(ConfigurationError, match="only 2 rows"):
+        GPR().restore(data[:2], GPR().fit(data).state)
+    with pytest.raises(ValueError, match="shape"):
+        _core.Gpr(3, _core.Kernel()).fit(np.zeros((4, 2)), np.zeros(4))
+    with pytest.raises(ValueError, match="free may name"):
+        GPR().fit(data)._gpr.optimise(free=["lengths"])
