@@ -187,7 +187,9 @@ def test_template_with_constraints(tmp_path):
     from ase.io import write as ase_write
 
     slab = fcc111("Au", (2, 2, 3), vacuum=6.0, periodic=True)
-    slab.set_constraint([FixAtoms(mask=slab.get_tags() == 3), FixedPlane(int(np.argmax(slab.get_tags() == 1)), [0, 0, 1])])
+    slab.set_constraint(
+        [FixAtoms(mask=slab.get_tags() == 3), FixedPlane(int(np.argmax(slab.get_tags() == 1)), [0, 0, 1])]
+    )
     ase_write(tmp_path / "slab.traj", slab)
     top = float(slab.positions[:, 2].max())
     text = f"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ class PairToy(Calculator):
 
             time.sleep(self.delay)
         x = atoms.positions
-        if self.fails and (np.abs(x).sum() * 1e6) % 1.0 < self.fails:
+        if self.fails and zlib.crc32(x.tobytes()) < self.fails * 2**32:
             if self.raises:
                 raise RuntimeError("did not converge")
             self.results = {"energy": np.nan, "forces": np.zeros_like(x)}

@@ -1,1 +1,438 @@
-int main() { return 0; }
+// Timings of the C++ core without Python, on one thread: thalweg_bench [--filter TEXT] [--json]
+//
+// Processor time of one thread; every row is repeated, best and median are printed beside the target. Inputs are fixed
+// by a key; positions change from call to call by 0.001 angstrom so that nothing is answered from a cache.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <ctime>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "thalweg/build.hpp"
+#include "thalweg/fingerprint.hpp"
+#include "thalweg/gpr.hpp"
+#include "thalweg/neighbors.hpp"
+#include "thalweg/potentials.hpp"
+#include "thalweg/relax.hpp"
+#include "thalweg/surrogate.hpp"
+
+using namespace thalweg;
+
+namespace {
+
+/// Processor time of this thread [s]: what other programs do on the machine counts little.
+double now() {
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+/// Structures of equal composition in equal cells.
+struct Structures {
+  std::vector<double> positions, cells;
+  std::vector<std::int32_t> numbers;
+  std::vector<std::int64_t> offsets{0};
+  std::vector<std::uint8_t> pbc, fixed;
+
+  void add(const double* x, const std::vector<std::int32_t>& species, const double* cell,
+           const std::array<std::uint8_t, 3>& periodic) {
+    positions.insert(positions.end(), x, x + 3 * species.size());
+    numbers.insert(numbers.end(), species.begin(), species.end());
+    offsets.push_back(static_cast<std::int64_t>(numbers.size()));
+    cells.insert(cells.end(), cell, cell + 9);
+    pbc.insert(pbc.end(), periodic.begin(), periodic.end());
+  }
+  std::size_t size() const { return offsets.size() - 1; }
+  BatchView view() const { return {positions, numbers, offsets, cells, pbc, fixed}; }
+  StructureView operator[](std::size_t row) const { return view()[row]; }
+};
+
+/// A structure's positions and copies moved by 0.001 angstrom, given in turn.
+class Moving {
+ public:
+  explicit Moving(const std::vector<double>& start) {
+    Random random(Key{77, 0}, 0);
+    for (auto& copy : copies_) {
+      copy = start;
+      for (double& x : copy) x += random.uniform(-1e-3, 1e-3);
+    }
+  }
+  const double* next() { return copies_[turn_++ % copies_.size()].data(); }
+
+ private:
+  std::array<std::vector<double>, 16> copies_;
+  std::size_t turn_ = 0;
+};
+
+const std::vector<std::int32_t> kAu4Ni4 = {79, 79, 79, 79, 28, 28, 28, 28};
+constexpr double kCell[9] = {12, 0, 0, 0, 12, 0, 0, 0, 12};
+constexpr std::array<std::uint8_t, 3> kOpen = {0, 0, 0};
+
+BuildSettings cluster_box() {
+  BuildSettings settings;
+  settings.box.active = true;
+  for (int k = 0; k < 3; ++k) {
+    settings.box.corner[k] = 3.0;
+    settings.box.vectors[4 * k] = 6.0;
+  }
+  return settings;
+}
+
+Structures random_clusters(std::size_t count, std::uint64_t first_row) {
+  const StructureView empty{0, nullptr, nullptr, kCell, kOpen.data(), nullptr};
+  Structures out;
+  while (out.size() < count) {
+    const BuildResult built = random_structures(empty, kAu4Ni4, cluster_box(), count, Key{1, 2}, first_row, 1);
+    for (std::size_t row = 0; row < count && out.size() < count; ++row)
+      if (built.ok[row]) out.add(built.positions.data() + 24 * row, kAu4Ni4, kCell, kOpen);
+    first_row += count;
+  }
+  return out;
+}
+
+/// Au(111), 5 x 4 x 3 atoms, 25 angstrom high, and the box over it.
+struct Slab {
+  std::vector<double> positions;
+  std::vector<std::int32_t> numbers = std::vector<std::int32_t>(60, 79);
+  std::vector<std::uint8_t> fixed = std::vector<std::uint8_t>(180, 1);
+  double cell[9] = {};
+  std::array<std::uint8_t, 3> pbc = {1, 1, 0};
+  BuildSettings settings;
+
+  Slab() {
+    const double bond = 4.08 / std::sqrt(2.0), layer = 4.08 / std::sqrt(3.0);
+    const double a[3] = {bond, 0, 0}, b[3] = {bond / 2, bond * std::sqrt(0.75), 0};
+    for (int k = 0; k < 3; ++k) {
+      cell[k] = 5 * a[k];
+      cell[3 + k] = 4 * b[k];
+    }
+    cell[8] = 25.0;
+    for (int l = 0; l < 3; ++l)
+      for (int i = 0; i < 5; ++i)
+        for (int j = 0; j < 4; ++j)
+          for (int k = 0; k < 3; ++k)
+            positions.push_back((i + l / 3.0) * a[k] + (j + l / 3.0) * b[k] + (k == 2 ? 5.0 + l * layer : 0.0));
+    Confinement& box = settings.box;
+    box.active = true;
+    box.corner[2] = 5.0 + 2 * layer + 1.0;
+    std::copy_n(cell, 6, box.vectors);
+    box.vectors[8] = 5.0;
+    box.open[0] = box.open[1] = 1;
+  }
+  StructureView view() const { return {60, positions.data(), numbers.data(), cell, pbc.data(), fixed.data()}; }
+};
+
+Structures slab_with_nickel(std::size_t count) {
+  const Slab slab;
+  const std::vector<std::int32_t> nickel(6, 28);
+  std::vector<std::int32_t> species = slab.numbers;
+  species.insert(species.end(), nickel.begin(), nickel.end());
+  Structures out;
+  for (std::uint64_t row = 0; out.size() < count; ++row) {
+    const BuildResult built = random_structures(slab.view(), nickel, slab.settings, 1, Key{1, 3}, row, 1);
+    if (built.ok[0]) out.add(built.positions.data(), species, slab.cell, slab.pbc);
+  }
+  return out;
+}
+
+// ---- measuring
+// -------------------------------------------------------------------------------------------------------
+
+struct Row {
+  std::string name, unit;
+  double best, median, target;  // target 0: none
+  bool higher_is_better;
+};
+
+class Bench {
+ public:
+  Bench(std::string filter, bool json) : filter_(std::move(filter)), json_(json) {}
+
+  bool wants(const std::string& name) const { return name.find(filter_) != std::string::npos; }
+
+  /// Time of a call that does `work` units of work, in a unit of which a second holds `unit_per_second`.
+  void time(const std::string& name, const char* unit, double unit_per_second, double target,
+            const std::function<void()>& call, double work = 1) {
+    if (!wants(name)) return;
+    double start = now();
+    call();  // warm
+    const double once = std::max(now() - start, 1e-9);
+    const int calls = std::clamp(static_cast<int>(0.004 / once), 1, 20000);
+    const int repeats = once > 0.2 ? 5 : 15;
+    std::vector<double> seconds;
+    for (int repeat = 0; repeat < repeats; ++repeat) {
+      start = now();
+      for (int k = 0; k < calls; ++k) call();
+      seconds.push_back((now() - start) / calls / work);
+    }
+    report(name, unit, seconds, unit_per_second, target);
+  }
+  /// Work done per second by each call, which returns how much it did.
+  void rate(const std::string& name, const char* unit, double target, const std::function<double()>& call) {
+    if (!wants(name)) return;
+    call();
+    std::vector<double> rates;
+    for (int repeat = 0; repeat < 9; ++repeat) {
+      const double start = now();
+      const double work = call();
+      rates.push_back(work / (now() - start));
+    }
+    std::sort(rates.begin(), rates.end(), std::greater<>());
+    rows_.push_back({name, unit, rates.front(), rates[rates.size() / 2], target, true});
+    print(rows_.back());
+  }
+  void report(const std::string& name, const char* unit, std::vector<double> seconds, double unit_per_second,
+              double target) {
+    std::sort(seconds.begin(), seconds.end());
+    rows_.push_back(
+        {name, unit, seconds.front() * unit_per_second, seconds[seconds.size() / 2] * unit_per_second, target, false});
+    print(rows_.back());
+  }
+  void header() const {
+    if (!json_)
+      std::printf("%s, processor time of one thread\n%-58s %12s %12s  %-8s %s\n", active_isa(), "", "best", "median",
+                  "", "target");
+  }
+  int finish() const {
+    if (json_) {
+      std::printf("{\"isa\": \"%s\", \"threads\": 1, \"rows\": [", active_isa());
+      for (std::size_t k = 0; k < rows_.size(); ++k) {
+        const Row& r = rows_[k];
+        std::printf("%s\n  {\"name\": \"%s\", \"unit\": \"%s\", \"best\": %.6g, \"median\": %.6g", k ? "," : "",
+                    r.name.c_str(), r.unit.c_str(), r.best, r.median);
+        if (r.target > 0) std::printf(", \"target\": %.6g, \"met\": %s", r.target, met(r) ? "true" : "false");
+        std::printf("}");
+      }
+      std::printf("\n]}\n");
+    }
+    if (rows_.empty()) std::fprintf(stderr, "thalweg_bench: no benchmark has '%s' in its name\n", filter_.c_str());
+    return rows_.empty() ? 1 : 0;
+  }
+
+ private:
+  static bool met(const Row& r) { return r.higher_is_better ? r.best >= r.target : r.best <= r.target; }
+  void print(const Row& r) const {
+    if (json_) return;
+    std::printf("%-58s %12.5g %12.5g  %-8s", r.name.c_str(), r.best, r.median, r.unit.c_str());
+    if (r.target > 0) std::printf(" %s %g %s", r.higher_is_better ? ">" : "<=", r.target, met(r) ? "met" : "MISSED");
+    std::printf("\n");
+    std::fflush(stdout);
+  }
+
+  std::string filter_;
+  bool json_;
+  std::vector<Row> rows_;
+};
+
+constexpr double kMicro = 1e6, kMilli = 1e3;
+
+// ---- benchmarks
+// ------------------------------------------------------------------------------------------------------
+
+void bench_landscape(Bench& bench, const char* name, double target, const Landscape& landscape,
+                     const Structures& structure) {
+  if (!bench.wants(name)) return;
+  const auto evaluator = landscape.evaluator(structure.view());
+  Moving moving(structure.positions);
+  double energy;
+  std::vector<double> forces(structure.positions.size());
+  const std::int64_t row = 0;
+  bench.time(name, "us", kMicro, target,
+             [&] { evaluator->evaluate({&row, 1}, moving.next(), &energy, forces.data()); });
+}
+
+void potentials(Bench& bench) {
+  const Structures au4ni4 = random_clusters(1, 0);
+  bench_landscape(bench, "EMT Au4Ni4, energy and forces", 20, Emt(), au4ni4);
+  if (bench.wants("Lennard-Jones LJ38, energy and forces")) {
+    Structures lj38;
+    Random random(Key{4, 4}, 0);
+    std::vector<double> x;
+    for (int i = 0; x.size() < 114; ++i)  // the first 38 sites of a rattled 4 x 4 x 4 lattice
+      for (int k = 0; k < 3; ++k) x.push_back(1.1 * ((i >> 2 * k) & 3) + random.uniform(-0.1, 0.1));
+    lj38.add(x.data(), std::vector<std::int32_t>(38, 18), kCell, kOpen);
+    bench_landscape(bench, "Lennard-Jones LJ38, energy and forces", 6, LennardJones({1, 1, 20, 0, false}), lj38);
+  }
+  bench_landscape(bench, "pair prior (bonding) Au4Ni4, energy and forces", 0, PairPrior(PairPrior::Settings{}), au4ni4);
+  bench_landscape(bench, "EMT Au60Ni6 slab, energy and forces", 0, Emt(), slab_with_nickel(1));
+}
+
+void neighbors(Bench& bench) {
+  const Structures structures[] = {random_clusters(1, 0), slab_with_nickel(1)};
+  const char* names[] = {"neighbour refresh Au4Ni4, 6.8 A", "neighbour refresh Au60Ni6 slab, 6.8 A"};
+  const double targets[] = {1, 0};
+  for (int k = 0; k < 2; ++k) {
+    NeighborList list(6.8);
+    Moving moving(structures[k].positions);
+    StructureView view = structures[k][0];
+    bench.time(names[k], "us", kMicro, targets[k], [&] {
+      view.positions = moving.next();
+      list.update(view);
+    });
+  }
+}
+
+void fingerprints(Bench& bench) {
+  const Structures structures[] = {random_clusters(1, 0), slab_with_nickel(1)};
+  const std::string names[] = {"Au4Ni4", "Au60Ni6 slab"};
+  const double values_target[] = {0, 500}, jacobian_target[] = {0, 1500};
+  for (int k = 0; k < 2; ++k) {
+    const Structures& s = structures[k];
+    const Fingerprint fingerprint({}, s.numbers, k == 1);
+    Fingerprint::Workspace workspace(fingerprint);
+    Moving moving(s.positions);
+    StructureView view = s[0];
+    std::vector<double> features(fingerprint.size()), weights(fingerprint.size()), gradient(s.positions.size()),
+        jacobian(s.positions.size() * fingerprint.size());
+    Random random(Key{5, 5}, 0);
+    for (double& w : weights) w = random.uniform(-1, 1);
+    fingerprint.values(view, features.data(), workspace);
+    bench.time("fingerprint values " + names[k], "us", kMicro, values_target[k], [&] {
+      view.positions = moving.next();
+      fingerprint.values(view, features.data(), workspace);
+    });
+    bench.time("fingerprint contract " + names[k], "us", kMicro, 0,
+               [&] { fingerprint.contract(weights.data(), 1.0, gradient.data(), workspace); });
+    bench.time("fingerprint Jacobian " + names[k], "us", kMicro, jacobian_target[k],
+               [&] { fingerprint.jacobian(jacobian.data(), workspace); });
+  }
+}
+
+/// Random Au4Ni4 clusters with their features and EMT energies, made when first needed.
+struct Training {
+  Structures clusters = random_clusters(2020, 1000);
+  std::shared_ptr<Fingerprint> fingerprint = std::make_shared<Fingerprint>(FingerprintSettings{}, kAu4Ni4, false);
+  std::vector<double> features, energies;
+
+  Training() {
+    features.resize(clusters.size() * fingerprint->size());
+    Fingerprint::Workspace workspace(*fingerprint);
+    for (std::size_t row = 0; row < clusters.size(); ++row)
+      fingerprint->values(clusters[row], features.data() + row * fingerprint->size(), workspace);
+    energies.resize(clusters.size());
+    std::vector<double> forces(clusters.positions.size());
+    evaluate(Emt(), clusters.view(), energies, forces, 1);
+  }
+  std::span<const double> x(std::size_t n) const { return std::span(features).first(n * fingerprint->size()); }
+  std::span<const double> y(std::size_t n) const { return std::span(energies).first(n); }
+  std::shared_ptr<Gpr> fitted(std::size_t n) const {
+    auto gpr = std::make_shared<Gpr>(fingerprint->size(), Kernel{});
+    gpr->fit(x(n), y(n));
+    return gpr;
+  }
+};
+
+const Training& training() {
+  static const Training all;
+  return all;
+}
+
+void gaussian_process(Bench& bench) {
+  const std::string refit = "GPR refit n = 1000", kernel = "GPR refit n = 1000 from cached distances",
+                    likelihood = "GPR likelihood gradient n = 1000", append = "GPR append n = 2000";
+  if (bench.wants(refit) || bench.wants(kernel) || bench.wants(likelihood)) {
+    const Training& data = training();
+    const auto gpr = data.fitted(1000);
+    bench.time(refit, "ms", kMilli, 25, [&] { gpr->fit(data.x(1000), data.y(1000)); });
+    bench.time(kernel, "ms", kMilli, 0, [&] { gpr->set_kernel(gpr->kernel()); });
+    bench.time(likelihood, "ms", kMilli, 45, [&] { (void)gpr->likelihood(gpr->kernel()); });
+  }
+  if (bench.wants(append)) {
+    const Training& data = training();
+    const auto gpr = data.fitted(1990);
+    const std::size_t d = data.fingerprint->size();
+    std::vector<double> seconds;
+    for (std::size_t n = 1990; n < 2010; ++n) {
+      const double start = now();
+      gpr->append(std::span(data.features).subspan(n * d, d), data.energies[n]);
+      seconds.push_back(now() - start);
+    }
+    bench.report(append, "ms", seconds, kMilli, 2);
+  }
+}
+
+void surrogate(Bench& bench) {
+  constexpr std::size_t batch = 16;
+  for (const std::size_t n : {40ul, 500ul, 2000ul}) {
+    const std::string name = "LCB energy and forces Au4Ni4, n = " + std::to_string(n) + ", per candidate of 16";
+    if (!bench.wants(name)) continue;
+    const Training& data = training();
+    const Surrogate lcb(data.fingerprint, data.fitted(n), nullptr, {}, 2.0);
+    const Structures candidates = random_clusters(batch, 900000);
+    const auto evaluator = lcb.evaluator(candidates.view());
+    Moving moving(candidates.positions);
+    std::vector<double> energies(batch), forces(candidates.positions.size());
+    std::vector<std::int64_t> rows(batch);
+    for (std::size_t k = 0; k < batch; ++k) rows[k] = static_cast<std::int64_t>(k);
+    bench.time(
+        name, "us", kMicro,
+        n == 500    ? 120
+        : n == 2000 ? 800
+                    : 0,
+        [&] { evaluator->evaluate(rows, moving.next(), energies.data(), forces.data()); }, batch);
+  }
+  const std::string name = "relaxation on LCB Au4Ni4, n = 500";
+  if (bench.wants(name)) {
+    const Training& data = training();
+    const Surrogate lcb(data.fingerprint, data.fitted(500), nullptr, {}, 2.0);
+    const Structures candidates = random_clusters(batch, 900000);
+    bench.rate(name, "steps/s", 8000, [&] {
+      const RelaxResult result = relax(lcb, candidates.view(), {}, cluster_box().box, 1);
+      double steps = 0;
+      for (const std::int32_t count : result.evaluations) steps += count;
+      return steps;
+    });
+  }
+}
+
+void building(Bench& bench) {
+  const StructureView empty{0, nullptr, nullptr, kCell, kOpen.data(), nullptr};
+  std::uint64_t row = 0;
+  bench.rate("random Au4Ni4 in a 6 A box", "/s", 50000, [&] {
+    const BuildResult built = random_structures(empty, kAu4Ni4, cluster_box(), 2000, Key{6, 6}, row += 2000, 1);
+    return static_cast<double>(std::count(built.ok.begin(), built.ok.end(), 1));
+  });
+  const Slab slab;
+  const std::vector<std::int32_t> nickel(6, 28);
+  bench.rate("random Ni6 on Au60", "/s", 5000, [&] {
+    const BuildResult built = random_structures(slab.view(), nickel, slab.settings, 400, Key{6, 7}, row += 400, 1);
+    return static_cast<double>(std::count(built.ok.begin(), built.ok.end(), 1));
+  });
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  std::string filter;
+  bool json = false;
+  for (int k = 1; k < count; ++k) {
+    if (std::strcmp(arguments[k], "--json") == 0) {
+      json = true;
+    } else if (std::strcmp(arguments[k], "--filter") == 0 && k + 1 < count) {
+      filter = arguments[++k];
+    } else {
+      const bool help = std::strcmp(arguments[k], "--help") == 0;
+      std::fprintf(help ? stdout : stderr, "usage: thalweg_bench [--filter TEXT] [--json]\n");
+      return help ? 0 : 2;
+    }
+  }
+  try {
+    Bench bench(filter, json);
+    bench.header();
+    potentials(bench);
+    neighbors(bench);
+    fingerprints(bench);
+    gaussian_process(bench);
+    surrogate(bench);
+    building(bench);
+    return bench.finish();
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "thalweg_bench: %s\n", error.what());
+    return 1;
+  }
+}

@@ -85,6 +85,16 @@ int cgroup_cores() {
   return 0;
 }
 
+int available_cores() {
+  int cores = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) cores = std::max(1, CPU_COUNT(&set));
+#endif
+  const int quota = cgroup_cores();
+  return quota > 0 ? std::min(cores, quota) : cores;
+}
+
 }  // namespace
 
 IsaLevel isa_level() noexcept { return isa().level; }
@@ -108,13 +118,9 @@ int default_threads() {
     if (wanted >= 1) return wanted;
     throw Error(std::string("THALWEG_NUM_THREADS must be a whole number of at least 1, but it is '") + text + "'");
   }
-  int cores = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-#ifdef __linux__
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) cores = std::max(1, CPU_COUNT(&set));
-#endif
-  const int quota = cgroup_cores();
-  return quota > 0 ? std::min(cores, quota) : cores;
+  // Affinity and quota are set before a program starts; reading them again costs 40 us.
+  static const int cores = available_cores();
+  return cores;
 }
 
 double cell_volume(const double* c) {

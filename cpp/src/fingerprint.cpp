@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <mutex>
 #include <new>
 
 #include "fingerprint_kernels.hpp"
@@ -21,6 +22,7 @@ constexpr std::size_t kMostColumns = 256;  // of a window; also in fingerprint_i
 constexpr double kLongestPiece = 0.25;     // in sigma: a polynomial of degree 7 is then off by 3e-13
 constexpr double kClosest = 1e-6;          // angstrom, between two atoms
 constexpr std::size_t kMostPieces = 64;
+constexpr std::size_t kMostSpare = 64;  // workspaces kept
 
 /// Cache-aligned array that only grows; new memory is zero, old contents are lost on growth.
 template <class T>
@@ -182,6 +184,9 @@ struct Fingerprint::Layout {
   Axis radial, angular;
   std::vector<std::int32_t> fold;  // bin of the angular histogram that each padded one reflects to
 
+  mutable std::mutex guard;  // of spare
+  mutable std::vector<Workspace> spare;
+
   std::string formula() const {
     std::string text;
     for (std::size_t s = 0; s < n_species; ++s) text += chemical_symbol(numbers[s]) + std::to_string(counts[s]);
@@ -334,6 +339,23 @@ Fingerprint::Workspace::Workspace(const Fingerprint& fingerprint)
     : state(std::make_unique<State>(fingerprint.layout_->reach)) {}
 Fingerprint::Workspace::~Workspace() = default;
 Fingerprint::Workspace::Workspace(Workspace&&) noexcept = default;
+
+Fingerprint::Workspace Fingerprint::borrow() const {
+  {
+    const std::lock_guard<std::mutex> lock(layout_->guard);
+    if (!layout_->spare.empty()) {
+      Workspace workspace = std::move(layout_->spare.back());
+      layout_->spare.pop_back();
+      return workspace;
+    }
+  }
+  return Workspace(*this);
+}
+
+void Fingerprint::give_back(Workspace&& workspace) const {
+  const std::lock_guard<std::mutex> lock(layout_->guard);
+  if (layout_->spare.size() < kMostSpare) layout_->spare.push_back(std::move(workspace));
+}
 
 namespace {
 

@@ -440,8 +440,8 @@ void evaluate(const Landscape& landscape, const BatchView& batch, std::span<doub
   if (n == 0) return;
   std::vector<std::int64_t> rows(static_cast<std::size_t>(n));
   for (std::int64_t row = 0; row < n; ++row) rows[static_cast<std::size_t>(row)] = row;
-  // Chunks of 8, the width of a surrogate's tile, as long as that gives every thread some.
-  const std::int64_t chunk = std::clamp<std::int64_t>(n / threads, 1, 8), chunks = (n + chunk - 1) / chunk;
+  // Chunks of 8, the width of a surrogate's tile; fewer structures are not worth waking a thread for.
+  const std::int64_t chunk = 8, chunks = (n + chunk - 1) / chunk;
   threads = static_cast<int>(std::min<std::int64_t>(threads, chunks));
   if (threads == 1) {
     landscape.evaluator(batch)->evaluate(rows, batch.positions.data(), energies.data(), forces.data());

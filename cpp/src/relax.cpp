@@ -53,13 +53,13 @@ double largest_row(const double* x, std::size_t n) {
   return std::sqrt(most);
 }
 
-// Multipliers of v = sum_k lambda_k n_k + rest, rest perpendicular to the chosen normals; false if they depend on one
-// another.
-bool multipliers(const double (*normals)[3], const int* chosen, int count, const double* v, double* lambda) {
+// The combination sum_k lambda_k n_k of the chosen normals whose products with them are `wanted`; false if they depend
+// on one another.
+bool combine(const double (*normals)[3], const int* chosen, int count, const double* wanted, double* lambda) {
   double matrix[3][4];
   for (int i = 0; i < count; ++i) {
     for (int j = 0; j < count; ++j) matrix[i][j] = dot3(normals[chosen[i]], normals[chosen[j]]);
-    matrix[i][count] = dot3(normals[chosen[i]], v);
+    matrix[i][count] = wanted[i];
   }
   for (int i = 0; i < count; ++i) {
     if (matrix[i][i] < 1e-10) return false;  // positive semi-definite: a small pivot means dependence
@@ -142,7 +142,15 @@ double Walls::outside_closed(const double* x) const {
 struct Minimiser::Touching {
   int count = 0;
   double normals[3][3];
+  int wall[3];  // direction of the box
   bool both[3];
+
+  // The directions whose walls hold in both senses, one bit each.
+  std::uint8_t held() const {
+    unsigned bits = 0;
+    for (int k = 0; k < count; ++k) bits |= both[k] ? 1u << wall[k] : 0u;
+    return static_cast<std::uint8_t>(bits);
+  }
 
   // Replaces v by the nearest vector that points through none of the walls, and along those that hold in both senses.
   // `press`: walls that v pressed on become walls that hold in both senses.
@@ -159,8 +167,9 @@ struct Minimiser::Touching {
           else
             fits = fits && !both[k];
         }
-        double lambda[3], rest[3] = {v[0], v[1], v[2]};
-        if (!fits || members != size || !multipliers(normals, chosen, members, v, lambda)) continue;
+        double lambda[3], along[3], rest[3] = {v[0], v[1], v[2]};
+        for (int m = 0; m < members; ++m) along[m] = dot3(normals[chosen[m]], v);
+        if (!fits || members != size || !combine(normals, chosen, members, along, lambda)) continue;
         for (int m = 0; m < members; ++m) {
           fits = fits && (both[chosen[m]] || lambda[m] >= 0);
           for (int c = 0; c < 3; ++c) rest[c] -= lambda[m] * normals[chosen[m]][c];
@@ -208,6 +217,7 @@ Minimiser::Minimiser(const RelaxSettings& settings, const StructureView& start, 
   trial_.assign(start.positions, start.positions + size);
   if (!all_finite(trial_.data(), size)) throw Error("relaxation needs finite positions to start from");
   best_ = trial_;
+  held_.assign(n_, 0);
   free_.assign(size, 1.0);
   if (start.fixed != nullptr)
     for (std::size_t i = 0; i < size; ++i) free_[i] = start.fixed[i] ? 0.0 : 1.0;
@@ -221,51 +231,82 @@ Minimiser::Minimiser(const RelaxSettings& settings, const StructureView& start, 
   history_alpha_.resize(ring);
 }
 
+// Adds wall k to the walls of an atom, unless the atom cannot move through it anyhow.
+void Minimiser::add_wall(Touching& walls, std::size_t atom, int k, double sign, bool both) const {
+  double* normal = walls.normals[walls.count];
+  for (int c = 0; c < 3; ++c)
+    normal[c] = sign * walls_.normals[3 * k + c] * free_[3 * atom + static_cast<std::size_t>(c)];
+  const double length = std::sqrt(dot3(normal, normal));
+  if (length < 1e-6) return;
+  for (int c = 0; c < 3; ++c) normal[c] /= length;
+  walls.wall[walls.count] = k;
+  walls.both[walls.count++] = both;
+}
+
 Minimiser::Touching Minimiser::touching(std::size_t atom, const double* x) const {
   Touching out;
-  if (!walls_.active) return out;
-  const double* can = free_.data() + 3 * atom;
   for (int k = 0; k < 3; ++k) {
     if (walls_.open[k]) continue;
     const double h = walls_.height(k, x);
     const bool low = h <= kTouch, high = h >= walls_.thickness[k] - kTouch;
-    if (!low && !high) continue;
-    double* normal = out.normals[out.count];
-    for (int c = 0; c < 3; ++c) normal[c] = (high ? 1.0 : -1.0) * walls_.normals[3 * k + c] * can[c];
-    const double length = std::sqrt(dot3(normal, normal));
-    if (length < 1e-6) continue;  // this atom cannot move through that wall anyhow
-    for (int c = 0; c < 3; ++c) normal[c] /= length;
-    out.both[out.count++] = low && high;
+    if (low || high) add_wall(out, atom, k, high ? 1.0 : -1.0, low && high);
   }
   return out;
 }
 
-// Brings `to` back inside along the free coordinates. `from` is allowed: each wall gives way to where the atom was.
+// Takes from a vector of one atom what points through the walls that hold it.
+void Minimiser::project_to_face(std::size_t atom, double* v) const {
+  Touching walls;
+  for (int k = 0; k < 3; ++k)
+    if ((held_[atom] >> k) & 1) add_wall(walls, atom, k, 1.0, true);
+  walls.project(v, false);
+}
+
+// Brings `to` back inside along the free coordinates, sliding on the walls that hold the atom: to leave one of them in
+// order to keep off another would undo what presses it there. `from` is allowed: each wall gives way to where it was.
 void Minimiser::confine(std::size_t atom, const double* from, double* to) const {
-  const double* can = free_.data() + 3 * atom;
   double low[3], high[3];
+  Touching walls;
+  double target[3];  // heights
   for (int k = 0; k < 3; ++k) {
     const double h = walls_.height(k, from);
     low[k] = std::min(0.0, h);
     high[k] = std::max(walls_.thickness[k], h);
-  }
-  for (int round = 0; round < 20; ++round) {
-    bool inside = true;
-    for (int k = 0; k < 3; ++k) {
-      if (walls_.open[k]) continue;
-      const double h = walls_.height(k, to);
-      const double excess = h > high[k] ? h - high[k] : h < low[k] ? h - low[k] : 0.0;
-      if (std::abs(excess) < 1e-12) continue;
-      inside = false;
-      const double* normal = walls_.normals + 3 * k;
-      double along = 0;
-      for (int c = 0; c < 3; ++c) along += normal[c] * normal[c] * can[c];
-      if (along < 1e-12) continue;
-      for (int c = 0; c < 3; ++c) to[c] -= excess / along * normal[c] * can[c];
+    if ((held_[atom] >> k) & 1) {
+      target[walls.count] = h;
+      add_wall(walls, atom, k, 1.0, true);
     }
-    if (inside) return;
   }
-  // Skewed walls that the rounds did not satisfy: the box is convex, so part of the way is always inside.
+  const auto beyond = [&](int k) {
+    const double h = walls_.height(k, to);
+    return h > high[k] ? h - high[k] : h < low[k] ? h - low[k] : 0.0;
+  };
+  while (true) {
+    int worst = -1;
+    double most = 1e-12;
+    for (int k = 0; k < 3; ++k) {
+      if (walls_.open[k] || std::abs(beyond(k)) < most) continue;
+      most = std::abs(beyond(k));
+      worst = k;
+    }
+    if (worst < 0) return;
+    const int count = walls.count;
+    if (std::find(walls.wall, walls.wall + count, worst) != walls.wall + count) break;
+    target[count] = beyond(worst) > 0 ? high[worst] : low[worst];
+    add_wall(walls, atom, worst, 1.0, true);
+    if (walls.count == count) break;  // a wall that its free coordinates do not cross
+    double lacking[3], lambda[3];
+    const int all[3] = {0, 1, 2};
+    for (int m = 0; m < walls.count; ++m) {
+      const double* normal = walls_.normals + 3 * walls.wall[m];
+      lacking[m] = (target[m] - walls_.height(walls.wall[m], to)) / dot3(normal, walls.normals[m]);
+    }
+    if (!combine(walls.normals, all, walls.count, lacking, lambda)) break;
+    for (int m = 0; m < walls.count; ++m)
+      for (int c = 0; c < 3; ++c) to[c] += lambda[m] * walls.normals[m][c];
+  }
+  // Normals that depend on one another, or a corner beyond the opposite wall: the box is convex, so part of the way is
+  // always inside.
   double part = 1;
   for (int k = 0; k < 3; ++k) {
     if (walls_.open[k]) continue;
@@ -276,16 +317,39 @@ void Minimiser::confine(std::size_t atom, const double* from, double* to) const 
   for (int c = 0; c < 3; ++c) to[c] = from[c] + part * (to[c] - from[c]);
 }
 
-// The forces that count, and the largest of them on one atom.
+// The forces that count, and the largest of them on one atom. Atoms that walls have come to hold leave the stored pairs
+// along them: what remains approximates the curvature on the face (that of the whole space, cut down to the face
+// afterwards, gives steps far too long).
 double Minimiser::project_forces() {
-  for (std::size_t i = 0; i < 3 * n_; ++i) projected_[i] = best_forces_[i] * free_[i];
-  if (walls_.active) {
-    for (std::size_t a = 0; a < n_; ++a) {
-      Touching held = touching(a, best_.data() + 3 * a);
-      if (held.count > 0) held.project(projected_.data() + 3 * a, false);
+  const std::size_t size = 3 * n_;
+  for (std::size_t i = 0; i < size; ++i) projected_[i] = best_forces_[i] * free_[i];
+  if (!walls_.active) return largest_row(projected_.data(), n_);
+  bool changed = false;
+  for (std::size_t a = 0; a < n_; ++a) {
+    Touching walls = touching(a, best_.data() + 3 * a);
+    if (walls.count > 0) walls.project(projected_.data() + 3 * a, true);
+    const std::uint8_t before = held_[a];
+    held_[a] = walls.held();
+    if ((held_[a] & ~before) == 0) continue;
+    changed = true;
+    for (int k = 0; k < stored_; ++k) {
+      const std::size_t row = ring_row(k);
+      project_to_face(a, history_s_.data() + row * size + 3 * a);
+      project_to_face(a, history_y_.data() + row * size + 3 * a);
     }
   }
+  for (int k = 0; k < stored_ && changed; ++k) weigh(ring_row(k));
   return largest_row(projected_.data(), n_);
+}
+
+// 1 / (s . y) of a stored pair; 0, which makes it count for nothing, unless the curvature is positive.
+bool Minimiser::weigh(std::size_t row) {
+  const std::size_t size = 3 * n_;
+  const double *s = history_s_.data() + row * size, *y = history_y_.data() + row * size;
+  const double sy = dot(s, y, size), ss = dot(s, s, size), yy = dot(y, y, size);
+  const bool good = sy > 0 && sy > 1e-8 * std::sqrt(ss * yy);
+  history_rho_[row] = good ? 1.0 / sy : 0.0;
+  return good;
 }
 
 // Stores the step from best to trial, if the curvature along it is positive.
@@ -298,9 +362,14 @@ bool Minimiser::remember() {
     s[i] = trial_[i] - best_[i];
     y[i] = (best_forces_[i] - trial_forces_[i]) * free_[i];
   }
-  const double sy = dot(s, y, size), ss = dot(s, s, size), yy = dot(y, y, size);
-  if (!(sy > 1e-8 * std::sqrt(ss * yy)) || !(sy > 0)) return false;
-  history_rho_[static_cast<std::size_t>(row)] = 1.0 / sy;
+  if (walls_.active) {
+    for (std::size_t a = 0; a < n_; ++a) {
+      if (held_[a] == 0) continue;
+      project_to_face(a, s + 3 * a);
+      project_to_face(a, y + 3 * a);
+    }
+  }
+  if (!weigh(static_cast<std::size_t>(row))) return false;
   newest_ = row;
   stored_ = std::min(stored_ + 1, settings_.memory);
   return true;
@@ -316,35 +385,35 @@ void Minimiser::restart_direction() {
 void Minimiser::choose_direction() {
   shortened_ = 0;
   scale_ = 1;
-  if (stored_ == 0) {
+  const std::size_t size = 3 * n_;
+  int last = 0;  // the newest pair that counts
+  while (last < stored_ && history_rho_[ring_row(last)] == 0) ++last;
+  if (last == stored_) {
     restart_direction();
   } else {
     steepest_ = false;
-    const std::size_t size = 3 * n_;
     double* d = direction_.data();
     std::copy(projected_.begin(), projected_.end(), direction_.begin());
-    for (int k = 0; k < stored_; ++k) {
-      const std::size_t row = static_cast<std::size_t>((newest_ - k + settings_.memory) % settings_.memory);
+    for (int k = last; k < stored_; ++k) {
+      const std::size_t row = ring_row(k);
       history_alpha_[row] = history_rho_[row] * dot(history_s_.data() + row * size, d, size);
       add_scaled(d, -history_alpha_[row], history_y_.data() + row * size, size);
     }
-    const std::size_t last = static_cast<std::size_t>(newest_);
-    const double* y = history_y_.data() + last * size;
-    const double gamma = 1.0 / (history_rho_[last] * dot(y, y, size));
+    const double* y = history_y_.data() + ring_row(last) * size;
+    // s.y / y.y is the shortest of the usual scales; measured on clusters (LJ13, LJ38, metals), 1.5 to 2 times it needs
+    // 5 to 8 % fewer evaluations.
+    const double gamma = 1.5 / (history_rho_[ring_row(last)] * dot(y, y, size));
     for (std::size_t i = 0; i < size; ++i) d[i] *= gamma;
-    for (int k = stored_ - 1; k >= 0; --k) {
-      const std::size_t row = static_cast<std::size_t>((newest_ - k + settings_.memory) % settings_.memory);
+    for (int k = stored_ - 1; k >= last; --k) {
+      const std::size_t row = ring_row(k);
       const double beta = history_rho_[row] * dot(history_y_.data() + row * size, d, size);
       add_scaled(d, history_alpha_[row] - beta, history_s_.data() + row * size, size);
     }
     if (walls_.active) {
       for (std::size_t a = 0; a < n_; ++a) {
-        Touching held = touching(a, best_.data() + 3 * a);
-        if (held.count == 0) continue;
-        double force[3];
-        for (int c = 0; c < 3; ++c) force[c] = best_forces_[3 * a + c] * free_[3 * a + c];
-        held.project(force, true);
-        held.project(d + 3 * a, false);
+        Touching walls = touching(a, best_.data() + 3 * a);
+        for (int k = 0; k < walls.count; ++k) walls.both[k] = (held_[a] >> walls.wall[k]) & 1;
+        if (walls.count > 0) walls.project(d + 3 * a, false);
       }
     }
     const double downhill = dot(d, projected_.data(), size);

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <exception>
 #include <mutex>
 
@@ -14,14 +15,14 @@ void for_each_structure(const Fingerprint& fingerprint, const BatchView& batch, 
   if (threads < 0)
     throw Error("threads must be 0 (as many as there are cores) or more, but it is " + std::to_string(threads));
   const auto n = static_cast<std::int64_t>(batch.size());
-  const int wanted =
-      static_cast<int>(std::min<std::int64_t>(threads > 0 ? threads : default_threads(), std::max<std::int64_t>(n, 1)));
+  const int available = threads > 0 || n < 2 ? std::max(threads, 1) : default_threads();
+  const int wanted = static_cast<int>(std::clamp<std::int64_t>(n, 1, available));
   std::exception_ptr error;
   std::int64_t failed = n;
   std::mutex guard;
 #pragma omp parallel num_threads(wanted)
   {
-    Fingerprint::Workspace workspace(fingerprint);
+    Fingerprint::Workspace workspace = fingerprint.borrow();
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t k = 0; k < n; ++k) {
       try {
@@ -35,6 +36,7 @@ void for_each_structure(const Fingerprint& fingerprint, const BatchView& batch, 
         }
       }
     }
+    fingerprint.give_back(std::move(workspace));
   }
   if (!error) return;
   try {

@@ -45,7 +45,8 @@ void bind_potentials(py::module_& m) {
                                                    "Effective medium theory (Jacobsen, Stoltze, Norskov 1996); values "
                                                    "of ASE's EMT() for Al, Cu, Ag, Au, Ni, Pd, Pt, "
                                                    "H, C, N and O.")
-      .def(py::init<>());
+      .def(py::init<>())
+      .def("__repr__", [](const Emt&) { return "Emt()"; });
 
   py::class_<LennardJones, Landscape, std::shared_ptr<LennardJones>>(
       m, "LennardJones",
@@ -55,7 +56,12 @@ void bind_potentials(py::module_& m) {
              return std::make_shared<LennardJones>(LennardJones::Settings{sigma, epsilon, rc, ro, smooth});
            }),
            py::arg("sigma") = 1.0, py::arg("epsilon") = 1.0, py::kw_only(), py::arg("rc") = 0.0, py::arg("ro") = 0.0,
-           py::arg("smooth") = false);
+           py::arg("smooth") = false)
+      .def("__repr__", [](const LennardJones& self) {
+        const LennardJones::Settings& s = self.settings();
+        return py::str("LennardJones(sigma={}, epsilon={}, rc={}, ro={}, smooth={})")
+            .format(s.sigma, s.epsilon, s.rc, s.ro, s.smooth);
+      });
 
   py::class_<PairPrior, Landscape, std::shared_ptr<PairPrior>>(
       m, "PairPrior",
@@ -70,7 +76,16 @@ void bind_potentials(py::module_& m) {
            }),
            py::arg("form") = "bonding", py::kw_only(), py::arg("depth") = 0.8, py::arg("stiffness") = 4.0,
            py::arg("radius_scale") = 1.0, py::arg("cutoff") = 0.0, py::arg("repulsive_factor") = 0.7,
-           py::arg("sharp_cutoff") = false);
+           py::arg("sharp_cutoff") = false)
+      // A store compares these texts to tell whether it was written by the same search.
+      .def("__repr__", [](const PairPrior& self) {
+        const PairPrior::Settings& s = self.settings();
+        return py::str(
+                   "PairPrior('{}', depth={}, stiffness={}, radius_scale={}, cutoff={}, repulsive_factor={}, "
+                   "sharp_cutoff={})")
+            .format(s.form == PairPrior::Form::bonding ? "bonding" : "repulsive", s.depth, s.stiffness, s.radius_scale,
+                    s.cutoff, s.repulsive_factor, s.sharp_cutoff);
+      });
 
   m.def("evaluate", &evaluate_batch, py::arg("landscape"), py::arg("batch"), py::kw_only(), py::arg("threads") = 0,
         "Energies (n,) [eV] and forces (m, 3) [eV/angstrom] of a batch; threads = 0: default_threads(). The same bits "

@@ -39,6 +39,13 @@ class _Builtin(Calculator):
         super().__init__(**parameters)
         self.landscape = self._checked_landscape()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "landscape"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.landscape = self._checked_landscape()
+
     def _checked_landscape(self) -> _core.Landscape:
         try:
             return self._make_landscape()

@@ -241,13 +241,8 @@ def _extxyz(structures: Sequence[Any]) -> bytes:
     buffer = io.StringIO()
     # without a structure ASE refuses; an empty file is a valid answer to "the best of no restart"
     if structures:
-        ase.io.write(buffer, list(structures), format="extxyz", columns=_columns(structures))
+        ase.io.write(buffer, list(structures), format="extxyz")
     return buffer.getvalue().encode()
-
-
-def _columns(structures: Sequence[Any]) -> list[str] | None:
-    constrained = any(structure.constraints for structure in structures)
-    return ["symbols", "positions", "move_mask"] if constrained else ["symbols", "positions"]
 
 
 # ---- one restart ---------------------------------------------------------------------------------------------
@@ -356,17 +351,23 @@ def _search(configuration: Configuration, folder: RunFolder, index: int, link: _
             search.request_stop("target reached")  # the finishing touch would only cost evaluations
             raise Stop("target reached")
 
+    if reached():
+        search.close()
+        return "target reached"
     try:
         link.progress(index, search.iteration, search.evaluations, search.best_energy)
-        if reached():
-            return "target reached"
         link.attach(search)
         search.callbacks.append(observe)
         found = search.run(max(0, iterations - search.iteration), evaluations=configuration.search.max_evaluations)
-        return str(found.reason)
+        reason = str(found.reason)
+    except BaseException:
+        with contextlib.suppress(Exception):  # what closing says after a failure would hide the failure
+            search.close()
+        raise
     finally:
         link.attach(None)
-        search.close()
+    search.close()
+    return reason
 
 
 # ---- workers -------------------------------------------------------------------------------------------------

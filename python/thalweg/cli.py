@@ -284,8 +284,12 @@ def _search(
 
     restarts = configuration.search.restarts if indices is None else len(indices)
     print(f"run folder: {folder}", flush=True)
-    with display(restarts, configuration.search.iterations) as watcher:
-        outcome = campaign.run(folder, indices=indices, workers=workers, max_seconds=max_seconds, watcher=watcher)
+    try:
+        with display(restarts, configuration.search.iterations) as watcher:
+            outcome = campaign.run(folder, indices=indices, workers=workers, max_seconds=max_seconds, watcher=watcher)
+    except KeyboardInterrupt:
+        _complain(f"killed; what was evaluated is stored, and `thalweg resume {folder}` goes on")
+        raise typer.Exit(130) from None
     results = campaign.summarise(folder)
     if page:
         from thalweg.report import page as make_page
@@ -335,9 +339,6 @@ def main() -> NoReturn:
     """Entry point: errors of ours become one line each and exit code 2."""
     try:
         app()
-    except KeyboardInterrupt:
-        _complain("killed; what was evaluated is stored, and `thalweg resume` goes on")
-        sys.exit(130)
     except Exception as problem:
         from thalweg.errors import ThalwegError
 

@@ -69,9 +69,11 @@ def _clock(seconds: float | None) -> str:
 
 
 def _ending(index: int, result: dict[str, Any]) -> str:
-    best = result.get("best_energy")
+    best, reason = result.get("best_energy"), str(result.get("reason", ""))
+    if reason.startswith("failed"):
+        return f"restart {index:3d}: {reason}"
     energy = f"{best:.4f} eV after " if best is not None else ""
-    return f"restart {index:3d}: {energy}{result.get('evaluations', 0)} evaluations ({result.get('reason', '')})"
+    return f"restart {index:3d}: {energy}{result.get('evaluations', 0)} evaluations ({reason})"
 
 
 class PlainDisplay:
@@ -133,9 +135,8 @@ class LiveDisplay:
         tally = self._tally
         head = Table.grid(padding=(0, 1))
         head.add_row(
-            ProgressBar(total=max(1, tally.total), completed=tally.done, width=30),
+            ProgressBar(total=max(1, tally.total), completed=tally.done, width=44),
             Text(f"{100 * tally.done / max(1, tally.total):3.0f} %"),
-            Text(tally.headline(), style="bold"),
             Text(f"{_clock(tally.seconds_left())} left" if len(tally.ended) < tally.restarts else ""),
         )
         lines = Table.grid(padding=(0, 1))
@@ -149,7 +150,7 @@ class LiveDisplay:
                 Text(f"iteration {iteration}/{tally.iterations}", style="dim"),
                 Text(f"{best:.4f} eV" if best is not None else "", style="dim"),
             )
-        return Group(head, lines)
+        return Group(head, Text(tally.headline(), style="bold", no_wrap=True), lines)
 
     def progress(self, index: int, iteration: int, evaluations: int, best_energy: float | None) -> None:
         self._tally.step(index, iteration, evaluations, best_energy)

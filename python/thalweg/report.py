@@ -17,7 +17,7 @@ import numpy as np
 import thalweg
 from thalweg.campaign import Results, load_results, write_atomically
 from thalweg.errors import ThalwegError
-from thalweg.statistics import SuccessCurve, energy_curves, success_curve
+from thalweg.statistics import SuccessCurve, describe_band, energy_curves, success_curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,12 +101,7 @@ def _median_text(curve: SuccessCurve | None) -> str:
         return "no target set"
     if math.isinf(curve.quantile(0.5)):
         return f"{curve.successes} of {curve.restarts} restarts so far"
-    return f"95 % band {_band_text(curve)}; {curve.successes} of {curve.restarts} restarts"
-
-
-def _band_text(curve: SuccessCurve) -> str | None:
-    low, high = curve.quantile_band(0.5)
-    return None if math.isinf(low) else f"{_count(low)} to {_count(high) if math.isfinite(high) else 'unknown'}"
+    return f"95 % band {describe_band(curve)}; {curve.successes} of {curve.restarts} restarts"
 
 
 def _energy(value: float | None) -> str:
@@ -246,6 +241,9 @@ def _final_figure(results: Results) -> str:
     axes.set(xlabel="restarts, sorted", ylabel="best energy (eV)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.ticklabel_format(axis="y", useOffset=False)
+    low, high = axes.get_ylim()
+    if high - low < 0.01:  # differences below the accuracy of a relaxation should not look large
+        axes.set_ylim((low + high) / 2 - 0.005, (low + high) / 2 + 0.005)
     _legend(axes)
     return _svg(figure, "best energy of each restart, sorted")
 
@@ -396,6 +394,7 @@ h3 { font-size: 15px; margin: 0 0 6px; }
 .card .value { font-size: 21px; font-weight: 600; overflow-wrap: anywhere; }
 .card .note { color: #6b7280; font-size: 12.5px; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 12px; }
+.figures p { margin: 6px 0 0; font-size: 12.5px; }
 .figures svg { width: 100%; height: auto; display: block; }
 .scroll { overflow-x: auto; max-height: 460px; overflow-y: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
@@ -450,7 +449,12 @@ def _problem_text(results: Results) -> str:
     symbols = problem.symbols
     if not isinstance(symbols, str):
         symbols = "".join(f"{name}{count if count > 1 else ''}" for name, count in symbols.items())
-    return f"{symbols} on {problem.template}" if problem.template else str(symbols)
+    if problem.template is None:
+        return str(symbols)
+    for history in results.histories.values():
+        if history.problem.template is not None:
+            return f"{symbols} on {history.problem.template.to_ase()[0].get_chemical_formula()}"
+    return f"{symbols} on {problem.template}"
 
 
 def _cards(results: Results) -> str:
@@ -509,7 +513,11 @@ def _folder_section(name: str, results: Results, structures: str = "") -> str:
     curves = success_curves(results)
     figures = []
     if curves:
-        figures.append(_panel("Restarts that have reached the target", _success_figure([(name, curves)])))
+        note = (
+            '<p class="quiet">Delivered: a counted evaluation has the target energy. Relaxes: an evaluated structure has '
+            "it after a relaxation in the true potential that is not counted. Bands: 95 %, exponential Greenwood.</p>"
+        )
+        figures.append(_panel("Restarts that have reached the target", _success_figure([(name, curves)]) + note))
     if _energies(results):
         figures.append(_panel("Best energy so far", _energy_figure(results)))
         figures.append(_panel("Best energy of each restart", _final_figure(results)))
@@ -539,7 +547,7 @@ def _comparison(named: Sequence[tuple[str, Results]]) -> str:
             curves.append((name, found))
         summary, configuration = results.summary, results.configuration
         best = summary["best_energy"]
-        band = None if curve is None else _band_text(curve)
+        band = None if curve is None else describe_band(curve)
         rows.append(
             (
                 name, _problem_text(results), configuration.search.method, configuration.calculator.name,

@@ -142,6 +142,9 @@ class Search:
     def run(self, iterations: int, *, evaluations: int | None = None) -> Found:
         """Runs that many iterations more, then lets the gauges finish (a last polish, counted); run again to continue.
 
+        Ends early, and without the finish, when an observer raises Stop, the evaluations are spent, or a stop was
+        requested; what was open then is resumed by the next run.
+
         Parameters
         ----------
         iterations : int
@@ -153,17 +156,13 @@ class Search:
         try:
             while self.iteration < last:
                 self.tell(asked := self.ask(), self.evaluate(asked))
+            self._finish()
         except Stop as stop:
             reason = str(stop) or "an observer stopped the run"
         except _Halt as halt:
-            self._store.commit()
-            return self._found(str(halt))
-        try:
-            self._finish()
-        except _Halt as halt:
             reason = str(halt)
         self._store.commit()
-        return self._found(reason)
+        return Found(self.best, self.best_energy, self.evaluations, self.iteration, reason)
 
     def steps(self, iterations: int) -> Iterator[Step]:
         """The same iterations, one step at a time, without the finishing touch: `for step in search.steps(100)`."""
@@ -310,9 +309,6 @@ class Search:
 
     def __exit__(self, *unused: object) -> None:
         self.close()
-
-    def _found(self, reason: str) -> Found:
-        return Found(self.best, self.best_energy, self.evaluations, self.iteration, reason)
 
     # ---- true evaluations --------------------------------------------------------------------------
     def measure(self, structure: Batch, calculate: Callable[[Batch], Measured], columns: Mapping[str, Any]) -> Batch:
@@ -476,7 +472,9 @@ class Search:
         self._to_replay.pop(ticket, None)
         self.iteration += kind == "search"
         self._finished = kind == "finish"
-        self._barren = 0 if kind == "finish" or np.any(rows.ok) else self._barren + 1
+        # A step whose candidates were all refused as copies is no failure: the search may simply be done.
+        failed = not np.any(rows.ok) and (len(rows) > 0 or len(chosen) == 0)
+        self._barren = self._barren + 1 if failed and kind == "search" else 0
         empty = Batch.empty()
         self._last = Step(iteration, empty, empty, chosen, rows, MappingProxyType(dict(self._carry)))
 

@@ -175,13 +175,20 @@ def first_reaching(energies: npt.ArrayLike, threshold: float) -> int | None:
     return int(reached[0]) + 1 if len(reached) else None
 
 
+def describe_band(curve: SuccessCurve, fraction: float = 0.5) -> str:
+    """The band of a quantile in words: "30 to 77", "30 or more", "unknown"."""
+    low, high = curve.quantile_band(fraction)
+    if math.isinf(low):
+        return "unknown"
+    return f"{low:.0f} or more" if math.isinf(high) else f"{low:.0f} to {high:.0f}"
+
+
 def describe_median(curve: SuccessCurve) -> str:
     """ "5 of 8 restarts, median 41 evaluations (95 % band 30 to 77)"."""
-    low, high = (f"{value:.0f}" if math.isfinite(value) else "beyond" for value in curve.quantile_band(0.5))
     median, share = curve.quantile(0.5), f"{curve.successes} of {curve.restarts} restarts"
     if math.isinf(median):
         return f"{share}, median not reached"
-    return f"{share}, median {median:.0f} evaluations ({100 * curve.confidence:.0f} % band {low} to {high})"
+    return f"{share}, median {median:.0f} evaluations ({100 * curve.confidence:.0f} % band {describe_band(curve)})"
 
 
 def _first_at_or_above(evaluations: IntArray, values: FloatArray, fraction: float) -> float:

@@ -65,6 +65,10 @@ class Fingerprint {
 
   /// Throws Error on a structure that values() could not take wherever its atoms are: species, counts, pbc, volume.
   void check(const StructureView& structure) const;
+  /// A workspace that was given back, or a new one: a warm one spares short calls most of their time. Thread-safe.
+  Workspace borrow() const;
+  void give_back(Workspace&& workspace) const;
+
   /// features: (size()). Throws Error on a composition or periodicity that the layout was not made for, a cell without
   /// volume, or two atoms on one point.
   void values(const StructureView& structure, double* features, Workspace& workspace) const;

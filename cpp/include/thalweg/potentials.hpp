@@ -30,6 +30,7 @@ class LennardJones : public Landscape {
   };
   explicit LennardJones(const Settings& settings);
   std::unique_ptr<Evaluator> evaluator(const BatchView& batch) const override;
+  const Settings& settings() const { return settings_; }
 
  private:
   Settings settings_;

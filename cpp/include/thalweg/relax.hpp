@@ -58,8 +58,8 @@ struct RelaxSettings {
 ///
 /// Box: an atom at a wall slides along it, and the force that presses it against the wall does not count. An atom that
 /// starts outside is not put back: for each wall it is beyond, its present distance is its wall, so it may only come
-/// closer. Curvature pairs are differences of the true forces, so walls leave no trace in them; directions are
-/// restricted to the walls' faces afterwards (two-metric projection, Bertsekas, SIAM J. Control Optim. 20, 221 (1982)).
+/// closer. Curvature pairs are steps and differences of the true forces along the faces that hold atoms at the time
+/// (a projected quasi-Newton method after Bertsekas, SIAM J. Control Optim. 20, 221 (1982)).
 class Minimiser {
  public:
   /// Throws Error for settings out of range, positions that are not finite, or a box without volume.
@@ -80,6 +80,12 @@ class Minimiser {
  private:
   struct Touching;  // walls that one atom touches
   Touching touching(std::size_t atom, const double* x) const;
+  void add_wall(Touching& walls, std::size_t atom, int k, double sign, bool both) const;
+  void project_to_face(std::size_t atom, double* v) const;
+  std::size_t ring_row(int age) const {
+    return static_cast<std::size_t>((newest_ - age + settings_.memory) % settings_.memory);
+  }
+  bool weigh(std::size_t row);
   void confine(std::size_t atom, const double* from, double* to) const;
   double project_forces();
   bool remember();
@@ -95,6 +101,7 @@ class Minimiser {
   bool converged_ = false, stalled_ = false, steepest_ = true, corrected_ = false;
   int evaluations_ = 0, shortened_ = 0;
   double best_energy_ = 0, scale_ = 1;         // trial = best + scale * direction, confined
+  std::vector<std::uint8_t> held_;             // (n) walls that hold an atom, one bit per direction of the box
   std::vector<double> free_;                   // (n, 3) 1 where the coordinate may move, else 0
   std::vector<double> trial_, trial_forces_;   // (n, 3)
   std::vector<double> best_, best_forces_;     // (n, 3)
