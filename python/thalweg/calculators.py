@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-import ase.calculators.emt
-import ase.calculators.lj
 import numpy as np
 from ase.calculators.calculator import (
     BaseCalculator,
@@ -135,14 +134,20 @@ def landscape_of(calculator: Any) -> _core.Landscape | None:
     kind = type(calculator)
     if kind in (EMT, LennardJones):
         return calculator.landscape
-    if kind is ase.calculators.emt.EMT and not calculator.parameters.asap_cutoff:
+    # ASE's own are only loaded if somebody uses them: they bring half of SciPy along
+    if kind is _loaded("ase.calculators.emt", "EMT") and not calculator.parameters.asap_cutoff:
         return _core.Emt()
-    if kind is ase.calculators.lj.LennardJones:
+    if kind is _loaded("ase.calculators.lj", "LennardJones"):
         try:
             return _lennard_jones(calculator.parameters)
         except _core.CoreError:  # settings that ASE accepts and the core does not
             return None
     return None
+
+
+def _loaded(module: str, name: str) -> Any:
+    """A class of a module, or None if nobody has imported it yet."""
+    return getattr(sys.modules.get(module), name, None)
 
 
 _BUILTIN = {"emt": EMT, "lj": LennardJones}

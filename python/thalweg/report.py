@@ -514,8 +514,8 @@ def _folder_section(name: str, results: Results, structures: str = "") -> str:
     figures = []
     if curves:
         note = (
-            '<p class="quiet">Delivered: a counted evaluation has the target energy. Relaxes: an evaluated structure has '
-            "it after a relaxation in the true potential that is not counted. Bands: 95 %, exponential Greenwood.</p>"
+            '<p class="quiet">Delivered: a counted evaluation has the target energy. Relaxes: an evaluated structure '
+            "has it after a relaxation in the true potential that is not counted. Bands: 95 %, exponential Greenwood.</p>"
         )
         figures.append(_panel("Restarts that have reached the target", _success_figure([(name, curves)]) + note))
     if _energies(results):
