@@ -176,7 +176,7 @@ class GPR:
             and previous._gpr is not None
             and len(previous.rows) >= _FEWEST_FOR_OPTIMISATION
         )
-        if known:
+        if previous is not None and known:
             kernel = previous.kernel
         seen = len(rows) if previous is None else previous._seen + len(np.setdiff1d(rows, previous.rows))
         seen_at_optimisation = 0 if previous is None else previous._seen_at_optimisation

@@ -623,8 +623,8 @@ class Problem:
             parts = data["template"]
             n = len(parts["numbers"])
             data["template"] = Batch(
-                np.array(parts["positions"]).reshape(n, 3), parts["numbers"], [0, n], [data["cell"]], [data["pbc"]],
-                np.array(parts["fixed"]).reshape(n, 3),
+                np.reshape(parts["positions"], (n, 3)), np.array(parts["numbers"]), np.array([0, n]),
+                np.array([data["cell"]]), np.array([data["pbc"]]), np.reshape(parts["fixed"], (n, 3)),
             )  # fmt: skip
         return cls(**data)
 

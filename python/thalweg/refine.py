@@ -45,7 +45,7 @@ class Relax:
         if not len(batch) or not steps:
             return batch
         landscape = self._landscape(ctx)
-        settings = {"steps": steps, "force_tolerance": self.force_tolerance, "max_step": self.max_step}
+        settings: dict[str, Any] = {"steps": steps, "force_tolerance": self.force_tolerance, "max_step": self.max_step}
         template = ctx.problem.template
         box = (*ctx.problem.box_arguments, template.atoms if template is not None else 0)
         if landscape is None:

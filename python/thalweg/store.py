@@ -431,7 +431,8 @@ def _parse(raw: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
         first = raw[: len(_MAGIC)].split(b"\n")[0]
         other = f"; its format is '{first.decode(errors='replace')}'" if first.startswith(b"thalweg-") else ""
         raise StoreError(f"{path} is not a thalweg store that this version ({FORMAT}) reads{other}")
-    records, at = [], len(_MAGIC)
+    records: list[dict[str, Any]] = []
+    at = len(_MAGIC)
     while at + _HEAD.size <= len(raw):
         length, crc, head_crc = _HEAD.unpack_from(raw, at)
         start = at + _HEAD.size

@@ -83,7 +83,8 @@ def check_element(element: Any, kind: str, *, search: Search | None = None) -> N
         search._measuring = asked
         candidates = asked.chosen.with_columns(candidate=0)
         if kind == "settle":
-            candidates = Evaluate(search.gauges[0].calculator)(candidates, context)
+            gauge: Any = search.gauges[0]
+            candidates = Evaluate(gauge.calculator)(candidates, context)
         result = element(candidates, context)
         search._measuring = None
         assert isinstance(result, Batch), f"it must return a Batch, got {type(result).__name__}"
