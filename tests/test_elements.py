@@ -153,3 +153,29 @@ def test_a_model_that_is_not_there():
     search = Search(Problem("Au2", box=5.0), propose=Random(1), acquire=LCB(), evaluate=Evaluate(EMT()))
     with pytest.raises(ConfigurationError, match="no model named 'gp'"):
         search.run(1)
+
+
+def test_the_box_is_for_placed_atoms_free_template_atoms_know_no_walls():
+    from ase.build import fcc111
+    from ase.constraints import FixAtoms
+
+    slab = fcc111("Au", (2, 2, 2), vacuum=8.0, orthogonal=True, periodic=True)
+    slab.positions[4:, 2] += 0.5  # the upper layer is too high and free
+    slab.set_constraint(FixAtoms(range(4)))
+    top = slab.positions[:, 2].max()
+    box = (np.array([0, 0, top + 1.0]), np.vstack([slab.cell[0], slab.cell[1], [0, 0, 3.0]]))
+    problem = Problem.from_atoms(slab, "Ni2", box=box)
+    search = example_search(problem, steps=1)
+    asked = search.ask()
+    relaxed = Relax(EMT(), 30)(asked.refined, asked.context)
+    moved = (relaxed.positions - asked.refined.positions).reshape(len(relaxed), -1, 3)
+    assert np.all(moved[:, :4] == 0)
+    assert np.all(np.abs(moved[:, 4:8, 2]).max(axis=1) > 0.05)
+    heights = relaxed.positions.reshape(len(relaxed), -1, 3)[:, 8:, 2]
+    assert np.all(heights > top + 1.0 - 1e-9)
+    rattled = Rattle(4)(search._at(asked.context, "propose", Rattle(4)).__class__(**{
+        **asked.context.__dict__, "sample": search.data.with_columns(row=np.arange(len(search.data)))
+    }))  # fmt: skip
+    template = rattled.positions.reshape(len(rattled), -1, 3)[:, :8]
+    parents = search.data.positions.reshape(len(search.data), -1, 3)[:, :8]
+    assert all(any(np.array_equal(t, p) for p in parents) for t in template)

@@ -362,10 +362,7 @@ void Gpr::append(std::span<const double> feature, double target) {
 
   distances_.resize((n + 1) * (n + 2) / 2);
   double* d2 = distances_.data() + n * (n + 1) / 2;
-  std::vector<double> tile(4 * dimension_), tile_distances(4 * n);
-  for (std::size_t d = 0; d < dimension_; ++d) std::fill_n(&tile[4 * d], 4, feature[d]);
-  kernels.tile4.squared_distances(n, dimension_, features_.data(), tile.data(), tile_distances.data());
-  for (std::size_t i = 0; i < n; ++i) d2[i] = tile_distances[4 * i];
+  kernels.tile1.squared_distances(n, dimension_, features_.data(), feature.data(), d2);
   d2[n] = 0;
   features_.insert(features_.end(), feature.begin(), feature.end());
   targets_.push_back(target);
@@ -518,7 +515,7 @@ GprTile::GprTile(const Gpr& gpr) : dimension_(gpr.dimension_) {
 
 void GprTile::predict(const Gpr& gpr, int lanes, double kappa, Wanted wanted) {
   const LinalgKernels& kernels = linalg_kernels();
-  const TileKernels& tile = lanes == 8 ? kernels.tile8 : kernels.tile4;
+  const TileKernels& tile = lanes == 8 ? kernels.tile8 : lanes == 4 ? kernels.tile4 : kernels.tile1;
   const std::size_t n = gpr.n_;
   const double *x = gpr.features_.data(), *weights = gpr.weights_.data(), *factor = gpr.factor_.data();
   const bool sloped = wanted.gradient || wanted.gradient_sigma;

@@ -23,7 +23,7 @@ class GprTile {
   struct Wanted {
     bool sigma = false, gradient = false, gradient_sigma = false;
   };
-  /// lanes is 8 or 4; `gpr` is the one this was made for. kappa acts on the gradient only.
+  /// lanes is 8, 4 or 1; `gpr` is the one this was made for. kappa acts on the gradient only.
   void predict(const Gpr& gpr, int lanes, double kappa, Wanted wanted);
 
   const double* mean() const { return mean_; }                      // [lanes]
@@ -31,8 +31,8 @@ class GprTile {
   const double* gradient() const { return gradient_; }              // [dimension][lanes], d(mean - kappa sigma)/df
   const double* gradient_sigma() const { return gradient_sigma_; }  // [dimension][lanes], d sigma/df
 
-  /// Lanes of the next tile when `left` candidates are still to be done: 8, or 4 when at most 4 are left.
-  static int lanes_for(std::size_t left) { return left > 4 ? 8 : 4; }
+  /// Lanes of the next tile when `left` candidates are still to be done; 4 lanes cost as much as two single ones.
+  static int lanes_for(std::size_t left) { return left > 4 ? 8 : left > 1 ? 4 : 1; }
 
  private:
   struct Free {

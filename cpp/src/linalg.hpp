@@ -2,11 +2,9 @@
 // installation. Private to the core; plain structs and pointers only (this header is read by per-ISA units).
 //
 //   matrices      row-major, leading dimension `ld` >= columns; of a triangular matrix only its triangle is read
-//   tiles         `lanes` (8 or 4) candidates side by side, element i of candidate c at [i * lanes + c]. Every lane
-//   does
-//                 the same operations in the same order whatever the width, so a candidate's result does not depend on
-//                 its neighbours. One candidate alone is padded to 4 lanes, which costs the same as a scalar variant:
-//                 both are bound by the latency of one multiply-add chain per row.
+//   tiles         `lanes` (8, 4 or 1) candidates side by side, element i of candidate c at [i * lanes + c]. Every lane
+//                 does the same operations in the same order whatever the width, so a candidate's result does not
+//                 depend on its neighbours.
 #pragma once
 
 #include <cstddef>
@@ -85,7 +83,7 @@ struct LinalgKernels {
   /// two more rows of L: forward-solved right-hand sides) are treated alike. workspace: 2 n doubles.
   void (*remove_row)(std::size_t n, std::size_t row, double* factor, std::size_t ld, double* const extra[2],
                      double* workspace);
-  TileKernels tile8, tile4;
+  TileKernels tile8, tile4, tile1;
 };
 
 const LinalgKernels& linalg_kernels();  // of the instruction set in use

@@ -42,6 +42,16 @@ using NativeType = Native::Type;
 
 #define THALWEG_INLINE static inline __attribute__((always_inline))
 
+// acc + a b of scalars, rounded as the vector code rounds it. Needed in loops over one accumulator: the compiler would
+// multiply whole vectors and add their elements in order, which rounds twice.
+THALWEG_INLINE double multiply_add(double acc, double a, double b) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fma(a, b, acc);
+#else
+  return acc + a * b;
+#endif
+}
+
 // ---- exp ------------------------------------------------------------------------------------------------
 // x = n ln 2 + r, |r| <= ln 2 / 2; exp(r) by its Taylor polynomial of degree 13 (remainder 4e-18), below 1.5 ulp.
 template <int width>
@@ -521,6 +531,204 @@ struct Tile {
   static constexpr TileKernels table() { return {squared_distances, evaluate, forward, backward, combine, gradient}; }
 };
 
+// One candidate: the same operations in the same order as in a lane above, but the SIMD lanes are rows of the matrix
+// (their elements turned in registers, blocks of kTurn x kTurn) or its columns, where sums over rows allow it.
+constexpr int kTurn = kWidth < 4 ? kWidth : 4;
+using TurnVector = Vector<kTurn>;
+using TurnType = TurnVector::Type;
+
+// out[c][r] = x[r * row + c]
+THALWEG_INLINE void turned(const double* x, std::size_t row, TurnType* out) {
+  TurnType in[kTurn];
+#pragma GCC unroll 4
+  for (std::size_t r = 0; r < kTurn; ++r) in[r] = TurnVector::load(x + r * row);
+#if defined(__AVX__)
+  const TurnType a = __builtin_shufflevector(in[0], in[1], 0, 4, 2, 6);
+  const TurnType b = __builtin_shufflevector(in[0], in[1], 1, 5, 3, 7);
+  const TurnType c = __builtin_shufflevector(in[2], in[3], 0, 4, 2, 6);
+  const TurnType d = __builtin_shufflevector(in[2], in[3], 1, 5, 3, 7);
+  out[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+  out[1] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+  out[2] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+  out[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+#else
+  out[0] = __builtin_shufflevector(in[0], in[1], 0, 2);
+  out[1] = __builtin_shufflevector(in[0], in[1], 1, 3);
+#endif
+}
+
+// step(group, column vector, scalar index) for every column c < count of rows group * kTurn ..., in rising order of c.
+template <int groups, class Step>
+THALWEG_INLINE void by_columns(std::size_t count, const double* x, std::size_t row, Step step) {
+  std::size_t c = 0;
+  for (; c + kTurn <= count; c += kTurn)
+#pragma GCC unroll 4
+    for (int g = 0; g < groups; ++g) {
+      TurnType column[kTurn];
+      turned(x + static_cast<std::size_t>(g) * kTurn * row + c, row, column);
+#pragma GCC unroll 4
+      for (std::size_t k = 0; k < kTurn; ++k) step(g, column[k], c + k);
+    }
+  for (; c < count; ++c)
+#pragma GCC unroll 4
+    for (int g = 0; g < groups; ++g) {
+      double column[kTurn];
+      for (std::size_t r = 0; r < kTurn; ++r) column[r] = x[(static_cast<std::size_t>(g) * kTurn + r) * row + c];
+      step(g, TurnVector::load(column), c);
+    }
+}
+
+struct Single {
+  static constexpr int groups = 4;  // chains at once
+  static constexpr std::size_t rows = groups * kTurn;
+
+  template <int count>
+  THALWEG_INLINE void distances_of(std::size_t dimension, const double* x, const double* f, double* out) {
+    TurnType acc[count] = {};
+    by_columns<count>(dimension, x, dimension,
+                      [&](int g, TurnType column, std::size_t d) __attribute__((always_inline)) {
+                        const TurnType difference = column - f[d];
+                        acc[g] += difference * difference;
+                      });
+#pragma GCC unroll 4
+    for (int g = 0; g < count; ++g) TurnVector::store(out + g * kTurn, acc[g]);
+  }
+  static void squared_distances(std::size_t n, std::size_t dimension, const double* x, const double* f, double* out) {
+    std::size_t i = 0;
+    for (; i + rows <= n; i += rows) distances_of<groups>(dimension, x + i * dimension, f, out + i);
+    for (; i + kTurn <= n; i += kTurn) distances_of<1>(dimension, x + i * dimension, f, out + i);
+    for (; i < n; ++i) {
+      double acc = 0;
+      for (std::size_t d = 0; d < dimension; ++d) {
+        const double difference = x[i * dimension + d] - f[d];
+        acc = multiply_add(acc, difference, difference);
+      }
+      out[i] = acc;
+    }
+  }
+
+  static void evaluate(std::size_t n, const KernelTerms& terms, const double* weights, double* k, double* slope,
+                       double* mean) {
+    const KernelTerms t = terms;
+    const double long_slope = -2 * t.long_rate * t.amplitude * (1 - t.short_fraction);
+    const double short_slope = -2 * t.short_rate * t.amplitude * t.short_fraction;
+    const double total_slope = long_slope + short_slope, slope_fraction = short_slope / total_slope;
+    by_vectors(n, [=](std::size_t i, std::size_t count) {
+      const NativeType d = load_part(k + i, count);
+      const NativeType e_long = exponential<kWidth>(d * t.long_rate), e_short = exponential<kWidth>(d * t.short_rate);
+      const NativeType difference = e_short - e_long;
+      store_part(k + i, (difference * t.short_fraction + e_long) * t.amplitude, count);
+      if (slope != nullptr) store_part(slope + i, (difference * slope_fraction + e_long) * total_slope, count);
+    });
+    double acc = 0;
+    for (std::size_t i = 0; i < n; ++i) acc = multiply_add(acc, k[i], weights[i]);
+    *mean = acc;
+  }
+
+  template <int count>
+  THALWEG_INLINE void forward_rows(std::size_t i, const double* factor, std::size_t ld, double* v) {
+    TurnType acc[count];
+#pragma GCC unroll 4
+    for (int g = 0; g < count; ++g) acc[g] = TurnVector::load(v + i + static_cast<std::size_t>(g) * kTurn);
+    by_columns<count>(i, factor + i * ld, ld,
+                      [&](int g, TurnType column, std::size_t j)
+                          __attribute__((always_inline)) { acc[g] -= column * v[j]; });
+#pragma GCC unroll 4
+    for (int g = 0; g < count; ++g) TurnVector::store(v + i + static_cast<std::size_t>(g) * kTurn, acc[g]);
+    // The triangle of these rows, column by column: row r still takes its columns in rising order.
+    constexpr std::size_t size = static_cast<std::size_t>(count) * kTurn;
+    for (std::size_t s = 0; s < size; ++s) {
+      const double inverse = 1.0 / factor[(i + s) * ld + i + s], solved = v[i + s] * inverse;
+      v[i + s] = solved;
+      for (std::size_t r = s + 1; r < size; ++r)
+        v[i + r] = multiply_add(v[i + r], -factor[(i + r) * ld + i + s], solved);
+    }
+  }
+  static void forward(std::size_t n, const double* factor, std::size_t ld, double* v, double* norm) {
+    std::size_t i = 0;
+    for (; i + rows <= n; i += rows) forward_rows<groups>(i, factor, ld, v);
+    for (; i + kTurn <= n; i += kTurn) forward_rows<1>(i, factor, ld, v);
+    for (; i < n; ++i) {
+      double acc = v[i];
+      for (std::size_t j = 0; j < i; ++j) acc = multiply_add(acc, -factor[i * ld + j], v[j]);
+      const double inverse = 1.0 / factor[i * ld + i];
+      v[i] = acc * inverse;
+    }
+    if (norm == nullptr) return;
+    double acc = 0;
+    for (i = 0; i < n; ++i) acc = multiply_add(acc, v[i], v[i]);
+    *norm = acc;
+  }
+
+  static void backward(std::size_t n, const double* factor, std::size_t ld, double* v) {
+    constexpr std::size_t block = 8;
+    std::size_t end = n;
+    for (; end > 0;) {
+      const std::size_t count = end >= block ? block : 1, i = end - count;
+      const double* row = factor + i * ld;
+      for (std::size_t r = count; r-- > 0;) {
+        const double inverse = 1.0 / row[r * ld + i + r], solved = v[i + r] * inverse;
+        v[i + r] = solved;
+        for (std::size_t q = 0; q < r; ++q) v[i + q] = multiply_add(v[i + q], -row[r * ld + i + q], solved);
+      }
+      std::size_t j = 0;
+      if (count == block)
+        for (; j + kWidth <= i; j += kWidth) {
+          NativeType x = Native::load(v + j);
+#pragma GCC unroll 8
+          for (std::size_t r = block; r-- > 0;) x -= Native::load(row + r * ld + j) * v[i + r];
+          Native::store(v + j, x);
+        }
+      for (; j < i; ++j)
+        for (std::size_t r = count; r-- > 0;) v[j] = multiply_add(v[j], -row[r * ld + j], v[i + r]);
+      end = i;
+    }
+  }
+
+  static void combine(std::size_t n, const double* weights, const double* coefficient, const double* u,
+                      const double* slope, double* out) {
+    const double c = *coefficient;
+    for (std::size_t i = 0; i < n; ++i) {
+      double w = weights != nullptr ? weights[i] : 0.0;
+      if (u != nullptr) w = multiply_add(w, c, u[i]);
+      out[i] = w * slope[i];
+    }
+  }
+
+  static void gradient(std::size_t n, std::size_t dimension, const double* x, const double* f, const double* g,
+                       double* out) {
+    for (std::size_t d = 0; d < dimension; ++d) out[d] = 0;
+    constexpr std::size_t block = 8;
+    std::size_t i = 0;
+    for (; i + block <= n; i += block) {
+      const double* row = x + i * dimension;
+      std::size_t d = 0;
+      for (; d + kWidth <= dimension; d += kWidth) {
+        NativeType acc = Native::load(out + d);
+        const NativeType fd = Native::load(f + d);
+#pragma GCC unroll 8
+        for (std::size_t r = 0; r < block; ++r) {
+          const NativeType difference = Native::load(row + r * dimension + d) - fd;
+          acc += difference * g[i + r];
+        }
+        Native::store(out + d, acc);
+      }
+      for (; d < dimension; ++d)
+        for (std::size_t r = 0; r < block; ++r) {
+          const double difference = row[r * dimension + d] - f[d];
+          out[d] = multiply_add(out[d], difference, g[i + r]);
+        }
+    }
+    for (; i < n; ++i)
+      for (std::size_t d = 0; d < dimension; ++d) {
+        const double difference = x[i * dimension + d] - f[d];
+        out[d] = multiply_add(out[d], difference, g[i]);
+      }
+  }
+
+  static constexpr TileKernels table() { return {squared_distances, evaluate, forward, backward, combine, gradient}; }
+};
+
 void solve_rows_block(std::size_t m, std::size_t n, const double* factor, std::size_t ld, double* x, std::size_t x_row,
                       double* workspace) {
   for (std::size_t i = 0; i < m; i += 8) {
@@ -672,13 +880,13 @@ void remove_row(std::size_t n, std::size_t row, double* factor, std::size_t ld, 
 }  // namespace
 
 const LinalgKernels& linalg_table() {
-  static const LinalgKernels table = {multiply,        kBlockK * kBlockN + kBlockK * kBlockM,
-                                      cholesky_block,  solve_rows_block,
-                                      invert_block,    forward_one,
-                                      backward_one,    exponential_row,
-                                      kernel_row,      likelihood_row,
-                                      remove_row,      Tile<8>::table(),
-                                      Tile<4>::table()};
+  static const LinalgKernels table = {multiply,         kBlockK * kBlockN + kBlockK * kBlockM,
+                                      cholesky_block,   solve_rows_block,
+                                      invert_block,     forward_one,
+                                      backward_one,     exponential_row,
+                                      kernel_row,       likelihood_row,
+                                      remove_row,       Tile<8>::table(),
+                                      Tile<4>::table(), Single::table()};
   return table;
 }
 

@@ -1,8 +1,8 @@
 // Dense algebra against Eigen, and the law that a lane's bits do not depend on the width of its tile.
 #include <Eigen/Dense>
-#include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <memory>
 
 #include "../src/linalg.hpp"
@@ -41,6 +41,13 @@ Matrix positive_definite(std::size_t n, std::uint64_t seed) {
 double largest(const Matrix& m) { return m.cwiseAbs().maxCoeff(); }
 
 std::size_t row_of(const Matrix& m) { return static_cast<std::size_t>(m.cols()); }
+
+// Of this thread: the machine may be busy.
+double cpu_seconds() {
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
 
 }  // namespace
 
@@ -94,7 +101,8 @@ TEST(cholesky_and_inverse_match_eigen) {
       Matrix inverse = Matrix::Zero(n, n);
       linalg::inverse_from_factor(n, factor.data(), n, inverse.data(), n, scratch.data());
       lower = inverse.triangularView<Eigen::Lower>();
-      const Matrix expected_inverse = Matrix(a.inverse()).triangularView<Eigen::Lower>();
+      const Matrix whole = a.llt().solve(Matrix::Identity(a.rows(), a.rows()));
+      const Matrix expected_inverse = whole.triangularView<Eigen::Lower>();
       CLOSE(largest(lower - expected_inverse), 0.0, 1e-11);
     }
   });
@@ -134,7 +142,7 @@ TEST(exponential_is_within_one_and_a_half_units) {
 TEST(tiles_match_formulas_and_do_not_depend_on_their_width) {
   at_every_level([] {
     const LinalgKernels& kernels = linalg_kernels();
-    for (const std::size_t n : {1u, 3u, 13u, 66u}) {
+    for (const std::size_t n : {1u, 3u, 13u, 66u, 83u}) {
       const std::size_t dimension = 29;
       const Matrix x = random_matrix(n, dimension, 5), points = random_matrix(8, dimension, 6);
       const Matrix factor = positive_definite(n, 8).llt().matrixL();
@@ -158,15 +166,15 @@ TEST(tiles_match_formulas_and_do_not_depend_on_their_width) {
         return out;
       };
       const Result wide = run(kernels.tile8, 8, 0);
-      for (const std::size_t first : {0u, 4u}) {
-        const Result narrow = run(kernels.tile4, 4, first);
-        for (std::size_t lane = 0; lane < 4; ++lane) {
-          CHECK(wide.mean[first + lane] == narrow.mean[lane]);
-          CHECK(wide.norm[first + lane] == narrow.norm[lane]);
+      for (std::size_t lane = 0; lane < 8; ++lane)
+        for (const std::size_t lanes : {4u, 1u}) {
+          const std::size_t first = lane / lanes * lanes, at = lane - first;
+          const Result narrow = run(lanes == 4 ? kernels.tile4 : kernels.tile1, lanes, first);
+          CHECK(wide.mean[lane] == narrow.mean[at]);
+          CHECK(wide.norm[lane] == narrow.norm[at]);
           for (std::size_t d = 0; d < dimension; ++d)
-            CHECK(wide.gradient[d * 8 + first + lane] == narrow.gradient[d * 4 + lane]);
+            CHECK(wide.gradient[d * 8 + lane] == narrow.gradient[d * lanes + at]);
         }
-      }
       for (std::size_t lane = 0; lane < 8; ++lane) {
         Eigen::VectorXd k(n), slope(n);
         for (std::size_t i = 0; i < n; ++i) {
@@ -251,9 +259,9 @@ int main(int argc, char** argv) {
   const auto best = [](auto body) {
     double least = 1e30;
     for (int k = 0; k < 12; ++k) {
-      const auto start = std::chrono::steady_clock::now();
+      const double start = cpu_seconds();
       body();
-      least = std::min(least, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+      least = std::min(least, cpu_seconds() - start);
     }
     return least;
   };

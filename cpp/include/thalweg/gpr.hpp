@@ -11,7 +11,7 @@
 //   solved_targets_, solved_ones_  (n)  L^-1 y and L^-1 1, kept so that a new mean costs nothing
 //   weights_    (n)    alpha = (K + noise)^-1 (y - mean) = L^-T (L^-1 y - mean L^-1 1)
 //
-// Candidates are predicted in tiles of 8 (or 4) SIMD lanes, one lane a candidate: a candidate's result does not depend
+// Candidates are predicted in tiles of 8 (4, 1) SIMD lanes, one lane a candidate: a candidate's result does not depend
 // on its neighbours in the tile, so it is the same for every batch size and thread count. Squared distances are sums of
 // squared differences, never |x|^2 + |x'|^2 - 2 x.x': predictions stay smooth next to training points, wherever the
 // features' origin is. Source of the formulas: Rasmussen and Williams, Gaussian Processes for Machine Learning (2006),
