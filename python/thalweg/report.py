@@ -31,7 +31,7 @@ GREY = "#6b7280"
 # The structures of the 3D section: the best of each restart and so many more, energies at least this far apart [eV].
 MORE_STRUCTURES, DISTINCT = 100, 0.001
 
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.spines.top": False,
@@ -232,6 +232,8 @@ def _final_figure(results: Results) -> str:
     found = sorted(float(np.nanmin(e)) for e in _energies(results).values() if np.any(np.isfinite(e)))
     if len(found) < 2:
         return ""
+    from matplotlib.ticker import MaxNLocator
+
     target = results.configuration.search.target
     figure = _figure()
     axes = figure.add_subplot()
@@ -239,7 +241,7 @@ def _final_figure(results: Results) -> str:
     if target is not None:
         axes.axhline(target.energy, color=COLOURS[2], lw=1.2, ls=":", label=f"target {target.energy:g} eV")
     axes.set(xlabel="restarts, sorted", ylabel="best energy (eV)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.ticklabel_format(axis="y", useOffset=False)
     low, high = axes.get_ylim()
     if high - low < 0.01:  # differences below the accuracy of a relaxation should not look large
@@ -515,7 +517,7 @@ def _folder_section(name: str, results: Results, structures: str = "") -> str:
     if curves:
         note = (
             '<p class="quiet">Delivered: a counted evaluation has the target energy. Relaxes: an evaluated structure '
-            "has it after a relaxation in the true potential that is not counted. Bands: 95 %, exponential Greenwood.</p>"
+            "has it after a relaxation in the true potential that is not counted. Bands: 95 %.</p>"
         )
         figures.append(_panel("Restarts that have reached the target", _success_figure([(name, curves)]) + note))
     if _energies(results):
