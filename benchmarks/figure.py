@@ -1,7 +1,7 @@
 """Success curves with confidence bands from what benchmarks/search.py wrote.
 
-    python benchmarks/search.py --arm gofee --arm "basin hopping" --cap 3000 --json arms.json
-    python benchmarks/figure.py arms.json docs/success.png
+python benchmarks/search.py --arm gofee --arm "basin hopping" --cap 3000 --json arms.json
+python benchmarks/figure.py arms.json docs/success.png
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-
 from thalweg.statistics import success_curve
 
 # Okabe and Ito: told apart by colour-blind readers too
@@ -35,7 +34,14 @@ def main() -> None:
         curve = success_curve(times, [r["delivered"] is not None for r in row["restarts"]])
         x = np.append(curve.evaluations, longest)
         step = {"step": "post", "color": colour}
-        axes.fill_between(x, np.append(curve.lower, curve.lower[-1]), np.append(curve.upper, curve.upper[-1]), alpha=0.18, lw=0, **step)
+        axes.fill_between(
+            x,
+            np.append(curve.lower, curve.lower[-1]),
+            np.append(curve.upper, curve.upper[-1]),
+            alpha=0.18,
+            lw=0,
+            **step,
+        )
         median = curve.quantile(0.5)
         label = f"{row['arm']}: {row['ok']}/{row['n']}" + (f", median {median:.0f}" if np.isfinite(median) else "")
         axes.plot(x, np.append(curve.success, curve.success[-1]), drawstyle="steps-post", color=colour, label=label)

@@ -34,9 +34,7 @@ class Counted(Calculator):
     def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
         super().calculate(atoms, properties, system_changes)
         self.calls += 1
-        energies, forces = _core.evaluate(
-            self.landscape, pack(atoms.positions[None], atoms.numbers), threads=1
-        )
+        energies, forces = _core.evaluate(self.landscape, pack(atoms.positions[None], atoms.numbers), threads=1)
         self.results = {"energy": energies[0], "forces": forces}
 
 
@@ -141,9 +139,7 @@ def building():
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a quarter of the starts")
     quick = parser.parse_args().quick
     building()

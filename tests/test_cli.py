@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-
 from thalweg import campaign, cli
 from thalweg.config import Configuration
 from thalweg.store import read
@@ -203,7 +202,16 @@ def test_job_array_shares_a_folder(case, capsys):
 
 
 def test_sigterm_stops_in_good_order_and_resume_gives_the_same_rows(case, capsys):
-    own = ["--set", "calculator.name=own:Slow", "--set", "calculator.delay=0.03", "--restarts", "2", "--workers", "2"]
+    own = [
+        "--set",
+        "calculator.name=own:Slow",
+        "--set",
+        "calculator.delay=0.03",
+        "--restarts",
+        "2",
+        "--workers",
+        "2",
+    ]
     run = start("run", "case.toml", *own, "--out", "stopped")
     store = campaign.RunFolder(case / "stopped").store(0)
     wait_for(lambda: store.exists() and store.stat().st_size > 12_000)
@@ -244,7 +252,16 @@ def test_a_worker_that_dies_is_reported_and_the_others_go_on(case, capsys):
 
 
 def test_workers_end_when_their_parent_is_killed(case):
-    own = ["--set", "calculator.name=own:Slow", "--set", "calculator.delay=0.1", "--restarts", "2", "--workers", "2"]
+    own = [
+        "--set",
+        "calculator.name=own:Slow",
+        "--set",
+        "calculator.delay=0.1",
+        "--restarts",
+        "2",
+        "--workers",
+        "2",
+    ]
     run = start("run", "case.toml", *own, "--iterations", "50", "--out", "orphans", "--set", "search.steps=50")
     stores = [campaign.RunFolder(case / "orphans").store(i) for i in range(2)]
     wait_for(lambda: all(store.exists() and store.stat().st_size > 3000 for store in stores))

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from toys import PairToy
-
 from thalweg import (
-    GPR, LCB, Batch, Best, Centre, Connected, Duplicate, Evaluate, FirstOf, KMeans, LastAccepted, Metropolis,
-    MinDistance, Permute, Problem, Random, Rattle, Relax, Wrap,
+    GPR,
+    LCB,
+    Batch,
+    Best,
+    Centre,
+    Connected,
+    Duplicate,
+    Evaluate,
+    FirstOf,
+    KMeans,
+    LastAccepted,
+    Metropolis,
+    MinDistance,
+    Permute,
+    Problem,
+    Random,
+    Rattle,
+    Relax,
+    Wrap,
 )  # fmt: skip
 from thalweg.calculators import EMT
 from thalweg.errors import ConfigurationError
 from thalweg.schedule import scheduled
 from thalweg.testing import check_element, example_search
+from toys import PairToy
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +64,9 @@ def test_shipped_elements_conform(element, kind):
     check_element(element, kind)
 
 
-@pytest.mark.parametrize(("element", "kind"), [(LCB(2.0), "acquire"), (Relax(LCB(2.0), 10), "refine"), (Relax("gp", 10), "refine")])
+@pytest.mark.parametrize(
+    ("element", "kind"), [(LCB(2.0), "acquire"), (Relax(LCB(2.0), 10), "refine"), (Relax("gp", 10), "refine")]
+)
 def test_elements_on_models_conform(element, kind, with_model):
     check_element(element, kind, search=with_model())
 
@@ -136,7 +154,7 @@ def test_relax_goes_down_and_evaluate_counts_every_point():
     emt = landscape_of(EMT())
     before, _ = _core.evaluate(emt, asked.refined)
     relaxed = Relax(EMT(), 50)(asked.refined, asked.context)
-    after, forces = _core.evaluate(emt, relaxed)
+    after, _ = _core.evaluate(emt, relaxed)
     assert np.all(after < before)
     slow = Relax(PairToy(), 20)(asked.refined[:1], asked.context)
     assert not np.array_equal(slow.positions, asked.refined[:1].positions)

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 import thalweg
 
 PACKAGE = Path(thalweg.__file__).parent
@@ -84,4 +83,6 @@ def test_importing_thalweg_loads_no_heavy_package():
         "thalweg.Problem, thalweg.Search, thalweg.GPR, thalweg.KMeans, thalweg.Relax, thalweg.Evaluate\n"
         "print([name for name in ('torch', 'cupy', 'ase', 'scipy', 'matplotlib') if name in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-
 from thalweg.errors import ThalwegError
 from thalweg.statistics import best_so_far, energy_curves, first_reaching, success_curve
 

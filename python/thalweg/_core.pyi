@@ -315,9 +315,7 @@ def neighbor_pairs(batch: typing.Any, cutoff: float) -> tuple:
     Every pair (i, j, image) of one structure within the cutoff [angstrom], once: i (p,), j (p,), d (p, 3) = r_j + image - r_i, r (p,).
     """
 
-def permute(
-    batch: typing.Any, *, again: float = 0.3, key: typing.Any, first_row: int = 0, threads: int = 0
-) -> tuple:
+def permute(batch: typing.Any, *, again: float = 0.3, key: typing.Any, first_row: int = 0, threads: int = 0) -> tuple:
     """
     Swap positions of random pairs of free atoms of different species in every parent.
 

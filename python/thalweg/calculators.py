@@ -176,9 +176,7 @@ def make_calculator(name: str, **arguments: Any) -> Any:
     try:
         factory = get_calculator_class(name)
     except ImportError as error:
-        raise ConfigurationError(
-            f"ASE's calculator '{name}' needs a package that is not here: {error}"
-        ) from error
+        raise ConfigurationError(f"ASE's calculator '{name}' needs a package that is not here: {error}") from error
     return _call(name, factory, arguments)
 
 
@@ -192,9 +190,7 @@ def _factory(name: str) -> Any:
         ) from error
     factory = getattr(module, attribute, None) if attribute else None
     if not callable(factory):
-        callables = [
-            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
-        ]
+        callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ConfigurationError(
             f"the module '{module_name}' has nothing to call that is named '{attribute}'."
             f"{nearest(attribute, callables)}"
@@ -233,6 +229,5 @@ def _check_arguments(owner: str, arguments: Mapping[str, Any], known: Any) -> No
         if argument not in known:
             takes = ", ".join(sorted(known)) or "none"
             raise ConfigurationError(
-                f"'{owner}' takes no argument named '{argument}'.{nearest(argument, known)} "
-                f"It takes: {takes}."
+                f"'{owner}' takes no argument named '{argument}'.{nearest(argument, known)} It takes: {takes}."
             )

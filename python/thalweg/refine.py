@@ -45,7 +45,11 @@ class Relax:
         if not len(batch) or not steps:
             return batch
         landscape = self._landscape(ctx)
-        settings: dict[str, Any] = {"steps": steps, "force_tolerance": self.force_tolerance, "max_step": self.max_step}
+        settings: dict[str, Any] = {
+            "steps": steps,
+            "force_tolerance": self.force_tolerance,
+            "max_step": self.max_step,
+        }
         template = ctx.problem.template
         box = (*ctx.problem.box_arguments, template.atoms if template is not None else 0)
         if landscape is None:
@@ -63,7 +67,9 @@ class Relax:
         from thalweg.calculators import landscape_of
 
         if not hasattr(self.on, "calculate"):
-            raise ConfigurationError(f"Relax(on=...) takes LCB, a model's name, a landscape or a calculator, got {self.on!r}")
+            raise ConfigurationError(
+                f"Relax(on=...) takes LCB, a model's name, a landscape or a calculator, got {self.on!r}"
+            )
         return landscape_of(self.on)
 
     def _with_calculator(self, batch: Batch, settings: dict[str, Any], box: Any) -> np.ndarray:

@@ -128,7 +128,12 @@ def _legend(axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         axes.legend(
-            handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=2 if len(labels) > 1 else 1, fontsize=9
+            handles,
+            labels,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=2 if len(labels) > 1 else 1,
+            fontsize=9,
         )
 
 
@@ -194,7 +199,12 @@ def _energy_figure(results: Results) -> str:
         low, high = curves.mean - curves.standard_error, curves.mean + curves.standard_error
         axes.fill_between(curves.evaluations, low, high, step="post", color=COLOURS[0], alpha=0.2, linewidth=0)
         axes.step(
-            curves.evaluations, curves.mean, where="post", color=COLOURS[0], lw=2.4, label="mean and its standard error"
+            curves.evaluations,
+            curves.mean,
+            where="post",
+            color=COLOURS[0],
+            lw=2.4,
+            label="mean and its standard error",
         )
     if target is not None:
         axes.axhline(target.energy, color=COLOURS[2], lw=1.2, ls=":", label=f"target {target.energy:g} eV")

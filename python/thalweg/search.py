@@ -358,7 +358,11 @@ class Search:
         try:
             for i in range(len(evaluated)):
                 row = evaluated[i]
-                given = float(row.columns["energy"][0]), row.atom_columns["forces"], "" if row.ok[0] else "told as failed"
+                given = (
+                    float(row.columns["energy"][0]),
+                    row.atom_columns["forces"],
+                    "" if row.ok[0] else "told as failed",
+                )
                 columns = {name: values[0] for name, values in row.columns.items() if name not in told}
                 rows.append(self.measure(row, partial(_told, given), columns))
         finally:
@@ -391,7 +395,9 @@ class Search:
         if asked is not None:
             self._open.remove(asked)
         else:
-            context = self._context(self._asked, self.data, self._fitted, self._last, self._carry, Batch.empty(), "finish")
+            context = self._context(
+                self._asked, self.data, self._fitted, self._last, self._carry, Batch.empty(), "finish"
+            )
             batches = [
                 gauge.finish_with(self._at(context, "finish", gauge))
                 for gauge in self.gauges
@@ -399,7 +405,15 @@ class Search:
             ]
             chosen = Batch.concat(batches) if batches else Batch.empty()
             # Numbered downwards: runs of 3 and 3 iterations give the tickets that a run of 6 gives.
-            asked = Asked(-1 - self._finishes, context, Batch.empty(), chosen, np.arange(len(chosen)), len(chosen), "finish")
+            asked = Asked(
+                -1 - self._finishes,
+                context,
+                Batch.empty(),
+                chosen,
+                np.arange(len(chosen)),
+                len(chosen),
+                "finish",
+            )
             self._kept = {}
             self._enter(asked, {})
         self.tell(asked, self.evaluate(asked))
@@ -489,7 +503,13 @@ class Search:
             body = record.body
             if record.kind == "asked":
                 context = self._context(
-                    body["iteration"], self.data, {}, self._last, self._carry, self._pending_batch(), body["kind"]
+                    body["iteration"],
+                    self.data,
+                    {},
+                    self._last,
+                    self._carry,
+                    self._pending_batch(),
+                    body["kind"],
                 )
                 open_tickets[record.ticket] = body, replace(context, data=self.data[: body["horizon"]])
                 self._carry = {**self._carry, **_frozen_carry(body["kept"])}
@@ -590,7 +610,9 @@ def describe(element: Any) -> Any:
         return element.tolist()
     if hasattr(element, "implemented_properties"):  # an ASE calculator
         parameters = getattr(element, "parameters", None) or {}
-        return {type(element).__name__: {str(name): describe(value) for name, value in sorted(dict(parameters).items())}}
+        return {
+            type(element).__name__: {str(name): describe(value) for name, value in sorted(dict(parameters).items())}
+        }
     if hasattr(element, "__qualname__"):
         return f"{element.__module__}.{element.__qualname__}"
     return re.sub(r" at 0x[0-9a-f]+", "", repr(element))

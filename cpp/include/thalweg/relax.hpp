@@ -12,9 +12,9 @@ namespace thalweg {
 /// the two others.
 struct Confinement {
   bool active = false;
-  double corner[3] = {};      // angstrom
-  double vectors[9] = {};     // rows span the box, angstrom
-  std::uint8_t open[3] = {};  // 1: no walls along this vector (a periodic direction that the box fills)
+  double corner[3] = {};       // angstrom
+  double vectors[9] = {};      // rows span the box, angstrom
+  std::uint8_t open[3] = {};   // 1: no walls along this vector (a periodic direction that the box fills)
   std::size_t first_atom = 0;  // atoms before this one (a template's) know no walls when a structure is relaxed
 };
 
