@@ -75,20 +75,24 @@ from thalweg import Problem, recipes
 from thalweg.calculators import EMT
 search = recipes.gofee(Problem("Au4Ni4", cell=12.0, box=6.0), EMT(), seed=3, store=sys.argv[1], threads=1)
 print("open", flush=True)
-search.run(14 - search.iteration)
+search.run(40 - search.iteration)
 search.close()
 """
 
 
-def test_killed_with_signal_nine_and_resumed(tmp_path, straight):
+def test_killed_twenty_times_with_signal_nine_and_resumed(tmp_path):
+    """At random moments of start-up, fit, relaxation, evaluation and writing."""
     path = tmp_path / "a.journal"
-    for wait in (0.0, 0.05, 0.1, 0.15, 0.2):
+    moments = np.random.default_rng(11).uniform(0.0, 0.12, 20)
+    killed = 0
+    for wait in moments:
         process = subprocess.Popen([sys.executable, "-c", _RUN, str(path)], stdout=subprocess.PIPE, text=True)
         process.stdout.readline()
         time.sleep(wait)
         process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert same_rows(rows(store=path), straight)
+        killed += process.wait() == -signal.SIGKILL
+    assert killed >= 10  # the others had finished
+    assert same_rows(rows(40, store=path), rows(40))
 
 
 def test_failing_calculators_leave_rows_and_the_search_goes_on():
