@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from thalweg import _core
 from thalweg.descriptors import Fingerprint
 from thalweg.errors import ConfigurationError
