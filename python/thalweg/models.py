@@ -2,8 +2,8 @@
 is a landscape to relax on.
 
 A fitted model never changes; `fit(data, previous)` makes the next one, cheaply where it can, and
-`restore(data, state)` makes the same one again, bit for bit, from the few numbers in `state` and the evaluated
-structures.
+`restore(data, state)` makes the same one again, bit for bit, from the few numbers in `state` and the
+evaluated structures.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _NO_ROWS = np.zeros(0, np.int64)
 class GPR:
     """Gaussian process on a descriptor, with a pair potential as its prior mean (thesis 2.3, GOFEE).
 
-    E(x) = prior(x) + sum of atom energies + mean + GP(descriptor(x)). The hyperparameters amplitude, length_long
-    and length_short are optimised by marginal likelihood whenever the data have grown by `growth` (always below
-    `always_below` structures); in between, structures are appended to and removed from the factor in O(n^2).
+    E(x) = prior(x) + sum of atom energies + mean + GP(descriptor(x)). The hyperparameters amplitude,
+    length_long and length_short are optimised by marginal likelihood whenever the data have grown by `growth`
+    (always below `always_below` structures); in between, structures are appended to and removed from the factor in O(n^2).
 
     Parameters
     ----------
@@ -108,8 +108,8 @@ class GPR:
         previous : what `fit` or `restore` gave for a beginning of the same data; makes this call cheap.
         key : not used, nothing here is random.
 
-        Without any usable row the fitted model is the prior with a constant sigma. Raises ConfigurationError if
-        the structures differ in composition.
+        Without any usable row the fitted model is the prior with a constant sigma. Raises ConfigurationError
+        if the structures differ in composition.
         """
         rows = self._rows_to_learn(data)
         if previous is None or not previous._began(self, data):
@@ -136,7 +136,7 @@ class GPR:
         )
 
     def restore(self, data: Batch, state: Mapping[str, Array]) -> FittedGPR:
-        """The fitted model of this `.state`, bit for bit; data: at least the rows it had learned, in order."""
+        """The fitted model of this `.state`, bit for bit; data: the rows it had learned, in order."""
         factored = np.asarray(state["factored"], np.int64)
         bookkeeping = [int(x) for x in np.asarray(state["seen"])]
         if len(factored) == 0:
