@@ -38,7 +38,6 @@ def emt() -> None:
     """EMT energy + forces through the ASE calculator, against ASE's own."""
     import ase.calculators.emt
     from ase import Atoms
-
     from thalweg import Problem, _core
     from thalweg.calculators import EMT
 
@@ -89,7 +88,14 @@ def iteration() -> None:
         times = []
         for seed in range(5):
             search = recipes.gofee(
-                problem, EMT(), seed=seed, prior=prior, random={0: 10, 5: 3}, rattle={0: 0, 5: 7}, permute=0, polish_every=0
+                problem,
+                EMT(),
+                seed=seed,
+                prior=prior,
+                random={0: 10, 5: 3},
+                rattle={0: 0, 5: 7},
+                permute=0,
+                polish_every=0,
             )
             for step in search.steps(60):
                 if 36 <= step.iteration < 56:  # stages before and after the evaluation, not the evaluation itself
@@ -120,11 +126,15 @@ def store() -> None:
 def import_time() -> None:
     """`import thalweg` over `import numpy`, fresh processes."""
     code = "import time; import numpy; t = time.perf_counter(); import thalweg; print(time.perf_counter() - t)"
-    times = [float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout) for _ in range(9)]
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout) for _ in range(9)
+    ]
     report("import thalweg, over import numpy", 1e3 * statistics.median(times), "ms", 50)
 
 
-def report(name: str, value: float, unit: str, target: float | None = None, *, more: bool = False, note: str = "") -> None:
+def report(
+    name: str, value: float, unit: str, target: float | None = None, *, more: bool = False, note: str = ""
+) -> None:
     """One line."""
     verdict = ""
     if target is not None:

@@ -103,7 +103,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problem", action="append", choices=sorted(MINIMA))
     parser.add_argument("--arm", action="append", choices=sorted(ARMS))
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="options of the recipe, as JSON")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="options of the recipe, as JSON"
+    )
     parser.add_argument("--restarts", type=int, default=40)
     parser.add_argument("--cap", type=int, default=400, help="true evaluations per restart")
     parser.add_argument("--seed", type=int, default=0, help="of the first restart")
@@ -120,7 +122,9 @@ def main() -> None:
         if isinstance(extra[name], dict):
             extra[name] = {int(first): number for first, number in extra[name].items()}
     rows = []
-    print(f"{'problem':8s} {'arm':34s} {'ok/n':>7s} {'median':>7s} {'mean':>8s} {'by 50/100/150/400':>18s} {'ms/it':>6s}")
+    print(
+        f"{'problem':8s} {'arm':34s} {'ok/n':>7s} {'median':>7s} {'mean':>8s} {'by 50/100/150/400':>18s} {'ms/it':>6s}"
+    )
     for formula in arguments.problem or ["Au4Ni4"]:
         for arm in arguments.arm or ["gofee"]:
             options = {**ARMS[arm], **extra}

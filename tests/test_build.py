@@ -89,9 +89,7 @@ def test_random_atoms_on_a_slab(slab):
 def test_statistics_of_dimers():
     n = 20000
     wide = (-500 * np.ones(3), 1000 * np.eye(3), NO_PBC)
-    positions, _ = _core.random_structures(
-        [79, 28], 12 * np.eye(3), NO_PBC, *NO_TEMPLATE, box=wide, count=n, key=KEY
-    )
+    positions, _ = _core.random_structures([79, 28], 12 * np.eye(3), NO_PBC, *NO_TEMPLATE, box=wide, count=n, key=KEY)
     d = positions[:, 1] - positions[:, 0]
     r = np.linalg.norm(d, axis=1)
     direction = d / r[:, None]
@@ -187,7 +185,5 @@ def test_bad_input_is_named(slab):
         place(AU4NI4, large, NO_PBC, slab.positions[:4], slab.numbers, box=cube(6), count=1, key=KEY)
     with pytest.raises(_core.CoreError, match="atomic number 0"):
         place([0], large, NO_PBC, *NO_TEMPLATE, box=cube(6), count=1, key=KEY)
-    crowded, ok = place(
-        np.full(8, 79), large, NO_PBC, *NO_TEMPLATE, box=cube(2.6), count=5, key=KEY, tries_per_atom=3
-    )
+    crowded, ok = place(np.full(8, 79), large, NO_PBC, *NO_TEMPLATE, box=cube(2.6), count=5, key=KEY, tries_per_atom=3)
     assert not ok.any() and np.isfinite(crowded).all()  # rows that fail are rows

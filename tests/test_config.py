@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 import pytest
-
 from thalweg.config import Configuration, parse_override, recipe_options, typed_options
 from thalweg.errors import ConfigurationError
 
@@ -130,7 +129,12 @@ def test_overrides_use_toml_values_and_win(tmp_path):
     path = write(tmp_path, MINIMAL + "\n[search]\ntarget = {energy = 1.0}\n")
     configuration = Configuration.load(
         path,
-        overrides=["search.seed=7", "search.method=basin_hopping", "search.target.stop=true", "problem.cell=[9, 9, 9]"],
+        overrides=[
+            "search.seed=7",
+            "search.method=basin_hopping",
+            "search.target.stop=true",
+            "problem.cell=[9, 9, 9]",
+        ],
     )
     assert configuration.search.seed == 7 and configuration.search.method == "basin_hopping"
     assert configuration.search.target.stop and configuration.search.target.energy == 1.0
@@ -167,7 +171,11 @@ def test_options_are_checked_against_the_signature_of_any_recipe(monkeypatch):
     monkeypatch.setitem(recipes.RECIPES, "custom", custom)
     assert recipe_options("custom") == {"weights": [0.5, 0.5], "mode": "safe"}
     plain = recipe_options("custom", {"schedule": {"0": 10, "5": 3}, "weights": [1, 2]})
-    assert typed_options("custom", plain) == {"weights": (1.0, 2.0), "mode": "safe", "schedule": {0: 10, 5: 3}}
+    assert typed_options("custom", plain) == {
+        "weights": (1.0, 2.0),
+        "mode": "safe",
+        "schedule": {0: 10, 5: 3},
+    }
     for given, words in [
         ({"weights": [1, 2, 3]}, ["weights", "[a number, a number]"]),
         ({"mode": "slow"}, ["mode", '"fast" or "safe"', '"slow"']),

@@ -83,8 +83,7 @@ def numpy_fingerprint(atoms: Atoms, settings: Fingerprint) -> np.ndarray:
     reach = s.cutoff_radial + s.n_sigma * s.sigma_radial
     heights = volume / np.linalg.norm(np.cross(atoms.cell[[1, 2, 0]], atoms.cell[[2, 0, 1]]), axis=1)
     images = [
-        range(-int(reach / h) - 2, int(reach / h) + 3) if p else (0,)
-        for p, h in zip(atoms.pbc, heights, strict=True)
+        range(-int(reach / h) - 2, int(reach / h) + 3) if p else (0,) for p, h in zip(atoms.pbc, heights, strict=True)
     ]
     neighbors = [
         [
@@ -103,11 +102,7 @@ def numpy_fingerprint(atoms: Atoms, settings: Fingerprint) -> np.ndarray:
     wide = turn * np.arange(-s.angular_bins, 2 * s.angular_bins + 1)
 
     def cutoff(r):
-        return (
-            1
-            + s.gamma * (r / s.cutoff_angular) ** (s.gamma + 1)
-            - (s.gamma + 1) * (r / s.cutoff_angular) ** s.gamma
-        )
+        return 1 + s.gamma * (r / s.cutoff_angular) ** (s.gamma + 1) - (s.gamma + 1) * (r / s.cutoff_angular) ** s.gamma
 
     for i in range(n):
         for number, d in neighbors[i]:
@@ -208,8 +203,7 @@ def test_jacobian_is_the_derivative(name):
         direction /= np.linalg.norm(direction)
         h = 3e-4
         numeric = (
-            8 * (moved(direction, h) - moved(direction, -h))
-            - (moved(direction, 2 * h) - moved(direction, -2 * h))
+            8 * (moved(direction, h) - moved(direction, -h)) - (moved(direction, 2 * h) - moved(direction, -2 * h))
         ) / (12 * h)
         analytic = np.einsum("mk,mkd->d", direction, jacobian)
         assert np.abs(numeric - analytic).max() < 1e-8 * np.abs(jacobian).max()

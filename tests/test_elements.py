@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from toys import PairToy
-
 from thalweg import (
-    GPR, LCB, Batch, Best, Centre, Connected, Duplicate, Evaluate, FirstOf, KMeans, LastAccepted, Metropolis,
-    MinDistance, Permute, Problem, Random, Rattle, Relax, Wrap,
+    GPR,
+    LCB,
+    Batch,
+    Best,
+    Centre,
+    Connected,
+    Duplicate,
+    Evaluate,
+    FirstOf,
+    KMeans,
+    LastAccepted,
+    Metropolis,
+    MinDistance,
+    Permute,
+    Problem,
+    Random,
+    Rattle,
+    Relax,
+    Wrap,
 )  # fmt: skip
 from thalweg.calculators import EMT
 from thalweg.errors import ConfigurationError
 from thalweg.schedule import scheduled
 from thalweg.testing import check_element, example_search
+from toys import PairToy
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +64,9 @@ def test_shipped_elements_conform(element, kind):
     check_element(element, kind)
 
 
-@pytest.mark.parametrize(("element", "kind"), [(LCB(2.0), "acquire"), (Relax(LCB(2.0), 10), "refine"), (Relax("gp", 10), "refine")])
+@pytest.mark.parametrize(
+    ("element", "kind"), [(LCB(2.0), "acquire"), (Relax(LCB(2.0), 10), "refine"), (Relax("gp", 10), "refine")]
+)
 def test_elements_on_models_conform(element, kind, with_model):
     check_element(element, kind, search=with_model())
 
@@ -136,7 +154,7 @@ def test_relax_goes_down_and_evaluate_counts_every_point():
     emt = landscape_of(EMT())
     before, _ = _core.evaluate(emt, asked.refined)
     relaxed = Relax(EMT(), 50)(asked.refined, asked.context)
-    after, forces = _core.evaluate(emt, relaxed)
+    after, _ = _core.evaluate(emt, relaxed)
     assert np.all(after < before)
     slow = Relax(PairToy(), 20)(asked.refined[:1], asked.context)
     assert not np.array_equal(slow.positions, asked.refined[:1].positions)
@@ -153,3 +171,29 @@ def test_a_model_that_is_not_there():
     search = Search(Problem("Au2", box=5.0), propose=Random(1), acquire=LCB(), evaluate=Evaluate(EMT()))
     with pytest.raises(ConfigurationError, match="no model named 'gp'"):
         search.run(1)
+
+
+def test_the_box_is_for_placed_atoms_free_template_atoms_know_no_walls():
+    from ase.build import fcc111
+    from ase.constraints import FixAtoms
+
+    slab = fcc111("Au", (2, 2, 2), vacuum=8.0, orthogonal=True, periodic=True)
+    slab.positions[4:, 2] += 0.5  # the upper layer is too high and free
+    slab.set_constraint(FixAtoms(range(4)))
+    top = slab.positions[:, 2].max()
+    box = (np.array([0, 0, top + 1.0]), np.vstack([slab.cell[0], slab.cell[1], [0, 0, 3.0]]))
+    problem = Problem.from_atoms(slab, "Ni2", box=box)
+    search = example_search(problem, steps=1)
+    asked = search.ask()
+    relaxed = Relax(EMT(), 30)(asked.refined, asked.context)
+    moved = (relaxed.positions - asked.refined.positions).reshape(len(relaxed), -1, 3)
+    assert np.all(moved[:, :4] == 0)
+    assert np.all(np.abs(moved[:, 4:8, 2]).max(axis=1) > 0.05)
+    heights = relaxed.positions.reshape(len(relaxed), -1, 3)[:, 8:, 2]
+    assert np.all(heights > top + 1.0 - 1e-9)
+    rattled = Rattle(4)(search._at(asked.context, "propose", Rattle(4)).__class__(**{
+        **asked.context.__dict__, "sample": search.data.with_columns(row=np.arange(len(search.data)))
+    }))  # fmt: skip
+    template = rattled.positions.reshape(len(rattled), -1, 3)[:, :8]
+    parents = search.data.positions.reshape(len(search.data), -1, 3)[:, :8]
+    assert all(any(np.array_equal(t, p) for p in parents) for t in template)

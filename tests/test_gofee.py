@@ -10,12 +10,11 @@ import time
 import numpy as np
 import pytest
 from ase.build import fcc111
-from toys import PairToy, same_rows
-
 from thalweg import Problem, StopAt, recipes
 from thalweg.calculators import EMT
 from thalweg.errors import ConfigurationError
 from thalweg.records import FAILED
+from toys import PairToy, same_rows
 
 PROBLEM = Problem("Au4Ni4", cell=12.0, box=6.0)
 
@@ -152,5 +151,3 @@ def test_isa_levels_agree_closely_and_each_is_deterministic():
                 assert same_rows(rows(3), rows(3))
     finally:
         _core.force_isa(before)
-
-

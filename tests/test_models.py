@@ -35,9 +35,7 @@ def random_batch(count, seed, *, numbers=(28, 28, 28, 79, 79, 79), periodic=Fals
         np.zeros((count * n, 3), bool),
     )
     energy, forces = _core.evaluate(_core.Emt(), batch)
-    return batch.with_columns(energy=energy, status=np.zeros(count, np.uint8)).with_atom_columns(
-        forces=forces
-    )
+    return batch.with_columns(energy=energy, status=np.zeros(count, np.uint8)).with_atom_columns(forces=forces)
 
 
 def test_gp_matches_scikit_learn():
@@ -88,9 +86,7 @@ def test_optimise_is_no_worse_than_scikit_learn():
     ).fit(x, y - y.mean())
     gpr = _core.Gpr(
         3,
-        _core.Kernel(
-            amplitude=1, length_long=1, length_short=0.01, weight_long=1, weight_short=0, noise=1e-4
-        ),
+        _core.Kernel(amplitude=1, length_long=1, length_short=0.01, weight_long=1, weight_short=0, noise=1e-4),
     )
     gpr.fit(x, y)
     best = gpr.optimise(
@@ -128,10 +124,7 @@ def test_restore_gives_the_same_bits(max_rows):
     assert max(sizes) > 2  # some were appended, not refitted
     if max_rows == 22:
         assert np.any(fitted.state["operations"] < 0) or max(sizes) > 3
-        assert (
-            data.columns["energy"][fitted.rows].max()
-            <= np.sort(energy[np.isfinite(energy) & (status == 0)])[21]
-        )
+        assert data.columns["energy"][fitted.rows].max() <= np.sort(energy[np.isfinite(energy) & (status == 0)])[21]
     # A fit from the start of the restored model goes on as the straight one does.
     again = model.restore(data, fitted.state)
     longer = Batch.concat([data, random_batch(1, 5)])
@@ -152,9 +145,7 @@ def test_appended_model_equals_a_fresh_one():
         np.testing.assert_allclose(one, two, rtol=0, atol=1e-10 * np.abs(two).max())
     # Other data at the same rows: nothing is taken over.
     moved = data.with_positions(data.positions + 0.01).with_columns(energy=data.columns["energy"] + 1)
-    np.testing.assert_array_equal(
-        model.fit(moved, grown).predict(other)[0], model.fit(moved).predict(other)[0]
-    )
+    np.testing.assert_array_equal(model.fit(moved, grown).predict(other)[0], model.fit(moved).predict(other)[0])
 
 
 def test_learns_and_its_landscapes_agree():
@@ -169,9 +160,7 @@ def test_learns_and_its_landscapes_agree():
     assert 0.3 < np.sqrt(np.mean(((energy - truth) / sigma) ** 2)) < 3  # sigma is the size of the errors
     lcb, lcb_forces = _core.evaluate(fitted.landscape(2.0), other)
     np.testing.assert_allclose(lcb, energy - 2 * sigma, rtol=1e-12)
-    np.testing.assert_allclose(
-        lcb_forces, forces - 2 * sigma_forces, rtol=0, atol=1e-9 * np.abs(forces).max()
-    )
+    np.testing.assert_allclose(lcb_forces, forces - 2 * sigma_forces, rtol=0, atol=1e-9 * np.abs(forces).max())
     assert fitted.landscape(2.0) is fitted.landscape(2.0)
     for threads in (1, 2):
         np.testing.assert_array_equal(fitted.predict(other, threads=threads)[0], energy)
@@ -201,9 +190,7 @@ def test_forces_are_the_derivative_for_every_prior(prior):
     h = 1e-4
     slope = (8 * (energies(h) - energies(-h)) - (energies(2 * h) - energies(-2 * h))) / (12 * h)
     expected = -(forces * direction).reshape(2, -1).sum(1)
-    np.testing.assert_allclose(
-        slope, expected, rtol=0, atol=1e-8 * np.abs(forces).max() * np.abs(direction).sum()
-    )
+    np.testing.assert_allclose(slope, expected, rtol=0, atol=1e-8 * np.abs(forces).max() * np.abs(direction).sum())
 
 
 def test_without_data_the_model_is_its_prior():

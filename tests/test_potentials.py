@@ -214,17 +214,13 @@ def test_priors_have_two_continuous_derivatives():
         force = forces[1::2, 0]
         curvature = np.diff(force) / 1e-3
         scale = np.abs(curvature)[:-1] + np.abs(curvature)[1:] + 1.0
-        assert (
-            np.abs(np.diff(curvature) / scale).max() < 0.05
-        )  # a kink of the force would be a jump of order 1
+        assert np.abs(np.diff(curvature) / scale).max() < 0.05  # a kink of the force would be a jump of order 1
         assert energies[-1] == 0 and np.all(np.isfinite(energies))
 
 
 def test_repulsion_always_rises_inwards():
     r = np.arange(0.05, 2.9, 0.01)
-    _, forces = _core.evaluate(
-        _core.PairPrior("repulsive"), pack([Atoms("Au2", [[0, 0, 0], [x, 0, 0]]) for x in r])
-    )
+    _, forces = _core.evaluate(_core.PairPrior("repulsive"), pack([Atoms("Au2", [[0, 0, 0], [x, 0, 0]]) for x in r]))
     assert np.all(forces[1::2, 0] > 0)
 
 
@@ -260,9 +256,7 @@ def test_laws(which):
 @pytest.mark.parametrize("which", landscapes())
 def test_the_same_bits_for_any_batch_and_number_of_threads(which):
     landscape = landscapes()[which]
-    structures = [
-        CASES[name] for name in ["Au4Ni4", "slab", "bulk Cu", "molecule", "skewed [True, True, True]"]
-    ] * 5
+    structures = [CASES[name] for name in ["Au4Ni4", "slab", "bulk Cu", "molecule", "skewed [True, True, True]"]] * 5
     batch = pack(structures)
     energies, forces = _core.evaluate(landscape, batch, threads=1)
     for threads in (2, 3, 8):

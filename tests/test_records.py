@@ -5,7 +5,6 @@ import pytest
 from ase import Atoms
 from ase.build import fcc111
 from ase.constraints import FixAtoms, FixedLine, FixedPlane
-
 from thalweg.errors import ConfigurationError, nearest
 from thalweg.randomness import Key
 from thalweg.records import Batch, Problem, parse_symbols

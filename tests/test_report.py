@@ -11,7 +11,6 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-
 from thalweg import campaign
 from thalweg.config import Configuration
 from thalweg.errors import ThalwegError
@@ -37,7 +36,12 @@ def make_folder(path, *, restarts=6, target=True, seed=0, symbols="Au4Ni4", meth
         if index % 2 == 0:
             values[25 + index] = TARGET + 0.0005
         values[3] = np.nan
-        meta = {"problem": problem.to_json(), "configuration": "{}", "seed": str(seed + index), "build": "test"}
+        meta = {
+            "problem": problem.to_json(),
+            "configuration": "{}",
+            "seed": str(seed + index),
+            "build": "test",
+        }
         with Store(folder.store(index), meta, sync="grouped") as store:
             for k, energy in enumerate(values):
                 failed = bool(np.isnan(energy))
@@ -55,7 +59,10 @@ def make_folder(path, *, restarts=6, target=True, seed=0, symbols="Au4Ni4", meth
                 reason = "RuntimeError: <did not> converge" if failed else ""
                 store.append("evaluation", k, {"row": row, "reason": reason}, timing={"evaluate": 0.01})
                 store.append(
-                    "told", k, {"kind": "search", "columns": {}, "kept": {}}, timing={"propose": 0.02, "evaluate": 0.01}
+                    "told",
+                    k,
+                    {"kind": "search", "columns": {}, "kept": {}},
+                    timing={"propose": 0.02, "evaluate": 0.01},
                 )
         energies[index] = values
     return energies
@@ -75,9 +82,15 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags[tag] = self.tags.get(tag, 0) + 1
         for name, value in attributes:
-            if name in ("src", "href", "xlink:href", "action", "data", "poster", "srcset") and not value.startswith(
-                "#"
-            ):
+            if name in (
+                "src",
+                "href",
+                "xlink:href",
+                "action",
+                "data",
+                "poster",
+                "srcset",
+            ) and not value.startswith("#"):
                 self.loaded.append((tag, name, value[:80]))
         if tag not in self.VOID:
             self.open.append(tag)
@@ -115,7 +128,14 @@ def test_one_folder(folders):
     styles = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
     assert styles and not any("url(" in style or "@import" in style for style in styles)
     assert page.tags["svg"] == 4
-    for words in ["Au4Ni4", "random_search", "emt", "true evaluations", "best energy (eV)", "Median evaluations"]:
+    for words in [
+        "Au4Ni4",
+        "random_search",
+        "emt",
+        "true evaluations",
+        "best energy (eV)",
+        "Median evaluations",
+    ]:
         assert words in page.words or words in text
     lowest = min(np.nanmin(values) for values in energies.values())
     assert f"{lowest:.4f} eV" in page.words

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from toys import Nudge, PairToy, Scatter, closeness, same_rows
-
 from thalweg.errors import ConfigurationError, Stop, ThalwegError
 from thalweg.evaluate import Evaluate, Metropolis
 from thalweg.records import FAILED, OK, REJECTED, Batch, Problem
 from thalweg.search import Search
 from thalweg.select import Best, LastAccepted
+from toys import Nudge, PairToy, Scatter, closeness, same_rows
 
 PROBLEM = Problem("Cu4", cell=12.0, box=6.0)
 
@@ -92,7 +91,9 @@ def test_draws_do_not_depend_on_other_stages_observers_or_counts():
 
 def test_a_failed_gauge_lets_the_next_candidate_pass():
     def picky(batch: Batch, ctx) -> Batch:
-        return batch.with_columns(status=np.where(batch.columns["candidate"] == asked_first[0], REJECTED, OK).astype(np.uint8))
+        return batch.with_columns(
+            status=np.where(batch.columns["candidate"] == asked_first[0], REJECTED, OK).astype(np.uint8)
+        )
 
     asked_first = [-1]
     search = make(evaluate=[picky, Evaluate(PairToy())], propose=Scatter(4))
@@ -195,9 +196,16 @@ def test_no_global_random_state():
 
     import thalweg
 
-    pattern = re.compile(r"np\.random\.(?!Generator|Philox|default_rng|SeedSequence|get_state)\w+|^\s*(import random|from random)", re.M)
+    pattern = re.compile(
+        r"np\.random\.(?!Generator|Philox|default_rng|SeedSequence|get_state)\w+|^\s*(import random|from random)",
+        re.M,
+    )
     for path in Path(thalweg.__file__).parent.glob("*.py"):
         assert not pattern.search(path.read_text()), path
     source = Path(__file__).parents[1]
-    for path in [*source.glob("cpp/src/*"), *source.glob("cpp/include/thalweg/*"), *source.glob("python/bindings/*")]:
+    for path in [
+        *source.glob("cpp/src/*"),
+        *source.glob("cpp/include/thalweg/*"),
+        *source.glob("python/bindings/*"),
+    ]:
         assert not re.search(r"\b(s?rand\(|random_device|mt19937)", path.read_text()), path

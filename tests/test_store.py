@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random as stdlib_random  # only to choose when to kill; nothing in the package may use it
 import signal
@@ -13,12 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_search import PROBLEM, make
-from toys import PairToy, Scatter, same_rows
-
 from thalweg.errors import StoreError
 from thalweg.evaluate import Evaluate
 from thalweg.records import Problem
 from thalweg.store import Store, decode, encode, open_runs, read
+from toys import PairToy, Scatter, same_rows
 
 HERE = Path(__file__).parent
 
@@ -31,7 +31,11 @@ def straight(steps: int, **settings):
 
 def test_bodies_survive_exactly():
     data = straight(2)
-    values = {"row": data, "numbers": [1, 2.5, "x", None, True], "carry": {"a": np.arange(3), "b": {"c": np.float64(0.1)}}}
+    values = {
+        "row": data,
+        "numbers": [1, 2.5, "x", None, True],
+        "carry": {"a": np.arange(3), "b": {"c": np.float64(0.1)}},
+    }
     again = decode(encode(values))
     assert same_rows(again["row"], data)
     assert again["numbers"] == values["numbers"]
@@ -49,10 +53,8 @@ def test_malformed_bodies_never_crash():
         for _ in range(rng.integers(1, 6)):
             if cut:
                 cut[rng.integers(min(len(cut), 400))] = rng.integers(256)
-        try:
+        with contextlib.suppress(StoreError, ValueError):  # ConfigurationError of a batch that does not fit is one
             decode(bytes(cut))
-        except (StoreError, ValueError):  # ConfigurationError of a batch that does not fit is a ValueError
-            pass
 
 
 def test_resume_between_steps(tmp_path):
@@ -107,7 +109,8 @@ def test_another_search_is_refused(tmp_path):
 def test_the_second_process_gets_a_clear_error(tmp_path):
     with make(tmp_path / "a.journal") as search:
         search.run(1)
-        code = f"import sys; sys.path[:0] = {[str(HERE)]}\nfrom test_search import make\nmake({str(tmp_path / 'a.journal')!r})"
+        path = str(tmp_path / "a.journal")
+        code = f"import sys; sys.path[:0] = {[str(HERE)]}\nfrom test_search import make\nmake({path!r})"
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert result.returncode != 0
         assert f"is being written by process {os.getpid()}" in result.stderr

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from ase.calculators.calculator import Calculator, all_changes
-
 from thalweg.records import Batch, Context
 
 
@@ -38,7 +37,10 @@ class PairToy(Calculator):
         r = np.sqrt((d**2).sum(-1) + np.eye(len(x)))
         e = np.exp(-1.5 * (r - 2.5)) * (1 - np.eye(len(x)))
         slope = 1.5 * 2 * (e - e * e)
-        self.results = {"energy": 0.5 * (e * e - 2 * e).sum(), "forces": -(slope / r)[..., None].__mul__(d).sum(1)}
+        self.results = {
+            "energy": 0.5 * (e * e - 2 * e).sum(),
+            "forces": -(slope / r)[..., None].__mul__(d).sum(1),
+        }
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ class Nudge:
             return Batch.empty()
         rows = ctx.key.rng().integers(len(ctx.sample), size=self.count)
         parents = ctx.sample.take(rows)
-        noise = np.concatenate([ctx.key.fold(k).rng().normal(0, 0.2, (n, 3)) for k, n in enumerate(np.diff(parents.offsets))])
+        noise = np.concatenate(
+            [ctx.key.fold(k).rng().normal(0, 0.2, (n, 3)) for k, n in enumerate(np.diff(parents.offsets))]
+        )
         return parents.with_positions(parents.positions + noise).with_columns(parent=parents.columns["row"])
 
 

@@ -17,13 +17,13 @@ namespace thalweg {
 namespace {
 
 // Cordero et al. 2008, in angstrom; index = atomic number. Carbon sp3, low-spin Mn, Fe, Co: as in ASE.
-constexpr double kCovalentRadii[] = {
-    0.2,  0.31, 0.28, 1.28, 0.96, 0.84, 0.76, 0.71, 0.66, 0.57, 0.58, 1.66, 1.41, 1.21, 1.11, 1.07, 1.05,
-    1.02, 1.06, 2.03, 1.76, 1.70, 1.60, 1.53, 1.39, 1.39, 1.32, 1.26, 1.24, 1.32, 1.22, 1.22, 1.20, 1.19,
-    1.20, 1.20, 1.16, 2.20, 1.95, 1.90, 1.75, 1.64, 1.54, 1.47, 1.46, 1.42, 1.39, 1.45, 1.44, 1.42, 1.39,
-    1.39, 1.38, 1.39, 1.40, 2.44, 2.15, 2.07, 2.04, 2.03, 2.01, 1.99, 1.98, 1.98, 1.96, 1.94, 1.92, 1.92,
-    1.89, 1.90, 1.87, 1.87, 1.75, 1.70, 1.62, 1.51, 1.44, 1.41, 1.36, 1.36, 1.32, 1.45, 1.46, 1.48, 1.40,
-    1.50, 1.50, 2.60, 2.21, 2.15, 2.06, 2.00, 1.96, 1.90, 1.87, 1.80, 1.69};
+constexpr double kCovalentRadii[] = {0.2,  0.31, 0.28, 1.28, 0.96, 0.84, 0.76, 0.71, 0.66, 0.57, 0.58, 1.66, 1.41, 1.21,
+                                     1.11, 1.07, 1.05, 1.02, 1.06, 2.03, 1.76, 1.70, 1.60, 1.53, 1.39, 1.39, 1.32, 1.26,
+                                     1.24, 1.32, 1.22, 1.22, 1.20, 1.19, 1.20, 1.20, 1.16, 2.20, 1.95, 1.90, 1.75, 1.64,
+                                     1.54, 1.47, 1.46, 1.42, 1.39, 1.45, 1.44, 1.42, 1.39, 1.39, 1.38, 1.39, 1.40, 2.44,
+                                     2.15, 2.07, 2.04, 2.03, 2.01, 1.99, 1.98, 1.98, 1.96, 1.94, 1.92, 1.92, 1.89, 1.90,
+                                     1.87, 1.87, 1.75, 1.70, 1.62, 1.51, 1.44, 1.41, 1.36, 1.36, 1.32, 1.45, 1.46, 1.48,
+                                     1.40, 1.50, 1.50, 2.60, 2.21, 2.15, 2.06, 2.00, 1.96, 1.90, 1.87, 1.80, 1.69};
 
 constexpr const char* kSymbols[] = {
     "X",  "H",  "He", "Li", "Be", "B",  "C",  "N",  "O",  "F",  "Ne", "Na", "Mg", "Al", "Si", "P",  "S",
@@ -144,9 +144,11 @@ const char* chemical_symbol(std::int32_t number) {
 void BatchView::check() const {
   if (offsets.empty()) throw Error("a batch needs offsets of length n + 1, but they are empty");
   const std::size_t n = size();
-  if (offsets.front() != 0) throw Error("offsets must start at 0, but they start at " + std::to_string(offsets.front()));
+  if (offsets.front() != 0)
+    throw Error("offsets must start at 0, but they start at " + std::to_string(offsets.front()));
   for (std::size_t i = 0; i < n; ++i)
-    if (offsets[i + 1] < offsets[i]) throw Error("offsets must not fall, but they do after structure " + std::to_string(i));
+    if (offsets[i + 1] < offsets[i])
+      throw Error("offsets must not fall, but they do after structure " + std::to_string(i));
   const std::size_t m = static_cast<std::size_t>(offsets.back());
   const auto expect = [](const char* name, std::size_t wanted, std::size_t came) {
     if (wanted != came)

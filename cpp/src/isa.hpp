@@ -3,8 +3,8 @@
 // A per-ISA unit (*_isa.cpp) is compiled once per level with THALWEG_ISA = isa_v2 | isa_v3 | isa_v4 and defines
 //     namespace thalweg::THALWEG_ISA { const FooKernels& foo_kernels() { ... } }
 // RULE for those units: raw pointers and functions with internal linkage (anonymous namespace) only; no STL containers,
-// no Eigen, no inline functions of shared headers beyond <cmath>/<cstdint>: the linker merges equal weak symbols, and an
-// AVX-512 copy in generic code is a crash on another machine.
+// no Eigen, no inline functions of shared headers beyond <cmath>/<cstdint>: the linker merges equal weak symbols, and
+// an AVX-512 copy in generic code is a crash on another machine.
 #pragma once
 
 namespace thalweg {
@@ -23,16 +23,19 @@ IsaLevel isa_level() noexcept;  // core.cpp
 #else
 #define THALWEG_IF_V4(code)
 #endif
-#define THALWEG_DISPATCH(Table, function)                                   \
-  namespace isa_v2 { const Table& function(); }                             \
-  THALWEG_IF_V3(namespace isa_v3 { const Table& function(); })              \
-  THALWEG_IF_V4(namespace isa_v4 { const Table& function(); })              \
-  static inline const Table& function() {                                   \
-    switch (isa_level()) {                                                  \
-      THALWEG_IF_V4(case IsaLevel::v4 : return isa_v4::function();)         \
-      THALWEG_IF_V3(case IsaLevel::v3 : return isa_v3::function();)         \
-      default: return isa_v2::function();                                   \
-    }                                                                       \
+#define THALWEG_DISPATCH(Table, function)                           \
+  namespace isa_v2 {                                                \
+  const Table& function();                                          \
+  }                                                                 \
+  THALWEG_IF_V3(namespace isa_v3 { const Table& function(); })      \
+  THALWEG_IF_V4(namespace isa_v4 { const Table& function(); })      \
+  static inline const Table& function() {                           \
+    switch (isa_level()) {                                          \
+      THALWEG_IF_V4(case IsaLevel::v4 : return isa_v4::function();) \
+      THALWEG_IF_V3(case IsaLevel::v3 : return isa_v3::function();) \
+      default:                                                      \
+        return isa_v2::function();                                  \
+    }                                                               \
   }
 
 }  // namespace thalweg

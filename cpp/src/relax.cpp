@@ -204,7 +204,7 @@ struct Minimiser::Touching {
 };
 
 Minimiser::Minimiser(const RelaxSettings& settings, const StructureView& start, const Confinement& confinement)
-    : settings_(settings), walls_(confinement), n_(start.n) {
+    : settings_(settings), walls_(confinement), n_(start.n), first_(confinement.first_atom) {
   const auto need = [](bool good, const char* what, double came) {
     if (!good) throw Error(std::string("relaxation needs ") + what + ", but it is " + std::to_string(came));
   };
@@ -245,6 +245,7 @@ void Minimiser::add_wall(Touching& walls, std::size_t atom, int k, double sign, 
 
 Minimiser::Touching Minimiser::touching(std::size_t atom, const double* x) const {
   Touching out;
+  if (atom < first_) return out;
   for (int k = 0; k < 3; ++k) {
     if (walls_.open[k]) continue;
     const double h = walls_.height(k, x);
@@ -433,7 +434,7 @@ void Minimiser::limit_direction() {
 void Minimiser::place_trial() {
   for (std::size_t i = 0; i < 3 * n_; ++i) trial_[i] = best_[i] + scale_ * direction_[i] * free_[i];
   if (!walls_.active) return;
-  for (std::size_t a = 0; a < n_; ++a)
+  for (std::size_t a = first_; a < n_; ++a)
     if (walls_.outside(trial_.data() + 3 * a) > 0) confine(a, best_.data() + 3 * a, trial_.data() + 3 * a);
 }
 

@@ -9,12 +9,12 @@
 
 namespace thalweg::bindings {
 
-/// None, or (corner (3,), vectors (3, 3), open (3,) bool).
+/// None, or (corner (3,), vectors (3, 3), open (3,) bool[, first atom that knows the walls])
 inline Confinement confinement_of(const py::object& box) {
   Confinement out;
   if (box.is_none()) return out;
-  if (!py::isinstance<py::sequence>(box) || py::len(box) != 3)
-    throw Error("box must be None or (corner (3,), vectors (3, 3), open (3,)), but it is " +
+  if (!py::isinstance<py::sequence>(box) || (py::len(box) != 3 && py::len(box) != 4))
+    throw Error("box must be None or (corner (3,), vectors (3, 3), open (3,)[, first atom]), but it is " +
                 py::repr(box).cast<std::string>());
   const py::sequence parts(box);
   const auto corner = parts[0].cast<Array<double>>();
@@ -27,6 +27,7 @@ inline Confinement confinement_of(const py::object& box) {
   std::copy(corner.data(), corner.data() + 3, out.corner);
   std::copy(vectors.data(), vectors.data() + 9, out.vectors);
   for (py::ssize_t k = 0; k < 3; ++k) out.open[k] = open.data()[k] ? 1 : 0;
+  if (py::len(box) == 4) out.first_atom = parts[3].cast<std::size_t>();
   return out;
 }
 

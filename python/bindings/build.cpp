@@ -92,7 +92,7 @@ template and the box's centre. Raises CoreError if the box or cell is too small 
       py::arg("tries_per_atom") = 100, py::arg("tries_per_structure") = 20, py::arg("threads") = 0,
       R"(Move some free atoms of every parent by vectors uniform in a ball of radius `amplitude` [angstrom].
 
-Each of a parent's n free atoms moves with probability moved / n (at least one), into the box, no atom closer than c1 and
+Each of a parent's n free atoms moves with probability moved / n (at least one), into the box, no atom closer than c1,
 one within c2 (units of the sum of covalent radii). Returns positions (m, 3) and ok (n,) bool; rows that failed hold the
 parent. Raises CoreError without a box.)");
 

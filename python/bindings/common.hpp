@@ -37,7 +37,8 @@ void expect_shape(const A& a, const char* name, std::initializer_list<py::ssize_
   if (same) return;
   const auto text = [](auto first, auto last) {
     std::string out = "(";
-    for (auto it = first; it != last; ++it) out += (it == first ? "" : ", ") + (*it < 0 ? std::string("n") : std::to_string(*it));
+    for (auto it = first; it != last; ++it)
+      out += (it == first ? "" : ", ") + (*it < 0 ? std::string("n") : std::to_string(*it));
     return out + ")";
   };
   throw Error(std::string(name) + " must have shape " + text(wanted.begin(), wanted.end()) + ", but it has shape " +

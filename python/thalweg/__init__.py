@@ -50,7 +50,7 @@ _WHERE = {
 }
 _MODULES = ("calculators", "descriptors", "recipes", "testing")
 
-__all__ = ["__version__", *_WHERE, *_MODULES]  # noqa: PLE0604
+__all__ = ["__version__", *_WHERE, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-import ase.calculators.emt
-import ase.calculators.lj
 import numpy as np
 from ase.calculators.calculator import (
     BaseCalculator,
@@ -135,14 +134,20 @@ def landscape_of(calculator: Any) -> _core.Landscape | None:
     kind = type(calculator)
     if kind in (EMT, LennardJones):
         return calculator.landscape
-    if kind is ase.calculators.emt.EMT and not calculator.parameters.asap_cutoff:
+    # ASE's own are only loaded if somebody uses them: they bring half of SciPy along
+    if kind is _loaded("ase.calculators.emt", "EMT") and not calculator.parameters.asap_cutoff:
         return _core.Emt()
-    if kind is ase.calculators.lj.LennardJones:
+    if kind is _loaded("ase.calculators.lj", "LennardJones"):
         try:
             return _lennard_jones(calculator.parameters)
         except _core.CoreError:  # settings that ASE accepts and the core does not
             return None
     return None
+
+
+def _loaded(module: str, name: str) -> Any:
+    """A class of a module, or None if nobody has imported it yet."""
+    return getattr(sys.modules.get(module), name, None)
 
 
 _BUILTIN = {"emt": EMT, "lj": LennardJones}
@@ -171,9 +176,7 @@ def make_calculator(name: str, **arguments: Any) -> Any:
     try:
         factory = get_calculator_class(name)
     except ImportError as error:
-        raise ConfigurationError(
-            f"ASE's calculator '{name}' needs a package that is not here: {error}"
-        ) from error
+        raise ConfigurationError(f"ASE's calculator '{name}' needs a package that is not here: {error}") from error
     return _call(name, factory, arguments)
 
 
@@ -187,9 +190,7 @@ def _factory(name: str) -> Any:
         ) from error
     factory = getattr(module, attribute, None) if attribute else None
     if not callable(factory):
-        callables = [
-            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
-        ]
+        callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ConfigurationError(
             f"the module '{module_name}' has nothing to call that is named '{attribute}'."
             f"{nearest(attribute, callables)}"
@@ -228,6 +229,5 @@ def _check_arguments(owner: str, arguments: Mapping[str, Any], known: Any) -> No
         if argument not in known:
             takes = ", ".join(sorted(known)) or "none"
             raise ConfigurationError(
-                f"'{owner}' takes no argument named '{argument}'.{nearest(argument, known)} "
-                f"It takes: {takes}."
+                f"'{owner}' takes no argument named '{argument}'.{nearest(argument, known)} It takes: {takes}."
             )

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from thalweg.records import Step
     from thalweg.search import Search
 
-__all__ = ["Print", "StopAt", "StopAfter"]
+__all__ = ["Print", "StopAfter", "StopAt"]
 
 
 @dataclass(frozen=True)
@@ -47,4 +47,7 @@ class Print:
 
     def __call__(self, step: Step, search: Search) -> None:
         if step.iteration % self.every == 0:
-            print(f"{step.iteration:6d}  evaluations {search.evaluations:6d}  best {search.best_energy:12.4f} eV", flush=True)
+            print(
+                f"{step.iteration:6d}  evaluations {search.evaluations:6d}  best {search.best_energy:12.4f} eV",
+                flush=True,
+            )

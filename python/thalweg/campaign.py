@@ -724,9 +724,9 @@ def load_results(folder: str | Path) -> Results:
         entries.append(entry)
     for path in sorted(run_folder.path.glob("restarts/*/result.json")):
         if path.parent.name.isdigit() and int(path.parent.name) not in histories:
-            entry = _load_result(path)
-            if entry is not None and not (path.parent / "store.journal").exists():
-                entries.append(entry)
+            lone = _load_result(path)
+            if lone is not None and not (path.parent / "store.journal").exists():
+                entries.append(lone)
     entries.sort(key=lambda entry: entry["index"])
     return Results(run_folder, configuration, histories, entries, problems)
 

@@ -73,9 +73,7 @@ class Fingerprint:
         numbers: (atoms,) atomic numbers in any order. periodic: whether any direction is periodic.
         Raises ValueError if a setting makes no sense.
         """
-        return _bind(
-            self, tuple(sorted(int(number) for number in np.asarray(numbers).ravel())), bool(periodic)
-        )
+        return _bind(self, tuple(sorted(int(number) for number in np.asarray(numbers).ravel())), bool(periodic))
 
     def values(self, batch: BatchLike, threads: int = 0) -> Floats:
         """Features (n, size) of structures that share composition and periodicity; else raises ValueError."""
@@ -92,9 +90,7 @@ class Fingerprint:
     def _bind_to(self, batch: BatchLike) -> _core.Fingerprint:
         offsets = np.asarray(batch.offsets)
         if len(offsets) < 2:
-            raise _core.CoreError(
-                "a fingerprint needs a batch of at least one structure, but this one is empty"
-            )
+            raise _core.CoreError("a fingerprint needs a batch of at least one structure, but this one is empty")
         return self.bind(np.asarray(batch.numbers)[: offsets[1]], bool(np.any(np.asarray(batch.pbc)[0])))
 
 

@@ -230,6 +230,8 @@ class Metropolis:
             if rise <= 0 or ctx.key.rng().random() < np.exp(-rise / self.temperature):
                 accepted[row] = True
                 ctx.keep(
-                    ticket=batch.columns["ticket"][row], point=batch.columns["point"][row], energy=np.array(energy)
+                    ticket=batch.columns["ticket"][row],
+                    point=batch.columns["point"][row],
+                    energy=np.array(energy),
                 )
         return batch.with_columns(accepted=accepted)

@@ -59,13 +59,19 @@ def _parents(ctx: Context, count: int) -> Batch:
     """Members of the sample, drawn with replacement."""
     if not len(ctx.sample) or not count:
         return Batch.empty()
-    return ctx.sample.take(ctx.key.fold("parents").rng().integers(len(ctx.sample), size=count))
+    parents = ctx.sample.take(ctx.key.fold("parents").rng().integers(len(ctx.sample), size=count))
+    if ctx.problem.template is None:
+        return parents
+    # Only placed atoms are moved or swapped; a template's free atoms follow when the candidate is relaxed.
+    fixed = parents.fixed.reshape(count, -1, 3).copy()
+    fixed[:, : ctx.problem.template.atoms] = True
+    return replace(parents, fixed=fixed.reshape(-1, 3))
 
 
-def _children(parents: Batch, positions: np.ndarray, ok: np.ndarray) -> Batch:
+def _children(ctx: Context, parents: Batch, positions: np.ndarray, ok: np.ndarray) -> Batch:
     rows = parents.columns.get("row", np.full(len(parents), -1))
-    moved = replace(parents, positions=positions, columns={"parent": rows}, atom_columns={})
-    return moved.take(np.asarray(ok, bool))
+    children = ctx.problem.batch(np.reshape(positions, (len(parents), -1, 3)), parent=rows)
+    return children.take(np.asarray(ok, bool))
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ class Rattle:
             c2=problem.c2,
             threads=ctx.threads,
         )
-        return _children(parents, positions, ok)
+        return _children(ctx, parents, positions, ok)
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ class Permute:
         if not len(parents):
             return Batch.empty()
         positions, ok = _core.permute(parents, again=self.again, key=ctx.key.words, threads=ctx.threads)
-        return _children(parents, positions, ok)
+        return _children(ctx, parents, positions, ok)
 
 
 class FirstOf:

@@ -131,9 +131,7 @@ class GPR:
         for row in gone:
             operations.append(-1 - order.index(row))
             order.remove(row)
-        return self._changed(
-            data, previous, operations, np.concatenate([previous._operations, operations]), seen
-        )
+        return self._changed(data, previous, operations, np.concatenate([previous._operations, operations]), seen)
 
     def restore(self, data: Batch, state: Mapping[str, Array]) -> FittedGPR:
         """The fitted model of this `.state`, bit for bit; data: the rows it had learned, in order."""
@@ -152,8 +150,7 @@ class GPR:
         )
         if factored.max() >= len(data.offsets) - 1:
             raise ConfigurationError(
-                f"a fitted model learned row {factored.max()}, but there are only "
-                f"{len(data.offsets) - 1} rows of data"
+                f"a fitted model learned row {factored.max()}, but there are only {len(data.offsets) - 1} rows of data"
             )
         learned = self._learned(data, factored)
         fingerprint = self._bound(data, factored)
@@ -200,9 +197,7 @@ class GPR:
             seen_at_optimisation = seen
         return FittedGPR(self, fingerprint, gpr, rows, rows, _NO_ROWS, learned, seen, seen_at_optimisation)
 
-    def _changed(
-        self, data: Batch, start: FittedGPR, steps: list[int], operations: Array, seen: int
-    ) -> FittedGPR:
+    def _changed(self, data: Batch, start: FittedGPR, steps: list[int], operations: Array, seen: int) -> FittedGPR:
         """`start` with points appended (row >= 0) and removed (-1 - position), one by one."""
         rows = np.array([step for step in steps if step >= 0], np.int64)
         new = self._learned(data, rows)
@@ -275,9 +270,7 @@ class GPR:
         sizes = np.diff(batch.offsets)
         return _Learned(features, targets, energies, batch.positions.reshape(len(rows), 3 * int(sizes[0])))
 
-    def _initial_kernel(
-        self, scale: float, spread: float, start: tuple[float, float] = _STARTS[0]
-    ) -> _core.Kernel:
+    def _initial_kernel(self, scale: float, spread: float, start: tuple[float, float] = _STARTS[0]) -> _core.Kernel:
         given = self.kernel
         if given is not None and start is _STARTS[0]:
             return given
@@ -308,9 +301,7 @@ class _Learned:
         return _Learned(np.zeros((0, 0)), np.zeros(0), np.zeros(0), np.zeros((0, 0)))
 
     def take(self, indices: Any) -> _Learned:
-        return _Learned(
-            self.features[indices], self.targets[indices], self.energies[indices], self.positions[indices]
-        )
+        return _Learned(self.features[indices], self.targets[indices], self.energies[indices], self.positions[indices])
 
     def joined(self, other: _Learned) -> _Learned:
         return _Learned(
@@ -347,7 +338,7 @@ class FittedGPR:
         self._learned, self._seen, self._seen_at_optimisation = learned, seen, seen_at_optimisation
         self._prior = _prior(model.prior)
         self._atom_energies = _atom_energies(model.atom_energies)
-        self._landscapes: dict[float, _core.Landscape] = {}
+        self._landscapes: dict[float, _core.Surrogate] = {}
 
     def __repr__(self) -> str:
         return f"FittedGPR({self.size} structures, {self.kernel!r})"
@@ -378,9 +369,7 @@ class FittedGPR:
         """
         k = self.kernel
         return {
-            "kernel": np.array(
-                [k.amplitude, k.length_long, k.length_short, k.weight_long, k.weight_short, k.noise]
-            ),
+            "kernel": np.array([k.amplitude, k.length_long, k.length_short, k.weight_long, k.weight_short, k.noise]),
             "factored": self._factored.copy(),
             "operations": self._operations.copy(),
             "seen": np.array([self._seen, self._seen_at_optimisation], np.int64),
@@ -413,6 +402,7 @@ class FittedGPR:
         return self._prior if self._prior is not None else _core.PairPrior("bonding", depth=0.0)
 
     def _surrogate(self, kappa: float) -> _core.Surrogate:
+        assert self._fingerprint is not None and self._gpr is not None, "only a model with data is a surrogate"
         if kappa not in self._landscapes:
             self._landscapes[kappa] = _core.Surrogate(
                 self._fingerprint,

@@ -54,7 +54,10 @@ class _Tally:
         return (self.total - done) * elapsed / gained
 
     def headline(self) -> str:
-        parts = [f"{len(self.ended)}/{self.restarts} restarts", f"{sum(self.evaluations.values())} evaluations"]
+        parts = [
+            f"{len(self.ended)}/{self.restarts} restarts",
+            f"{sum(self.evaluations.values())} evaluations",
+        ]
         if self.best:
             parts.append(f"best {min(self.best.values()):.4f} eV")
         return ", ".join(parts)

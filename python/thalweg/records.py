@@ -28,7 +28,18 @@ from thalweg.randomness import Key
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["FAILED", "OK", "REJECTED", "Asked", "Batch", "Context", "Measured", "Problem", "Step", "parse_symbols"]
+__all__ = [
+    "FAILED",
+    "OK",
+    "REJECTED",
+    "Asked",
+    "Batch",
+    "Context",
+    "Measured",
+    "Problem",
+    "Step",
+    "parse_symbols",
+]
 
 Array = np.ndarray
 
@@ -261,7 +272,12 @@ class Batch:
     def empty() -> Batch:
         """No structures at all."""
         return Batch(
-            np.zeros((0, 3)), np.zeros(0), np.zeros(1), np.zeros((0, 3, 3)), np.zeros((0, 3)), np.zeros((0, 3))
+            np.zeros((0, 3)),
+            np.zeros(0),
+            np.zeros(1),
+            np.zeros((0, 3, 3)),
+            np.zeros((0, 3)),
+            np.zeros((0, 3)),
         )
 
     @property
@@ -290,7 +306,9 @@ class Batch:
             energies.append(results.get("energy", np.nan))
             forces.append(results.get("forces", np.full((len(one), 3), np.nan)))
         known = {"energy": np.array(energies, float)} if np.any(np.isfinite(energies)) else {}
-        with_forces = {"forces": np.concatenate(forces)} if known and np.any(np.isfinite(np.concatenate(forces))) else {}
+        with_forces = (
+            {"forces": np.concatenate(forces)} if known and np.any(np.isfinite(np.concatenate(forces))) else {}
+        )
         return Batch(
             np.concatenate([one.positions for one in structures]),
             np.concatenate([one.numbers for one in structures]),
@@ -475,7 +493,9 @@ class Problem:
             known = dict(self.chemical_potentials)
             missing = set(self.counts) - set(known)
             if missing:
-                raise ConfigurationError(f"chemical_potentials must name every placed species; missing: {sorted(missing)}")
+                raise ConfigurationError(
+                    f"chemical_potentials must name every placed species; missing: {sorted(missing)}"
+                )
             put(self, "chemical_potentials", MappingProxyType(known))
         self._set_box(self.box)
         self._check_room()
@@ -623,8 +643,8 @@ class Problem:
             parts = data["template"]
             n = len(parts["numbers"])
             data["template"] = Batch(
-                np.array(parts["positions"]).reshape(n, 3), parts["numbers"], [0, n], [data["cell"]], [data["pbc"]],
-                np.array(parts["fixed"]).reshape(n, 3),
+                np.reshape(parts["positions"], (n, 3)), np.array(parts["numbers"]), np.array([0, n]),
+                np.array([data["cell"]]), np.array([data["pbc"]]), np.reshape(parts["fixed"], (n, 3)),
             )  # fmt: skip
         return cls(**data)
 

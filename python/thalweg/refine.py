@@ -18,7 +18,8 @@ __all__ = ["Centre", "Connected", "MinDistance", "Relax", "Wrap"]
 
 @dataclass(frozen=True)
 class Relax:
-    """Local relaxation inside the box, all candidates in one call of the compiled relaxer; costs no true evaluation.
+    """Local relaxation, all candidates in one call of the compiled relaxer; costs no true evaluation. Placed atoms stay
+    in the box; atoms of a template that are not fixed move freely.
 
     Parameters
     ----------
@@ -44,8 +45,13 @@ class Relax:
         if not len(batch) or not steps:
             return batch
         landscape = self._landscape(ctx)
-        settings = {"steps": steps, "force_tolerance": self.force_tolerance, "max_step": self.max_step}
-        box = ctx.problem.box_arguments
+        settings: dict[str, Any] = {
+            "steps": steps,
+            "force_tolerance": self.force_tolerance,
+            "max_step": self.max_step,
+        }
+        template = ctx.problem.template
+        box = (*ctx.problem.box_arguments, template.atoms if template is not None else 0)
         if landscape is None:
             return batch.with_positions(self._with_calculator(batch, settings, box))
         positions, *_ = _core.relax(landscape, batch, **settings, box=box, threads=ctx.threads)
@@ -61,7 +67,9 @@ class Relax:
         from thalweg.calculators import landscape_of
 
         if not hasattr(self.on, "calculate"):
-            raise ConfigurationError(f"Relax(on=...) takes LCB, a model's name, a landscape or a calculator, got {self.on!r}")
+            raise ConfigurationError(
+                f"Relax(on=...) takes LCB, a model's name, a landscape or a calculator, got {self.on!r}"
+            )
         return landscape_of(self.on)
 
     def _with_calculator(self, batch: Batch, settings: dict[str, Any], box: Any) -> np.ndarray:

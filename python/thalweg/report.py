@@ -31,7 +31,7 @@ GREY = "#6b7280"
 # The structures of the 3D section: the best of each restart and so many more, energies at least this far apart [eV].
 MORE_STRUCTURES, DISTINCT = 100, 0.001
 
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.spines.top": False,
@@ -128,7 +128,12 @@ def _legend(axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         axes.legend(
-            handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=2 if len(labels) > 1 else 1, fontsize=9
+            handles,
+            labels,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=2 if len(labels) > 1 else 1,
+            fontsize=9,
         )
 
 
@@ -194,7 +199,12 @@ def _energy_figure(results: Results) -> str:
         low, high = curves.mean - curves.standard_error, curves.mean + curves.standard_error
         axes.fill_between(curves.evaluations, low, high, step="post", color=COLOURS[0], alpha=0.2, linewidth=0)
         axes.step(
-            curves.evaluations, curves.mean, where="post", color=COLOURS[0], lw=2.4, label="mean and its standard error"
+            curves.evaluations,
+            curves.mean,
+            where="post",
+            color=COLOURS[0],
+            lw=2.4,
+            label="mean and its standard error",
         )
     if target is not None:
         axes.axhline(target.energy, color=COLOURS[2], lw=1.2, ls=":", label=f"target {target.energy:g} eV")
@@ -232,6 +242,8 @@ def _final_figure(results: Results) -> str:
     found = sorted(float(np.nanmin(e)) for e in _energies(results).values() if np.any(np.isfinite(e)))
     if len(found) < 2:
         return ""
+    from matplotlib.ticker import MaxNLocator
+
     target = results.configuration.search.target
     figure = _figure()
     axes = figure.add_subplot()
@@ -239,7 +251,7 @@ def _final_figure(results: Results) -> str:
     if target is not None:
         axes.axhline(target.energy, color=COLOURS[2], lw=1.2, ls=":", label=f"target {target.energy:g} eV")
     axes.set(xlabel="restarts, sorted", ylabel="best energy (eV)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.ticklabel_format(axis="y", useOffset=False)
     low, high = axes.get_ylim()
     if high - low < 0.01:  # differences below the accuracy of a relaxation should not look large
@@ -514,8 +526,8 @@ def _folder_section(name: str, results: Results, structures: str = "") -> str:
     figures = []
     if curves:
         note = (
-            '<p class="quiet">Delivered: a counted evaluation has the target energy. Relaxes: an evaluated structure has '
-            "it after a relaxation in the true potential that is not counted. Bands: 95 %, exponential Greenwood.</p>"
+            '<p class="quiet">Delivered: a counted evaluation has the target energy. Relaxes: an evaluated structure '
+            "has it after a relaxation in the true potential that is not counted. Bands: 95 %.</p>"
         )
         figures.append(_panel("Restarts that have reached the target", _success_figure([(name, curves)]) + note))
     if _energies(results):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import TypeAlias, TypeVar, Union
 
 from thalweg.errors import ConfigurationError
 
 __all__ = ["Schedule", "check_schedule", "scheduled"]
 
 Number = TypeVar("Number", int, float)
-Schedule = Number | Mapping[int, Number]
+Schedule: TypeAlias = Union[Number, Mapping[int, Number]]  # noqa: UP007 (an alias over a type variable)
 
 
 def scheduled(value: Schedule[Number], iteration: int) -> Number:
@@ -23,7 +23,7 @@ def scheduled(value: Schedule[Number], iteration: int) -> Number:
 def check_schedule(value: Schedule[Number], what: str, *, least: float = 0) -> None:
     """Raises ConfigurationError unless it is a number of at least `least`, or a mapping that begins at iteration 0."""
     values = list(value.values()) if isinstance(value, Mapping) else [value]
-    firsts = list(value) if isinstance(value, Mapping) else [0]
+    firsts: list[int] = list(value) if isinstance(value, Mapping) else [0]
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) and v >= least for v in values)
     if not numbers or not all(isinstance(first, int) for first in firsts) or min(firsts, default=1) != 0:
         raise ConfigurationError(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -115,7 +116,8 @@ class Search:
                 stage.check(problem)
 
         self._key = Key.of(self.seed)
-        self._data, self._new_rows = Batch.empty(), []
+        self._data = Batch.empty()
+        self._new_rows: list[Batch] = []
         self._features: dict[Any, np.ndarray] = {}
         self._fitted: dict[str, Any] = {}
         self._carry: dict[str, Mapping[str, np.ndarray]] = {}
@@ -193,12 +195,11 @@ class Search:
             with _timed(seconds, "sample"):
                 context = replace(context, sample=self.sample(self._at(context, "sample", self.sample)))
         with _timed(seconds, "propose"):
-            proposed = [
-                stage(here).with_columns(origin=here.stage)
-                for stage in self.propose
-                for here in [self._at(context, "propose", stage)]
-            ]
-            candidates = proposed = Batch.concat(proposed)
+            batches = []
+            for stage in self.propose:
+                here = self._at(context, "propose", stage)
+                batches.append(stage(here).with_columns(origin=here.stage))
+            candidates = proposed = Batch.concat(batches)
         with _timed(seconds, "refine"):
             for stage in self.refine:
                 candidates = stage(candidates, self._at(context, "refine", stage))
@@ -216,20 +217,21 @@ class Search:
         self._measuring = asked
         begin = time.perf_counter()
         queue, passed, rows = list(asked.order), 0, []
-        gauges = self.gauges if asked.kind == "search" else [g for g in self.gauges if hasattr(g, "finish")]
+        finishing = asked.kind == "finish"
+        gauges: list[Any] = [g for g in self.gauges if hasattr(g, "finish") or not finishing]
         try:
             while queue and passed < asked.wanted:
                 now, queue = queue[: asked.wanted - passed], queue[asked.wanted - passed :]
                 batch = asked.refined.take(now).with_columns(candidate=np.array(now))
                 for gauge in gauges:
                     here = self._at(asked.context, "evaluate", gauge)
-                    through = gauge(batch, here) if asked.kind == "search" else gauge.finish(batch, here)
+                    through = gauge.finish(batch, here) if finishing else gauge(batch, here)
                     rows.append(through.take(~_passed(through)))
                     batch = through.take(_passed(through))
                     if not len(batch):
                         break
                 rows.append(batch)
-                passed += len(_candidates(batch)) if asked.kind == "search" else len(now)
+                passed += len(now) if finishing else len(_candidates(batch))
         except _Halt:  # the ticket is open again, what it has measured will be replayed
             self._to_replay[asked.ticket] = self._journal.pop(asked.ticket, []) + self._to_replay.get(asked.ticket, [])
             self._open.insert(0, asked)
@@ -356,9 +358,13 @@ class Search:
         try:
             for i in range(len(evaluated)):
                 row = evaluated[i]
-                given = float(row.columns["energy"][0]), row.atom_columns["forces"], "" if row.ok[0] else "told as failed"
+                given = (
+                    float(row.columns["energy"][0]),
+                    row.atom_columns["forces"],
+                    "" if row.ok[0] else "told as failed",
+                )
                 columns = {name: values[0] for name, values in row.columns.items() if name not in told}
-                rows.append(self.measure(row, lambda _, given=given: given, columns))
+                rows.append(self.measure(row, partial(_told, given), columns))
         finally:
             self._measuring = None
         return Batch.concat(rows)
@@ -389,7 +395,9 @@ class Search:
         if asked is not None:
             self._open.remove(asked)
         else:
-            context = self._context(self._asked, self.data, self._fitted, self._last, self._carry, Batch.empty(), "finish")
+            context = self._context(
+                self._asked, self.data, self._fitted, self._last, self._carry, Batch.empty(), "finish"
+            )
             batches = [
                 gauge.finish_with(self._at(context, "finish", gauge))
                 for gauge in self.gauges
@@ -397,7 +405,15 @@ class Search:
             ]
             chosen = Batch.concat(batches) if batches else Batch.empty()
             # Numbered downwards: runs of 3 and 3 iterations give the tickets that a run of 6 gives.
-            asked = Asked(-1 - self._finishes, context, Batch.empty(), chosen, np.arange(len(chosen)), len(chosen), "finish")
+            asked = Asked(
+                -1 - self._finishes,
+                context,
+                Batch.empty(),
+                chosen,
+                np.arange(len(chosen)),
+                len(chosen),
+                "finish",
+            )
             self._kept = {}
             self._enter(asked, {})
         self.tell(asked, self.evaluate(asked))
@@ -487,7 +503,13 @@ class Search:
             body = record.body
             if record.kind == "asked":
                 context = self._context(
-                    body["iteration"], self.data, {}, self._last, self._carry, self._pending_batch(), body["kind"]
+                    body["iteration"],
+                    self.data,
+                    {},
+                    self._last,
+                    self._carry,
+                    self._pending_batch(),
+                    body["kind"],
                 )
                 open_tickets[record.ticket] = body, replace(context, data=self.data[: body["horizon"]])
                 self._carry = {**self._carry, **_frozen_carry(body["kept"])}
@@ -588,10 +610,17 @@ def describe(element: Any) -> Any:
         return element.tolist()
     if hasattr(element, "implemented_properties"):  # an ASE calculator
         parameters = getattr(element, "parameters", None) or {}
-        return {type(element).__name__: {str(name): describe(value) for name, value in sorted(dict(parameters).items())}}
+        return {
+            type(element).__name__: {str(name): describe(value) for name, value in sorted(dict(parameters).items())}
+        }
     if hasattr(element, "__qualname__"):
         return f"{element.__module__}.{element.__qualname__}"
     return re.sub(r" at 0x[0-9a-f]+", "", repr(element))
+
+
+def _told(given: Measured, structure: Batch) -> Measured:
+    """The calculation that the caller of tell() has already made."""
+    return given
 
 
 def _name(stage: Any) -> str:

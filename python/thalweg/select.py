@@ -62,11 +62,15 @@ class KMeans:
             centres = np.vstack([centres, features[int(np.argmax(distance))]])
         for _ in range(20):
             member, _ = vq(features, centres, check_finite=False)
-            moved = np.array([features[member == k].mean(0) if np.any(member == k) else c for k, c in enumerate(centres)])
+            moved = np.array(
+                [features[member == k].mean(0) if np.any(member == k) else c for k, c in enumerate(centres)]
+            )
             if np.array_equal(moved, centres):
                 break
             centres = moved
-        _, first = np.unique(member, return_index=True)  # `inside` rises in energy: the first of a cluster is its lowest
+        _, first = np.unique(
+            member, return_index=True
+        )  # `inside` rises in energy: the first of a cluster is its lowest
         return _members(ctx, inside[np.sort(first)])
 
 

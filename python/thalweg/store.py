@@ -61,10 +61,10 @@ _BATCH_FIELDS = ("positions", "numbers", "offsets", "cells", "pbc", "fixed")
 def encode(values: Mapping[str, Any]) -> bytes:
     """Values as bytes: arrays, batches, strings, numbers, lists and mappings of them.
 
-        4 bytes   length of the header
-        header    JSON: {"arrays": [[dtype, shape], ...], "values": {...}}; in values {"#": k} stands for array k,
-                  {"batch": [k, columns, atom columns]} for a batch whose arrays begin at k, {"map": {...}} for a mapping
-        arrays    their raw little-endian bytes, one after the other
+    4 bytes   length of the header
+    header    JSON: {"arrays": [[dtype, shape], ...], "values": {...}}; in values {"#": k} stands for array k,
+              {"batch": [k, columns, atom columns]} for a batch whose arrays begin at k, {"map": {...}} for a mapping
+    arrays    their raw little-endian bytes, one after the other
     """
     kinds: list[list[Any]] = []
     raw: list[bytes] = []
@@ -122,9 +122,7 @@ def decode(body: bytes) -> dict[str, Any]:
             if dtype.kind not in "fiubU" or min(shape, default=0) < 0:
                 raise ValueError(f"an array of {name}, {shape}")
             count = math.prod(shape)
-            arrays.append(
-                np.frombuffer(body, dtype, count, at).reshape(shape) if count else np.zeros(shape, dtype)
-            )
+            arrays.append(np.frombuffer(body, dtype, count, at).reshape(shape) if count else np.zeros(shape, dtype))
             at += count * dtype.itemsize
 
         def convert(value: Any) -> Any:
@@ -146,7 +144,16 @@ def decode(body: bytes) -> dict[str, Any]:
             return {name: convert(item) for name, item in value["map"].items()}
 
         return {name: convert(value) for name, value in header["values"].items()}
-    except (struct.error, KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, MemoryError) as problem:
+    except (
+        struct.error,
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        MemoryError,
+    ) as problem:
         raise StoreError(f"a record of the store is malformed ({problem})") from problem
 
 
@@ -210,7 +217,11 @@ class _Lock:
             if len(words) >= 2:
                 return words[0], int(words[1]), words[2] if len(words) > 2 else ""
             time.sleep(0.02)  # another process is between creating and writing it
-        return ("?", 0, "")  # killed in between: nobody owns it (host "?" is never this one; its beat is old or gets old)
+        return (
+            "?",
+            0,
+            "",
+        )  # killed in between: nobody owns it (host "?" is never this one; its beat is old or gets old)
 
     def _beat_time(self) -> float:
         try:
@@ -355,14 +366,26 @@ class Store:
         return self._records
 
     def append(
-        self, kind: str, ticket: int, body: Mapping[str, Any], *, cost: float = 0.0, timing: Mapping[str, float] | None = None
+        self,
+        kind: str,
+        ticket: int,
+        body: Mapping[str, Any],
+        *,
+        cost: float = 0.0,
+        timing: Mapping[str, float] | None = None,
     ) -> None:
         """Adds a record. `cost`: seconds that it took to obtain; decides under "auto" whether to force it at once."""
         if self.path is None:
             return
         if self._file < 0:
             raise StoreError(f"{self.path} was closed; open it again to go on")
-        values = {"kind": kind, "ticket": ticket, "seconds": self.seconds(), "timing": timing or {}, "body": body}
+        values = {
+            "kind": kind,
+            "ticket": ticket,
+            "seconds": self.seconds(),
+            "timing": timing or {},
+            "body": body,
+        }
         self._write(_packed(values))
         wait = self.sync == "grouped" or (self.sync == "auto" and cost < self.cheap_seconds)
         if not wait or time.monotonic() - self._last_force > self.group_seconds:
@@ -431,7 +454,8 @@ def _parse(raw: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
         first = raw[: len(_MAGIC)].split(b"\n")[0]
         other = f"; its format is '{first.decode(errors='replace')}'" if first.startswith(b"thalweg-") else ""
         raise StoreError(f"{path} is not a thalweg store that this version ({FORMAT}) reads{other}")
-    records, at = [], len(_MAGIC)
+    records: list[dict[str, Any]] = []
+    at = len(_MAGIC)
     while at + _HEAD.size <= len(raw):
         length, crc, head_crc = _HEAD.unpack_from(raw, at)
         start = at + _HEAD.size
@@ -462,7 +486,11 @@ def _meta(records: list[dict[str, Any]], path: Path) -> dict[str, str]:
 def _record(values: Mapping[str, Any], path: Path) -> Record:
     try:
         return Record(
-            str(values["kind"]), int(values["ticket"]), float(values["seconds"]), values["timing"], values["body"]
+            str(values["kind"]),
+            int(values["ticket"]),
+            float(values["seconds"]),
+            values["timing"],
+            values["body"],
         )
     except (KeyError, TypeError, ValueError) as problem:
         raise StoreError(f"a record of {path} is malformed ({problem})") from problem
@@ -491,7 +519,9 @@ def _difference(before: str, now: str) -> str:
     if not isinstance(a, dict) or not isinstance(b, dict):
         return f" ({str(a)[:80]} there, {str(b)[:80]} here)"
     names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
-    return " in " + "; ".join(f"{name}: {str(a.get(name))[:100]} there, {str(b.get(name))[:100]} here" for name in names[:3])
+    return " in " + "; ".join(
+        f"{name}: {str(a.get(name))[:100]} there, {str(b.get(name))[:100]} here" for name in names[:3]
+    )
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -566,7 +596,9 @@ def open_runs(pattern: str | Path) -> list[History]:
     paths: set[Path] = set()
     for match in [text] if Path(text).exists() else glob.glob(text, recursive=True):
         one = Path(match)
-        paths.update([one] if one.is_file() and one.suffix == SUFFIX else one.rglob(f"*{SUFFIX}") if one.is_dir() else [])
+        paths.update(
+            [one] if one.is_file() and one.suffix == SUFFIX else one.rglob(f"*{SUFFIX}") if one.is_dir() else []
+        )
     if not paths:
         raise StoreError(f"no store (*{SUFFIX}) was found under {text}")
     return [read(path) for path in sorted(paths)]

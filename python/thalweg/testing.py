@@ -1,7 +1,7 @@
 """Conformance: what every element must keep to, shipped or your own.
 
-    from thalweg.testing import check_element, example_context
-    check_element(MyGenerator(5), "propose")
+from thalweg.testing import check_element, example_context
+check_element(MyGenerator(5), "propose")
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from thalweg.errors import ConfigurationError
 from thalweg.evaluate import Evaluate
 from thalweg.generators import Random
-from thalweg.records import Batch, Context, Problem
+from thalweg.records import Batch, Problem
 from thalweg.search import Search, describe
 
 __all__ = ["check_element", "example_search"]
@@ -70,8 +70,12 @@ def check_element(element: Any, kind: str, *, search: Search | None = None) -> N
         assert isinstance(element(empty), Batch), "it must cope with no sample and no data"
     elif kind == "acquire":
         scores = np.asarray(element(asked.refined, context))
-        assert scores.shape == (len(asked.refined),), f"scores must have shape ({len(asked.refined)},), got {scores.shape}"
-        assert np.array_equal(scores, np.asarray(element(asked.refined, context))), "the same input must give the same scores"
+        assert scores.shape == (len(asked.refined),), (
+            f"scores must have shape ({len(asked.refined)},), got {scores.shape}"
+        )
+        assert np.array_equal(scores, np.asarray(element(asked.refined, context))), (
+            "the same input must give the same scores"
+        )
         part = np.asarray(element(asked.refined[:2], context))
         assert np.array_equal(part, scores[:2]), "a score must not depend on the other candidates of the batch"
     elif kind == "refine":
@@ -83,7 +87,8 @@ def check_element(element: Any, kind: str, *, search: Search | None = None) -> N
         search._measuring = asked
         candidates = asked.chosen.with_columns(candidate=0)
         if kind == "settle":
-            candidates = Evaluate(search.gauges[0].calculator)(candidates, context)
+            gauge: Any = search.gauges[0]
+            candidates = Evaluate(gauge.calculator)(candidates, context)
         result = element(candidates, context)
         search._measuring = None
         assert isinstance(result, Batch), f"it must return a Batch, got {type(result).__name__}"
@@ -101,7 +106,9 @@ def _check_batch(batch: Any, problem: Problem) -> None:
     assert isinstance(batch, Batch), f"it must return a Batch, got {type(batch).__name__}"
     for i in range(len(batch)):
         rows = slice(batch.offsets[i], batch.offsets[i + 1])
-        assert np.array_equal(np.sort(batch.numbers[rows]), np.sort(problem.numbers)), "the stoichiometry must be the problem's"
+        assert np.array_equal(np.sort(batch.numbers[rows]), np.sort(problem.numbers)), (
+            "the stoichiometry must be the problem's"
+        )
     assert np.all(np.isfinite(batch.positions)), "positions must be finite"
 
 

@@ -37,19 +37,23 @@ struct StructureView {
 
 /// n structures packed into plain arrays; the C++ face of Python's `Batch`.
 struct BatchView {
-  std::span<const double> positions;       // (m, 3)
-  std::span<const std::int32_t> numbers;   // (m)
-  std::span<const std::int64_t> offsets;   // (n + 1)
-  std::span<const double> cells;           // (n, 3, 3)
-  std::span<const std::uint8_t> pbc;       // (n, 3)
-  std::span<const std::uint8_t> fixed;     // (m, 3); may be empty: nothing is fixed
+  std::span<const double> positions;      // (m, 3)
+  std::span<const std::int32_t> numbers;  // (m)
+  std::span<const std::int64_t> offsets;  // (n + 1)
+  std::span<const double> cells;          // (n, 3, 3)
+  std::span<const std::uint8_t> pbc;      // (n, 3)
+  std::span<const std::uint8_t> fixed;    // (m, 3); may be empty: nothing is fixed
 
   std::size_t size() const { return offsets.empty() ? 0 : offsets.size() - 1; }
   std::size_t atoms() const { return numbers.size(); }
   StructureView operator[](std::size_t i) const {
     const std::size_t first = static_cast<std::size_t>(offsets[i]);
-    return {static_cast<std::size_t>(offsets[i + 1]) - first, positions.data() + 3 * first, numbers.data() + first,
-            cells.data() + 9 * i, pbc.data() + 3 * i, fixed.empty() ? nullptr : fixed.data() + 3 * first};
+    return {static_cast<std::size_t>(offsets[i + 1]) - first,
+            positions.data() + 3 * first,
+            numbers.data() + first,
+            cells.data() + 9 * i,
+            pbc.data() + 3 * i,
+            fixed.empty() ? nullptr : fixed.data() + 3 * first};
   }
   /// Throws Error unless all lengths agree with `offsets` and offsets rise from 0.
   void check() const;

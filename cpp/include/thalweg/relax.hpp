@@ -12,9 +12,10 @@ namespace thalweg {
 /// the two others.
 struct Confinement {
   bool active = false;
-  double corner[3] = {};      // angstrom
-  double vectors[9] = {};     // rows span the box, angstrom
-  std::uint8_t open[3] = {};  // 1: no walls along this vector (a periodic direction that the box fills)
+  double corner[3] = {};       // angstrom
+  double vectors[9] = {};      // rows span the box, angstrom
+  std::uint8_t open[3] = {};   // 1: no walls along this vector (a periodic direction that the box fills)
+  std::size_t first_atom = 0;  // atoms before this one (a template's) know no walls when a structure is relaxed
 };
 
 /// A Confinement as three slabs: along vector k a point is inside while 0 <= height(k, x) <= thickness[k].
@@ -97,7 +98,7 @@ class Minimiser {
 
   RelaxSettings settings_;
   Walls walls_;
-  std::size_t n_ = 0;
+  std::size_t n_ = 0, first_ = 0;  // atoms; the first one that knows walls
   bool converged_ = false, stalled_ = false, steepest_ = true, corrected_ = false;
   int evaluations_ = 0, shortened_ = 0;
   double best_energy_ = 0, scale_ = 1;         // trial = best + scale * direction, confined

@@ -1,0 +1,405 @@
+"""
+Compiled core of thalweg. Use the Python package; nothing here checks more than shapes and types.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import typing
+
+import numpy
+import numpy.typing
+
+__all__: list[str] = [
+    "CoreError",
+    "Emt",
+    "Fingerprint",
+    "Gpr",
+    "Kernel",
+    "Landscape",
+    "LennardJones",
+    "Minimiser",
+    "PairPrior",
+    "Surrogate",
+    "active_isa",
+    "closest_contacts",
+    "covalent_radius",
+    "default_threads",
+    "evaluate",
+    "force_isa",
+    "fragments",
+    "neighbor_pairs",
+    "permute",
+    "random_structures",
+    "rattle",
+    "relax",
+]
+
+class CoreError(ValueError):
+    pass
+
+class Landscape:
+    """
+    Anything that gives structures energies [eV] and forces [eV/angstrom, -dE/dx].
+    """
+
+class Emt(Landscape):
+    """
+    Effective medium theory (Jacobsen, Stoltze, Norskov 1996); values of ASE's EMT() for Al, Cu, Ag, Au, Ni, Pd, Pt, H, C, N and O.
+    """
+    def __init__(self) -> None: ...
+    def __repr__(self) -> str: ...
+
+class LennardJones(Landscape):
+    """
+    Lennard-Jones, all species alike; values of ASE's calculator. sigma, rc, ro in angstrom, epsilon in eV; rc = 0: 3 sigma, ro = 0: 0.66 rc.
+    """
+    def __init__(
+        self,
+        sigma: float = 1.0,
+        epsilon: float = 1.0,
+        *,
+        rc: float = 0.0,
+        ro: float = 0.0,
+        smooth: bool = False,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+
+class PairPrior(Landscape):
+    """
+    Pair potential from covalent radii alone. form: 'bonding' (Morse wells at the sum of radii: depth [eV], stiffness [1/r0]) or 'repulsive' (1 / (r + 1 - r_min)^12, r_min = repulsive_factor times the sum of radii). cutoff [angstrom] = 0: 2.5 times the sum of radii of each pair (bonding), 3 (repulsive).
+    """
+    def __init__(
+        self,
+        form: str = "bonding",
+        *,
+        depth: float = 0.8,
+        stiffness: float = 4.0,
+        radius_scale: float = 1.0,
+        cutoff: float = 0.0,
+        repulsive_factor: float = 0.7,
+        sharp_cutoff: bool = False,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+
+class Fingerprint:
+    """
+    Fingerprint of Oganov and Valle for structures of one composition; see thalweg.descriptors.
+    """
+    def __init__(
+        self,
+        numbers: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        periodic: bool,
+        *,
+        cutoff_radial: float = 6.0,
+        cutoff_angular: float = 4.0,
+        bin_width: float = 0.2,
+        angular_bins: int = 30,
+        sigma_radial: float = 0.2,
+        sigma_angular: float = 0.2,
+        gamma: float = 2.0,
+        eta: float = 20.0,
+        n_sigma: float = 4.0,
+        angular: bool = True,
+        convention: str = "smooth",
+    ) -> None: ...
+    def contract(
+        self,
+        batch: typing.Any,
+        weights: typing.Annotated[numpy.typing.ArrayLike, numpy.float64],
+        threads: int = 0,
+    ) -> numpy.typing.NDArray[numpy.float64]:
+        """
+        d(weights . features)/dx (m, 3) for weights (n, size), without the Jacobian.
+        """
+    def jacobian(self, batch: typing.Any, threads: int = 0) -> numpy.typing.NDArray[numpy.float64]:
+        """
+        Derivatives of the features with respect to the positions (m, 3, size), 1/angstrom.
+        """
+    def values(self, batch: typing.Any, threads: int = 0) -> numpy.typing.NDArray[numpy.float64]:
+        """
+        Features (n, size).
+        """
+    @property
+    def size(self) -> int:
+        """
+        Length of the feature vector.
+        """
+
+class Kernel:
+    """
+    k(x, x') = amplitude [weight_long exp(-|x-x'|^2 / 2 length_long^2) + weight_short exp(-|x-x'|^2 / 2 length_short^2)] (thesis (2.17)); amplitude and noise (a variance, on the diagonal) in eV^2, lengths in units of the features.
+    """
+    def __init__(
+        self,
+        *,
+        amplitude: float = 100.0,
+        length_long: float = 10.0,
+        length_short: float = 2.0,
+        weight_long: float = 0.99,
+        weight_short: float = 0.01,
+        noise: float = 1e-05,
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+    @property
+    def amplitude(self) -> float: ...
+    @property
+    def length_long(self) -> float: ...
+    @property
+    def length_short(self) -> float: ...
+    @property
+    def noise(self) -> float: ...
+    @property
+    def weight_long(self) -> float: ...
+    @property
+    def weight_short(self) -> float: ...
+
+class Gpr:
+    """
+    Gaussian process regression on feature vectors (thesis (2.14)-(2.17)). Do not change one that a Surrogate uses: append to a copy().
+    """
+    def __init__(self, features: int, kernel: Kernel) -> None: ...
+    def append(self, feature: typing.Annotated[numpy.typing.ArrayLike, numpy.float64], target: float) -> None:
+        """
+        One more point (D,) in O(n^2).
+        """
+    def copy(self) -> Gpr: ...
+    def fit(
+        self,
+        features: typing.Annotated[numpy.typing.ArrayLike, numpy.float64],
+        targets: typing.Annotated[numpy.typing.ArrayLike, numpy.float64],
+        *,
+        threads: int = 1,
+    ) -> None:
+        """
+        Full factorisation of (n, D) features and (n,) targets [eV].
+        """
+    def likelihood(self, kernel: Kernel) -> dict:
+        """
+        Log marginal likelihood (`value`) at other hyperparameters and its derivatives with respect to the logarithms of amplitude, length_long, length_short, noise and weight_short / weight_long (`weight`).
+        """
+    def optimise(
+        self,
+        *,
+        bounds: dict = {},
+        starts: collections.abc.Sequence[Kernel] = [],
+        free: collections.abc.Sequence[str] = ["amplitude", "length_long", "length_short"],
+        max_evaluations: int = 60,
+    ) -> float:
+        """
+        Maximises the likelihood over the hyperparameters named in `free`, from the current kernel and from each of `starts`; refits with the best and returns its log likelihood. bounds: name -> (low, high).
+        """
+    def predict(
+        self,
+        features: typing.Annotated[numpy.typing.ArrayLike, numpy.float64],
+        *,
+        kappa: float = 0.0,
+        gradient: bool = False,
+    ) -> tuple:
+        """
+        Of (count, D) features: mean (count,) and sigma (count,), with gradient=True also d(mean - kappa sigma)/df and d sigma/df (count, D).
+        """
+    def remove(self, row: int) -> None:
+        """
+        One point fewer in O(n^2).
+        """
+    def set_kernel(self, kernel: Kernel) -> None:
+        """
+        New hyperparameters and a refit from the cached distances.
+        """
+    def set_targets(self, targets: typing.Annotated[numpy.typing.ArrayLike, numpy.float64]) -> None:
+        """
+        New targets (n,) for the same points, O(n^2).
+        """
+    @property
+    def features(self) -> int: ...
+    @property
+    def jitter(self) -> float: ...
+    @property
+    def kernel(self) -> Kernel: ...
+    @property
+    def log_likelihood(self) -> float: ...
+    @property
+    def mean(self) -> float: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def training(self) -> numpy.typing.NDArray[numpy.float64]: ...
+    @property
+    def weights(self) -> numpy.typing.NDArray[numpy.float64]: ...
+
+class Surrogate(Landscape):
+    """
+    The GP as a landscape: prior + atom energies + mean - kappa sigma, with forces (thesis (2.18)).
+    """
+    def __init__(
+        self,
+        fingerprint: Fingerprint,
+        gpr: Gpr,
+        *,
+        prior: Landscape | None = None,
+        atom_energies: collections.abc.Mapping[int, float] = {},
+        kappa: float = 0.0,
+    ) -> None: ...
+    def predict(self, batch: typing.Any, *, forces: bool = False, threads: int = 0) -> tuple:
+        """
+        Energy (n,) and sigma (n,) [eV], with forces=True also -dE/dx and -d sigma/dx (m, 3); kappa is not applied.
+        """
+
+class Minimiser:
+    """
+    The optimiser of one structure, driven from outside:
+
+        m = Minimiser(positions, fixed, steps=100)
+        while not m.done:
+            m.tell(*energy_and_forces(m.positions))
+
+    Energies in eV, forces = -dE/dx in eV/angstrom, positions in angstrom, all arrays (n, 3).
+    """
+    def __init__(
+        self,
+        positions: typing.Annotated[numpy.typing.ArrayLike, numpy.float64],
+        fixed: typing.Annotated[numpy.typing.ArrayLike, numpy.bool],
+        *,
+        steps: int = 100,
+        force_tolerance: float = 0.05,
+        max_step: float = 0.2,
+        memory: int = 10,
+        first_curvature: float = 70.0,
+        box: typing.Any = None,
+    ) -> None: ...
+    def tell(self, energy: float, forces: typing.Annotated[numpy.typing.ArrayLike, numpy.float64]) -> None:
+        """
+        Energy [eV] and forces (n, 3) [eV/angstrom] at `positions`; moves `positions` on unless done.
+        """
+    @property
+    def best_energy(self) -> float: ...
+    @property
+    def best_forces(self) -> numpy.typing.NDArray[numpy.float64]: ...
+    @property
+    def best_positions(self) -> numpy.typing.NDArray[numpy.float64]: ...
+    @property
+    def converged(self) -> bool: ...
+    @property
+    def done(self) -> bool: ...
+    @property
+    def evaluations(self) -> int: ...
+    @property
+    def positions(self) -> numpy.typing.NDArray[numpy.float64]: ...
+
+def active_isa() -> str: ...
+def closest_contacts(batch: typing.Any, *, threads: int = 0) -> numpy.typing.NDArray[numpy.float64]:
+    """
+    Smallest distance over the sum of covalent radii of every structure (n,), images included.
+
+    Pairs of atoms that are both fixed in all coordinates do not count; infinity where no pair is left.
+    """
+
+def covalent_radius(number: int) -> float: ...
+def default_threads() -> int: ...
+def evaluate(landscape: Landscape, batch: typing.Any, *, threads: int = 0) -> tuple:
+    """
+    Energies (n,) [eV] and forces (m, 3) [eV/angstrom] of a batch; threads = 0: default_threads(). The same bits for any number of threads.
+    """
+
+def force_isa(name: str) -> bool: ...
+def fragments(batch: typing.Any, c2: float = 1.25, *, threads: int = 0) -> numpy.typing.NDArray[numpy.int32]:
+    """
+    Number of pieces of every structure (n,) that hang together by distances of at most c2 times the covalent sum.
+
+    Images included; atoms fixed in all coordinates count as one piece.
+    """
+
+def neighbor_pairs(batch: typing.Any, cutoff: float) -> tuple:
+    """
+    Every pair (i, j, image) of one structure within the cutoff [angstrom], once: i (p,), j (p,), d (p, 3) = r_j + image - r_i, r (p,).
+    """
+
+def permute(batch: typing.Any, *, again: float = 0.3, key: typing.Any, first_row: int = 0, threads: int = 0) -> tuple:
+    """
+    Swap positions of random pairs of free atoms of different species in every parent.
+
+    One swap, and each further one with probability `again`. Returns positions (m, 3) and ok (n,) bool: False where no such
+    pair exists.
+    """
+
+def random_structures(
+    numbers: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+    cell: typing.Annotated[numpy.typing.ArrayLike, numpy.float64],
+    pbc: typing.Annotated[numpy.typing.ArrayLike, numpy.bool],
+    template_positions: typing.Annotated[numpy.typing.ArrayLike, numpy.float64],
+    template_numbers: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+    *,
+    box: typing.Any,
+    count: int,
+    key: typing.Any,
+    first_row: int = 0,
+    c1: float = 0.75,
+    c2: float = 1.25,
+    tries_per_atom: int = 100,
+    tries_per_structure: int = 20,
+    threads: int = 0,
+) -> tuple:
+    """
+    Random connected structures: atoms `numbers` (k,) placed in a box, on a template that may have no atoms.
+
+    Each atom goes next to a random atom present: uniform direction, distance uniform in volume between c1 and c2 times the
+    sum of covalent radii, inside the box, no atom or image closer than c1. box: (corner (3,), vectors (3, 3), open (3,)) in
+    angstrom; key: (low, high) of the random stream, row i of the result draws from row first_row + i of it whatever count
+    and threads are. Returns positions (count, t + k, 3), template first, and ok (count,) bool; rows that failed hold the
+    template and the box's centre. Raises CoreError if the box or cell is too small or the template overlaps itself.
+    """
+
+def rattle(
+    batch: typing.Any,
+    *,
+    box: typing.Any,
+    amplitude: float = 3.0,
+    moved: float = 3.0,
+    key: typing.Any,
+    first_row: int = 0,
+    c1: float = 0.75,
+    c2: float = 1.25,
+    tries_per_atom: int = 100,
+    tries_per_structure: int = 20,
+    threads: int = 0,
+) -> tuple:
+    """
+    Move some free atoms of every parent by vectors uniform in a ball of radius `amplitude` [angstrom].
+
+    Each of a parent's n free atoms moves with probability moved / n (at least one), into the box, no atom closer than c1,
+    one within c2 (units of the sum of covalent radii). Returns positions (m, 3) and ok (n,) bool; rows that failed hold the
+    parent. Raises CoreError without a box.
+    """
+
+def relax(
+    landscape: Landscape,
+    batch: typing.Any,
+    *,
+    steps: int = 100,
+    force_tolerance: float = 0.05,
+    max_step: float = 0.2,
+    memory: int = 10,
+    first_curvature: float = 70.0,
+    box: typing.Any = None,
+    threads: int = 0,
+) -> tuple[
+    numpy.typing.NDArray[numpy.float64],
+    numpy.typing.NDArray[numpy.float64],
+    numpy.typing.NDArray[numpy.float64],
+    numpy.typing.NDArray[numpy.int32],
+    numpy.typing.NDArray[numpy.bool],
+]:
+    """
+    Relax every structure of a batch on a landscape with L-BFGS.
+
+    steps: evaluations per structure beyond the first; force_tolerance [eV/angstrom]: largest force on one atom, fixed
+    coordinates and forces into walls not counted; max_step [angstrom]: largest move of one atom in one step; box: None or
+    (corner (3,), vectors (3, 3), open (3,) bool), walls that free atoms do not cross (open: no walls along that vector);
+    threads = 0: as many as this process may use. The result of a structure depends neither on the batch nor on threads.
+
+    Returns positions (m, 3), energies (n,) [eV], forces (m, 3) [eV/angstrom], evaluations (n,), converged (n,) bool.
+    Raises CoreError for settings out of range or a box without volume.
+    """
+
+__version__: str = "0.1.0"
