@@ -1,8 +1,9 @@
-"""Models that learn the energy from what was evaluated: `fit(data)` gives a fitted model, which predicts and is a
-landscape to relax on.
+"""Models that learn the energy from what was evaluated: `fit(data)` gives a fitted model, which predicts and
+is a landscape to relax on.
 
-A fitted model never changes; `fit(data, previous)` makes the next one, cheaply where it can, and `restore(data, state)`
-makes the same one again, bit for bit, from the few numbers in `state` and the evaluated structures.
+A fitted model never changes; `fit(data, previous)` makes the next one, cheaply where it can, and
+`restore(data, state)` makes the same one again, bit for bit, from the few numbers in `state` and the
+evaluated structures.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ _NO_ROWS = np.zeros(0, np.int64)
 class GPR:
     """Gaussian process on a descriptor, with a pair potential as its prior mean (thesis 2.3, GOFEE).
 
-    E(x) = prior(x) + sum of atom energies + mean + GP(descriptor(x)). The hyperparameters amplitude, length_long and
-    length_short are optimised by marginal likelihood whenever the data have grown by `growth` (always below
-    `always_below` structures); in between, structures are appended to and removed from the factor in O(n^2).
+    E(x) = prior(x) + sum of atom energies + mean + GP(descriptor(x)). The hyperparameters amplitude,
+    length_long and length_short are optimised by marginal likelihood whenever the data have grown by `growth`
+    (always below `always_below` structures); in between, structures are appended to and removed from the factor in O(n^2).
 
     Parameters
     ----------
     descriptor : Fingerprint
     prior : "bonding", "repulsive", None or a landscape of the compiled core
-        Mean function. "bonding": Morse wells at the sum of covalent radii (finds minima far sooner); "repulsive":
-        GOFEE's short-range repulsion.
+        Mean function. "bonding": Morse wells at the sum of covalent radii (finds minima far sooner);
+        "repulsive": GOFEE's short-range repulsion.
     noise : float
         Variance [eV^2]; 1e-5 is Paper III's (3.2e-3 eV)^2, AGOX uses 1e-2.
     kernel : Kernel or None
-        Where to start (and stay, with optimise=False); None: lengths from the mean distance between structures,
-        amplitude from the spread of the energies.
+        Where to start (and stay, with optimise=False); None: lengths from the mean distance between
+        structures, amplitude from the spread of the energies.
     weight_long, weight_short : float
         Weights of the two length scales in (2.17); ignored if `kernel` is given, as is `noise`.
     optimise : bool
@@ -63,7 +64,8 @@ class GPR:
         Only that many structures of lowest energy are learned (Paper III: 500).
     atom_energies : mapping of symbol to eV, optional
     growth, always_below : float, int
-        When hyperparameters are optimised: after the data have grown by this fraction, and always below that many.
+        When hyperparameters are optimised: after the data have grown by this fraction, and always below that
+        many.
     threads : int
         Threads of the fit; 0: all that this process may use. Results do not depend on it.
     """
@@ -106,8 +108,8 @@ class GPR:
         previous : what `fit` or `restore` gave for a beginning of the same data; makes this call cheap.
         key : not used, nothing here is random.
 
-        Without any usable row the fitted model is the prior with a constant sigma. Raises ConfigurationError if the
-        structures differ in composition.
+        Without any usable row the fitted model is the prior with a constant sigma. Raises ConfigurationError
+        if the structures differ in composition.
         """
         rows = self._rows_to_learn(data)
         if previous is None or not previous._began(self, data):
@@ -132,7 +134,7 @@ class GPR:
         return self._changed(data, previous, operations, np.concatenate([previous._operations, operations]), seen)
 
     def restore(self, data: Batch, state: Mapping[str, Array]) -> FittedGPR:
-        """The fitted model of this `.state`, bit for bit; data: the rows it had learned, in their order, at least."""
+        """The fitted model of this `.state`, bit for bit; data: the rows it had learned, in order."""
         factored = np.asarray(state["factored"], np.int64)
         bookkeeping = [int(x) for x in np.asarray(state["seen"])]
         if len(factored) == 0:
@@ -169,9 +171,9 @@ class GPR:
         scale = _mean_distance(learned.features)
         spread = max(float(np.var(learned.targets)), 1e-3)
         kernel = self._initial_kernel(scale, spread)
-        known = previous is not None and previous._gpr is not None and len(previous.rows) >= _FEWEST_FOR_OPTIMISATION
-        if previous is not None and known:
-            kernel = previous.kernel
+        known = False
+        if previous is not None and len(previous.rows) >= _FEWEST_FOR_OPTIMISATION:
+            kernel, known = previous.kernel, True
         seen = len(rows) if previous is None else previous._seen + len(np.setdiff1d(rows, previous.rows))
         seen_at_optimisation = 0 if previous is None else previous._seen_at_optimisation
         due = (
@@ -199,7 +201,7 @@ class GPR:
         """`start` with points appended (row >= 0) and removed (-1 - position), one by one."""
         rows = np.array([step for step in steps if step >= 0], np.int64)
         new = self._learned(data, rows)
-        assert start._gpr is not None, "points are appended to a model that has some"
+        assert start._gpr is not None  # `fit` refits what has learned nothing
         gpr = start._gpr.copy()
         order, learned = list(start.rows), start._learned
         place = 0
@@ -412,7 +414,7 @@ class FittedGPR:
         return self._landscapes[kappa]
 
     def _began(self, model: GPR, data: Batch) -> bool:
-        """Whether this model learned, with the same settings, rows that are still at their places in the data."""
+        """Whether this model learned, with the same settings, rows that are still where they were."""
         if self.model is not model and repr(self.model) != repr(model):
             return False
         if self.size == 0:
