@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from thalweg.descriptors import Fingerprint
     from thalweg.errors import ConfigurationError, Stop, StoreError, ThalwegError
     from thalweg.evaluate import Duplicate, Evaluate, Metropolis
-    from thalweg.generators import FirstOf, Permute, Random, Rattle
+    from thalweg.generators import FirstOf, OneOf, Permute, Random, Rattle
     from thalweg.models import GPR
     from thalweg.records import Asked, Batch, Context, Problem, Step
     from thalweg.refine import Centre, Connected, MinDistance, Relax, Wrap
@@ -38,7 +38,7 @@ _WHERE = {
         "descriptors": "Fingerprint",
         "errors": "ConfigurationError Stop StoreError ThalwegError",
         "evaluate": "Duplicate Evaluate Metropolis",
-        "generators": "FirstOf Permute Random Rattle",
+        "generators": "FirstOf OneOf Permute Random Rattle",
         "models": "GPR",
         "records": "Asked Batch Context Problem Step",
         "refine": "Centre Connected MinDistance Relax Wrap",

@@ -307,6 +307,9 @@ def _finish(outcome: Outcome, results: Results) -> None:
     if best is not None:
         n = len(summary["restarts"])
         print(f"best energy {best:.4f} eV, {summary['evaluations']} evaluations in {n} restart{'s' if n > 1 else ''}")
+    reasons = [reason for history in results.histories.values() for reason in history.reasons.values()]
+    if reasons:
+        print(f"{len(reasons)} of {summary['evaluations']} evaluations failed; the last reason: {reasons[-1]}")
     if results.configuration.search.target is not None:
         from thalweg.report import success_curves
 

@@ -12,7 +12,7 @@ from thalweg import _core
 from thalweg.records import Batch, Context
 from thalweg.schedule import Schedule, check_schedule, scheduled
 
-__all__ = ["FirstOf", "Permute", "Random", "Rattle"]
+__all__ = ["FirstOf", "OneOf", "Permute", "Random", "Rattle"]
 
 
 @dataclass(frozen=True)
@@ -140,28 +140,36 @@ class Permute:
         return _children(ctx, parents, positions, ok)
 
 
-class FirstOf:
-    """The candidates of the first generator that has any: `FirstOf(Rattle(1), Random(1))` begins where no sample is.
+class _Joint:
+    """Several generators as one, each with a key of its own."""
 
-    Parameters
-    ----------
-    generators : two or more generators
-        Each draws from a key of its own.
-    """
-
-    def __init__(self, *generators: Callable[[Context], Batch], name: str = "FirstOf"):
-        self.generators, self.name = generators, name
+    def __init__(self, *generators: Callable[[Context], Batch], name: str = ""):
+        self.generators, self.name = generators, name or type(self).__name__
 
     def describe(self) -> Any:
         """For the configuration that the store remembers."""
         from thalweg.search import describe
 
-        return {"FirstOf": [describe(generator) for generator in self.generators]}
+        return {type(self).__name__: [describe(generator) for generator in self.generators]}
+
+    def _call(self, k: int, ctx: Context) -> Batch:
+        return self.generators[k](replace(ctx, key=ctx.key.fold(k)))
+
+
+class FirstOf(_Joint):
+    """The candidates of the first generator that has any: `FirstOf(Rattle(1), Random(1))` begins where no sample is."""
 
     def __call__(self, ctx: Context) -> Batch:
         batch = Batch.empty()
-        for k, generator in enumerate(self.generators):
-            batch = generator(replace(ctx, key=ctx.key.fold(k)))
+        for k in range(len(self.generators)):
+            batch = self._call(k, ctx)
             if len(batch):
                 break
         return batch
+
+
+class OneOf(_Joint):
+    """The candidates of one of the generators, drawn anew in each iteration with equal probability."""
+
+    def __call__(self, ctx: Context) -> Batch:
+        return self._call(int(ctx.key.rng().integers(len(self.generators))), ctx)

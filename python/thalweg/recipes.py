@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from thalweg.evaluate import Duplicate, Evaluate, Metropolis
-from thalweg.generators import FirstOf, Permute, Random, Rattle
+from thalweg.generators import FirstOf, OneOf, Permute, Random, Rattle
 from thalweg.models import GPR
 from thalweg.records import Problem
 from thalweg.refine import Centre, Connected, MinDistance, Relax, Wrap
@@ -97,14 +97,15 @@ def basin_hopping(
     *,
     store: str | Path | Store | None = None,
     seed: int = 0,
-    temperature: float = 0.3,
+    temperature: float = 0.1,
     amplitude: float = 3.0,
-    moved: float = 3.0,
+    moved: float = 1.0,
     steps: int = 200,
     force_tolerance: float = 0.05,
     threads: int = 0,
 ) -> Search:
-    """Basin hopping (Wales, Doye, J. Phys. Chem. A 101, 5111 (1997)): rattle, relax in the true potential, Metropolis.
+    """Basin hopping (Wales, Doye, J. Phys. Chem. A 101, 5111 (1997)): rattle or, with several species, swap; relax in the
+    true potential; Metropolis.
 
     Parameters
     ----------
@@ -117,10 +118,12 @@ def basin_hopping(
     force_tolerance : float
         eV/angstrom.
     """
+    rattle = Rattle(1, amplitude=amplitude, moved=moved)
+    move = OneOf(rattle, Permute(1)) if len(problem.counts) > 1 else rattle
     return Search(
         problem,
         sample=LastAccepted(),
-        propose=FirstOf(Rattle(1, amplitude, moved), Random(1)),
+        propose=FirstOf(move, Random(1)),
         refine=_tidy(problem),
         evaluate=Evaluate(calculator, steps, force_tolerance),
         settle=Metropolis(temperature),

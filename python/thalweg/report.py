@@ -84,11 +84,13 @@ def success_curves(results: Results) -> dict[str, SuccessCurve]:
 
 
 def _energies(results: Results) -> dict[int, np.ndarray]:
-    return {
+    """Energies of each restart in order, NaN where an evaluation failed; restarts without a single one are left out."""
+    found = {
         index: np.where(history.rows.ok, history.rows.columns["energy"], np.nan)
         for index, history in results.histories.items()
         if len(history.rows)
     }
+    return {index: energies for index, energies in found.items() if np.any(np.isfinite(energies))}
 
 
 def _count(value: float) -> str:
