@@ -10,6 +10,7 @@ from ase.data import covalent_radii
 from ase.geometry import get_distances
 from scipy.sparse.csgraph import connected_components
 from thalweg import _core
+from thalweg.errors import ConfigurationError
 
 AU4NI4 = np.array([79] * 4 + [28] * 4)
 NO_TEMPLATE = np.zeros((0, 3)), np.zeros(0, dtype=np.int32)
@@ -171,19 +172,19 @@ def test_contacts_and_fragments_match_ase_in_skewed_cells():
 def test_bad_input_is_named(slab):
     place = _core.random_structures
     large = 12 * np.eye(3)
-    with pytest.raises(_core.CoreError, match="needs a box"):
+    with pytest.raises(ConfigurationError, match="needs a box"):
         place(AU4NI4, large, NO_PBC, *NO_TEMPLATE, box=None, count=1, key=KEY)
-    with pytest.raises(_core.CoreError, match="box is too small: 8 atoms"):
+    with pytest.raises(ConfigurationError, match="box is too small: 8 atoms"):
         place(AU4NI4, large, NO_PBC, *NO_TEMPLATE, box=cube(0.5), count=1, key=KEY)
-    with pytest.raises(_core.CoreError, match=r"atoms 0 \(Au\) and 1 \(Ni\) are 0.500 angstrom apart"):
+    with pytest.raises(ConfigurationError, match=r"atoms 0 \(Au\) and 1 \(Ni\) are 0.500 angstrom apart"):
         place(AU4NI4, large, NO_PBC, [[0, 0, 0], [0.5, 0, 0]], [79, 28], box=cube(6), count=1, key=KEY)
-    with pytest.raises(_core.CoreError, match=r"atoms 0 \(Au\) and 1 \(Ni\) are 0.500 angstrom apart"):
+    with pytest.raises(ConfigurationError, match=r"atoms 0 \(Au\) and 1 \(Ni\) are 0.500 angstrom apart"):
         place(AU4NI4, large, [1, 0, 0], [[0, 0, 0], [11.5, 0, 0]], [79, 28], box=cube(6), count=1, key=KEY)
-    with pytest.raises(_core.CoreError, match="key must be two"):
+    with pytest.raises(ConfigurationError, match="key must be two"):
         place(AU4NI4, large, NO_PBC, *NO_TEMPLATE, box=cube(6), count=1, key=5)
-    with pytest.raises(_core.CoreError, match=r"template_positions must have shape \(18, 3\)"):
+    with pytest.raises(ConfigurationError, match=r"template_positions must have shape \(18, 3\)"):
         place(AU4NI4, large, NO_PBC, slab.positions[:4], slab.numbers, box=cube(6), count=1, key=KEY)
-    with pytest.raises(_core.CoreError, match="atomic number 0"):
+    with pytest.raises(ConfigurationError, match="atomic number 0"):
         place([0], large, NO_PBC, *NO_TEMPLATE, box=cube(6), count=1, key=KEY)
     crowded, ok = place(np.full(8, 79), large, NO_PBC, *NO_TEMPLATE, box=cube(2.6), count=5, key=KEY, tries_per_atom=3)
     assert not ok.any() and np.isfinite(crowded).all()  # rows that fail are rows

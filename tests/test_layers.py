@@ -86,3 +86,12 @@ def test_importing_thalweg_loads_no_heavy_package():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+def test_the_stub_names_what_the_core_has():
+    from thalweg import _core
+
+    stub = (PACKAGE / "_core.pyi").read_text()
+    named = {n.name for n in ast.parse(stub).body if isinstance(n, (ast.ClassDef, ast.FunctionDef))}
+    there = {name for name in dir(_core) if not name.startswith("_")}
+    assert named == there, "regenerate _core.pyi (pybind11-stubgen thalweg._core)"

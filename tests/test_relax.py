@@ -9,6 +9,7 @@ from ase.calculators.emt import EMT
 from ase.cluster import Icosahedron
 from ase.optimize import BFGS
 from thalweg import _core
+from thalweg.errors import ConfigurationError
 
 CUBE = (np.zeros(3), 7.0 * np.eye(3), np.zeros(3, dtype=bool))
 
@@ -177,15 +178,15 @@ def test_energies_that_are_not_finite_are_survived():
 def test_bad_input_is_named():
     starts, numbers = au4ni4(1)
     batch = pack(starts, numbers)
-    with pytest.raises(_core.CoreError, match="force_tolerance above 0"):
+    with pytest.raises(ConfigurationError, match="force_tolerance above 0"):
         _core.relax(_core.Emt(), batch, force_tolerance=0)
-    with pytest.raises(_core.CoreError, match="span a volume"):
+    with pytest.raises(ConfigurationError, match="span a volume"):
         _core.relax(_core.Emt(), batch, box=(np.zeros(3), np.ones((3, 3)), np.zeros(3)))
-    with pytest.raises(_core.CoreError, match=r"box must be None or \(corner"):
+    with pytest.raises(ConfigurationError, match=r"box must be None or \(corner"):
         _core.relax(_core.Emt(), batch, box=5.0)
-    with pytest.raises(_core.CoreError, match=r"vectors of box must have shape \(3, 3\)"):
+    with pytest.raises(ConfigurationError, match=r"vectors of box must have shape \(3, 3\)"):
         _core.relax(_core.Emt(), batch, box=(np.zeros(3), np.ones(3), np.zeros(3)))
-    with pytest.raises(_core.CoreError, match=r"fixed must have shape \(8, 3\)"):
+    with pytest.raises(ConfigurationError, match=r"fixed must have shape \(8, 3\)"):
         _core.Minimiser(starts[0], np.zeros((7, 3), dtype=bool))
-    with pytest.raises(_core.CoreError, match=r"forces must have shape \(8, 3\)"):
+    with pytest.raises(ConfigurationError, match=r"forces must have shape \(8, 3\)"):
         _core.Minimiser(starts[0], np.zeros((8, 3), dtype=bool)).tell(0.0, np.zeros((2, 3)))

@@ -71,7 +71,7 @@ Each atom goes next to a random atom present: uniform direction, distance unifor
 sum of covalent radii, inside the box, no atom or image closer than c1. box: (corner (3,), vectors (3, 3), open (3,)) in
 angstrom; key: (low, high) of the random stream, row i of the result draws from row first_row + i of it whatever count
 and threads are. Returns positions (count, t + k, 3), template first, and ok (count,) bool; rows that failed hold the
-template and the box's centre. Raises CoreError if the box or cell is too small or the template overlaps itself.)");
+template and the box's centre. Raises ConfigurationError if the box or cell is too small or the template overlaps itself.)");
 
   m.def(
       "rattle",
@@ -94,7 +94,7 @@ template and the box's centre. Raises CoreError if the box or cell is too small 
 
 Each of a parent's n free atoms moves with probability moved / n (at least one), into the box, no atom closer than c1,
 one within c2 (units of the sum of covalent radii). Returns positions (m, 3) and ok (n,) bool; rows that failed hold the
-parent. Raises CoreError without a box.)");
+parent. Raises ConfigurationError without a box.)");
 
   m.def(
       "permute",

@@ -6,8 +6,16 @@ using namespace thalweg;
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Compiled core of thalweg. Use the Python package; nothing here checks more than shapes and types.";
   m.attr("__version__") = THALWEG_VERSION;
-  // Error becomes thalweg.errors.ThalwegError's subclass there; here it only has to be a ValueError.
-  py::register_exception<Error>(m, "CoreError", PyExc_ValueError);
+  // One family of exceptions on both sides: what the core refuses is a ConfigurationError (a ValueError) in Python.
+  static PyObject* configuration_error =  // lives as long as the process
+      py::object(py::module_::import("thalweg.errors").attr("ConfigurationError")).release().ptr();
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const Error& error) {
+      PyErr_SetString(configuration_error, error.what());
+    }
+  });
   m.def("active_isa", &active_isa);
   m.def("force_isa", &force_isa, py::arg("name"));
   m.def("default_threads", &default_threads);

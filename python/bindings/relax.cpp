@@ -55,7 +55,7 @@ coordinates and forces into walls not counted; max_step [angstrom]: largest move
 threads = 0: as many as this process may use. The result of a structure depends neither on the batch nor on threads.
 
 Returns positions (m, 3), energies (n,) [eV], forces (m, 3) [eV/angstrom], evaluations (n,), converged (n,) bool.
-Raises CoreError for settings out of range or a box without volume.)");
+Raises ConfigurationError for settings out of range or a box without volume.)");
 
   py::class_<Minimiser>(m, "Minimiser",
                         R"(The optimiser of one structure, driven from outside:

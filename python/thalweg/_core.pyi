@@ -11,7 +11,6 @@ import numpy
 import numpy.typing
 
 __all__: list[str] = [
-    "CoreError",
     "Emt",
     "Fingerprint",
     "Gpr",
@@ -34,9 +33,6 @@ __all__: list[str] = [
     "rattle",
     "relax",
 ]
-
-class CoreError(ValueError):
-    pass
 
 class Landscape:
     """
@@ -347,7 +343,7 @@ def random_structures(
     sum of covalent radii, inside the box, no atom or image closer than c1. box: (corner (3,), vectors (3, 3), open (3,)) in
     angstrom; key: (low, high) of the random stream, row i of the result draws from row first_row + i of it whatever count
     and threads are. Returns positions (count, t + k, 3), template first, and ok (count,) bool; rows that failed hold the
-    template and the box's centre. Raises CoreError if the box or cell is too small or the template overlaps itself.
+    template and the box's centre. Raises ConfigurationError if the box or cell is too small or the template overlaps itself.
     """
 
 def rattle(
@@ -369,7 +365,7 @@ def rattle(
 
     Each of a parent's n free atoms moves with probability moved / n (at least one), into the box, no atom closer than c1,
     one within c2 (units of the sum of covalent radii). Returns positions (m, 3) and ok (n,) bool; rows that failed hold the
-    parent. Raises CoreError without a box.
+    parent. Raises ConfigurationError without a box.
     """
 
 def relax(
@@ -399,7 +395,7 @@ def relax(
     threads = 0: as many as this process may use. The result of a structure depends neither on the batch nor on threads.
 
     Returns positions (m, 3), energies (n,) [eV], forces (m, 3) [eV/angstrom], evaluations (n,), converged (n,) bool.
-    Raises CoreError for settings out of range or a box without volume.
+    Raises ConfigurationError for settings out of range or a box without volume.
     """
 
 __version__: str = "0.1.0"

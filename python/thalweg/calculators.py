@@ -36,20 +36,14 @@ class _Builtin(Calculator):
 
     def __init__(self, **parameters: Any) -> None:
         super().__init__(**parameters)
-        self.landscape = self._checked_landscape()
+        self.landscape = self._make_landscape()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "landscape"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.landscape = self._checked_landscape()
-
-    def _checked_landscape(self) -> _core.Landscape:
-        try:
-            return self._make_landscape()
-        except _core.CoreError as error:
-            raise ConfigurationError(str(error)) from None
+        self.landscape = self._make_landscape()
 
     def _make_landscape(self) -> _core.Landscape:
         raise NotImplementedError
@@ -58,7 +52,7 @@ class _Builtin(Calculator):
         _check_arguments(type(self).__name__, parameters, self.default_parameters)
         changed = super().set(**parameters)
         if changed and hasattr(self, "landscape"):
-            self.landscape = self._checked_landscape()
+            self.landscape = self._make_landscape()
             self.reset()
         return changed
 
@@ -74,10 +68,7 @@ class _Builtin(Calculator):
             pbc=self.atoms.pbc[None],
             fixed=np.zeros((n, 3), dtype=bool),
         )
-        try:
-            energies, forces = _core.evaluate(self.landscape, batch, threads=1)
-        except _core.CoreError as error:
-            raise ConfigurationError(str(error)) from None
+        energies, forces = _core.evaluate(self.landscape, batch, threads=1)
         energy = float(energies[0])
         self.results = {"energy": energy, "free_energy": energy, "forces": forces}
 
@@ -140,7 +131,7 @@ def landscape_of(calculator: Any) -> _core.Landscape | None:
     if kind is _loaded("ase.calculators.lj", "LennardJones"):
         try:
             return _lennard_jones(calculator.parameters)
-        except _core.CoreError:  # settings that ASE accepts and the core does not
+        except ConfigurationError:  # settings that ASE accepts and the core does not
             return None
     return None
 

@@ -345,10 +345,7 @@ def main() -> NoReturn:
     except Exception as problem:
         from thalweg.errors import ThalwegError
 
-        known: tuple[type[BaseException], ...] = (ThalwegError,)
-        if "thalweg._core" in sys.modules:
-            known += (sys.modules["thalweg._core"].CoreError,)
-        if not isinstance(problem, known) or os.environ.get("THALWEG_DEBUG") not in (None, "", "0"):
+        if not isinstance(problem, ThalwegError) or os.environ.get("THALWEG_DEBUG") not in (None, "", "0"):
             raise
         _complain(str(problem))
         sys.exit(2)

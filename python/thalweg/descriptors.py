@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from thalweg import _core
+from thalweg.errors import ConfigurationError
 
 __all__ = ["Fingerprint"]
 
@@ -90,7 +91,7 @@ class Fingerprint:
     def _bind_to(self, batch: BatchLike) -> _core.Fingerprint:
         offsets = np.asarray(batch.offsets)
         if len(offsets) < 2:
-            raise _core.CoreError("a fingerprint needs a batch of at least one structure, but this one is empty")
+            raise ConfigurationError("a fingerprint needs a batch of at least one structure, but this one is empty")
         return self.bind(np.asarray(batch.numbers)[: offsets[1]], bool(np.any(np.asarray(batch.pbc)[0])))
 
 

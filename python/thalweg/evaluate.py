@@ -10,7 +10,7 @@ import numpy as np
 
 from thalweg import _core
 from thalweg.descriptors import Fingerprint
-from thalweg.errors import CalculationFailed, ConfigurationError
+from thalweg.errors import CalculationFailed
 from thalweg.records import OK, REJECTED, Batch, Context, Measured, Problem
 
 __all__ = ["Duplicate", "Evaluate", "Metropolis", "calculate"]
@@ -89,10 +89,7 @@ class Evaluate:
         if landscape is not None:
             n = len(problem.numbers)
             apart = np.arange(n)[None, :, None] * np.array([7.0, 11.0, 13.0])
-            try:
-                _core.evaluate(landscape, problem.batch(apart))
-            except ValueError as trouble:
-                raise ConfigurationError(str(trouble)) from None
+            _core.evaluate(landscape, problem.batch(apart))
 
     def __call__(self, batch: Batch, ctx: Context) -> Batch:
         rows = [self._relax(batch[i], ctx, self.steps, self.force_tolerance) for i in range(len(batch))]

@@ -265,7 +265,7 @@ class GPR:
             targets = targets - _core.evaluate(prior, batch, threads=threads)[0]
         try:
             features = self._bound(data, rows).values(batch, threads)
-        except _core.CoreError as problem:
+        except ConfigurationError as problem:
             raise ConfigurationError(f"the GP learns structures of one composition: {problem}") from problem
         sizes = np.diff(batch.offsets)
         return _Learned(features, targets, energies, batch.positions.reshape(len(rows), 3 * int(sizes[0])))
@@ -382,7 +382,7 @@ class FittedGPR:
     def predict(self, batch: Batch, *, forces: bool = False, threads: int = 0) -> tuple[Array, ...]:
         """Energy (n,) and sigma (n,) [eV]; with forces also -dE/dx and -d sigma/dx (m, 3) [eV/angstrom].
 
-        NaN where a structure has no energy (atoms on one point). Raises CoreError for another composition.
+        NaN where a structure has no energy (atoms on one point). Raises ConfigurationError for another composition.
         """
         if self._gpr is not None:
             return self._surrogate(0.0).predict(batch, forces=forces, threads=threads)
