@@ -32,26 +32,28 @@ def main() -> None:
     for row, colour in zip(rows, COLOURS, strict=False):
         times = [r["delivered"] or r["evaluations"] for r in row["restarts"]]
         curve = success_curve(times, [r["delivered"] is not None for r in row["restarts"]])
-        x = np.append(curve.evaluations, longest)
-        step = {"step": "post", "color": colour}
-        axes.fill_between(
-            x,
-            np.append(curve.lower, curve.lower[-1]),
-            np.append(curve.upper, curve.upper[-1]),
-            alpha=0.18,
-            lw=0,
-            **step,
+        # A curve that has reached the top ends there; the others hold until the longest restart.
+        ended = curve.success[-1] == 1.0
+        x, success, lower, upper = (
+            values if ended else np.append(values, last)
+            for values, last in (
+                (curve.evaluations, longest),
+                (curve.success, curve.success[-1]),
+                (curve.lower, curve.lower[-1]),
+                (curve.upper, curve.upper[-1]),
+            )
         )
+        axes.fill_between(x, lower, upper, alpha=0.18, lw=0, step="post", color=colour)
         median = curve.quantile(0.5)
         label = f"{row['arm']}: {row['ok']}/{row['n']}" + (f", median {median:.0f}" if np.isfinite(median) else "")
-        axes.plot(x, np.append(curve.success, curve.success[-1]), drawstyle="steps-post", color=colour, label=label)
+        axes.plot(x, success, drawstyle="steps-post", color=colour, label=label)
     axes.set_xscale("log")
     axes.set_xlim(5, longest)
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("true energy evaluations (all counted)")
     axes.set_ylabel("restarts at the minimum")
     axes.set_title(f"{rows[0]['problem']}, EMT: {rows[0]['n']} restarts, 95 % band", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=len(rows))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     figure.savefig(arguments.out)

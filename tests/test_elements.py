@@ -199,3 +199,24 @@ def test_the_box_is_for_placed_atoms_free_template_atoms_know_no_walls():
     template = rattled.positions.reshape(len(rattled), -1, 3)[:, :8]
     parents = search.data.positions.reshape(len(search.data), -1, 3)[:, :8]
     assert all(any(np.array_equal(t, p) for p in parents) for t in template)
+
+
+def test_relaxations_that_break_a_structure_are_taken_back():
+    """On a surface that pulls all atoms together, or apart, the candidate stays as it was."""
+    from thalweg import _core
+
+    search = example_search()
+    asked = search.ask()
+    before = asked.refined
+    together = _core.PairPrior("bonding", radius_scale=0.5)
+    assert np.array_equal(Relax(together, 100)(before, asked.context).positions, before.positions)
+    free = Relax(together, 100, c1=0.0)(before, asked.context)
+    assert np.all(_core.closest_contacts(free) < 0.6)
+    apart = _core.PairPrior("repulsive", repulsive_factor=2.0, cutoff=5.5)
+    free = Relax(apart, 300, c2=np.inf)(before, asked.context)
+    broken = _core.fragments(free, 1.2) > _core.fragments(before, 1.2)
+    assert broken.any()
+    kept = Relax(apart, 300, c2=1.2)(before, asked.context)
+    atoms = np.repeat(broken, 6)
+    assert np.array_equal(kept.positions[atoms], before.positions[atoms])
+    assert np.array_equal(kept.positions[~atoms], free.positions[~atoms])

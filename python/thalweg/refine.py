@@ -29,12 +29,18 @@ class Relax:
         At most; 0 leaves the candidates alone.
     force_tolerance : float
         eV/angstrom, largest force on one atom.
+    c1, c2 : float
+        A candidate whose atoms come closer than c1 covalent sums, or which falls into more pieces than it had (atoms
+        within c2 covalent sums hang together), goes back to where it was (Paper IV): a surface that knows little may
+        send atoms anywhere. 0 and infinity: never.
     """
 
     on: Any
     steps: Schedule[int] = 100
     force_tolerance: float = 0.05
     max_step: float = 0.2
+    c1: float = 0.6
+    c2: float = 1.5
     name: str = "Relax"
 
     def __post_init__(self) -> None:
@@ -53,9 +59,15 @@ class Relax:
         template = ctx.problem.template
         box = (*ctx.problem.box_arguments, template.atoms if template is not None else 0)
         if landscape is None:
-            return batch.with_positions(self._with_calculator(batch, settings, box))
-        positions, *_ = _core.relax(landscape, batch, **settings, box=box, threads=ctx.threads)
-        return batch.with_positions(positions)
+            relaxed = batch.with_positions(self._with_calculator(batch, settings, box))
+        else:
+            positions, *_ = _core.relax(landscape, batch, **settings, box=box, threads=ctx.threads)
+            relaxed = batch.with_positions(positions)
+        good = _core.closest_contacts(relaxed) >= self.c1
+        if np.isfinite(self.c2):
+            good &= _core.fragments(relaxed, self.c2) <= _core.fragments(batch, self.c2)
+        atoms = np.repeat(good, np.diff(batch.offsets))
+        return batch.with_positions(np.where(atoms[:, None], relaxed.positions, batch.positions))
 
     def _landscape(self, ctx: Context) -> _core.Landscape | None:
         if isinstance(self.on, str):
