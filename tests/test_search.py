@@ -209,3 +209,60 @@ def test_no_global_random_state():
         *source.glob("python/bindings/*"),
     ]:
         assert not re.search(r"\b(s?rand\(|random_device|mt19937)", path.read_text()), path
+
+
+def test_what_stages_keep_reaches_their_next_step_from_every_place_and_after_resuming(tmp_path):
+    def counting(kind):
+        def stage(batch, ctx):
+            before = ctx.carry.get(ctx.stage)
+            ctx.keep(count=np.array(1 if before is None else int(before["count"]) + 1))
+            return batch
+
+        stage.name = f"count_{kind}"
+        return stage
+
+    def build(**options):
+        return make(
+            tmp_path / "a.journal", refine=counting("refine"), settle=counting("settle"),
+            evaluate=[counting("evaluate"), Evaluate(PairToy())], **options,
+        )  # fmt: skip
+
+    with build() as search:
+        search.run(2, evaluations=1)
+    with build() as search:
+        search.run(3 - search.iteration)
+        carry = search.ask().context.carry
+    assert {name: int(kept["count"]) for name, kept in carry.items()} == {
+        "count_refine": 3,
+        "count_evaluate": 3,
+        "count_settle": 3,
+    }
+
+
+def test_an_interruption_in_the_same_process_loses_nothing():
+    class Impatient(PairToy):
+        def calculate(self, *arguments, **options):
+            super().calculate(*arguments, **options)
+            if self.calls == 5:
+                raise KeyboardInterrupt
+
+    search = make(calculator=Impatient())
+    with pytest.raises(KeyboardInterrupt):
+        search.run(4)
+    search.run(4 - search.iteration)
+    assert same_rows(search.data, straight(4))
+
+    def fails_once(batch, ctx):
+        if ctx.iteration == 1 and not failed:
+            failed.append(True)
+            raise RuntimeError("a bug in a settling stage")
+        return batch
+
+    failed: list = []
+    calculator = PairToy()
+    search = make(settle=[fails_once, Metropolis(0.2)], calculator=calculator)
+    with pytest.raises(RuntimeError):
+        search.run(4)
+    search.run(4 - search.iteration)
+    assert same_rows(search.data, straight(4))
+    assert calculator.calls == len(search.data)

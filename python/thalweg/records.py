@@ -675,7 +675,7 @@ class Context:
 
     def keep(self, **arrays: Any) -> None:
         """Hands small named arrays to this stage's own next step; they are stored."""
-        self._services.keep(self.stage, {name: _frozen(values) for name, values in arrays.items()})
+        self._services.keep(self.iteration, self.stage, {name: _frozen(values) for name, values in arrays.items()})
 
     def measure(self, structure: Batch, calculate: Callable[[Batch], Measured], **columns: Any) -> Batch:
         """One true evaluation of one structure, journaled before it is returned; replayed when the search resumes.

@@ -121,7 +121,7 @@ class Search:
         self._features: dict[Any, np.ndarray] = {}
         self._fitted: dict[str, Any] = {}
         self._carry: dict[str, Mapping[str, np.ndarray]] = {}
-        self._kept: dict[str, Mapping[str, np.ndarray]] = {}
+        self._kept: dict[int, dict[str, Mapping[str, np.ndarray]]] = {}
         self._last: Step | None = None
         self._pending: dict[int, Batch] = {}
         self._seconds: dict[int, dict[str, float]] = {}
@@ -184,7 +184,6 @@ class Search:
                 for name, model in self.models.items()
             }
         context = self._context(self._asked, self.data, self._fitted, self._last, self._carry, self._pending_batch())
-        self._kept = {}
         asked = self._compose(self._asked, context, seconds)
         self._enter(asked, seconds)
         return asked
@@ -232,9 +231,8 @@ class Search:
                         break
                 rows.append(batch)
                 passed += len(now) if finishing else len(_candidates(batch))
-        except _Halt:  # the ticket is open again, what it has measured will be replayed
-            self._to_replay[asked.ticket] = self._journal.pop(asked.ticket, []) + self._to_replay.get(asked.ticket, [])
-            self._open.insert(0, asked)
+        except BaseException:
+            self._reopen(asked)
             raise
         finally:
             self._measuring = None
@@ -253,14 +251,18 @@ class Search:
         seconds = {"evaluate": spent.pop("evaluate", 0.0)}
         if len(evaluated) and "point" not in evaluated.columns:
             evaluated = self._record_foreign(asked, evaluated)
-        self._kept = {}
-        with _timed(seconds, "settle"):
-            for stage in self.settle:
-                evaluated = stage(evaluated, self._at(asked.context, "settle", stage))
-        settled = self._settled_columns(asked.ticket, evaluated)
-        body = {"kind": asked.kind, "columns": settled, "kept": self._kept}
-        self._store.append("told", asked.ticket, body, timing=seconds)
-        self._carry = {**self._carry, **self._kept}
+        try:
+            with _timed(seconds, "settle"):
+                for stage in self.settle if asked.kind == "search" else []:  # a last polish decides nothing
+                    evaluated = stage(evaluated, self._at(asked.context, "settle", stage))
+            settled = self._settled_columns(asked.ticket, evaluated)
+            kept = self._kept.pop(asked.context.iteration, {})
+            body = {"kind": asked.kind, "columns": settled, "kept": kept}
+            self._store.append("told", asked.ticket, body, timing=seconds)
+        except BaseException:
+            self._reopen(asked)
+            raise
+        self._carry = {**self._carry, **kept}
         self._learn(asked.ticket, asked.kind, asked.context.iteration, asked.chosen, settled)
         carry = MappingProxyType(self._carry)
         step = Step(
@@ -277,6 +279,12 @@ class Search:
                 + (f"; the last reason: {self._last_reason}" if self._last_reason else "; no candidate could be built")
             )
         return step
+
+    def _reopen(self, asked: Asked) -> None:
+        """After an interruption or an error: the ticket is issued again, what it has measured is not measured twice."""
+        self._to_replay[asked.ticket] = self._journal.pop(asked.ticket, []) + self._to_replay.get(asked.ticket, [])
+        self._kept.pop(asked.context.iteration, None)
+        self._open.insert(0, asked)
 
     # ---- what there is -----------------------------------------------------------------------------
     @property
@@ -414,7 +422,6 @@ class Search:
                 len(chosen),
                 "finish",
             )
-            self._kept = {}
             self._enter(asked, {})
         self.tell(asked, self.evaluate(asked))
 
@@ -442,9 +449,9 @@ class Search:
     def _pending_batch(self) -> Batch:
         return Batch.concat(list(self._pending.values())) if self._pending else Batch.empty()
 
-    def keep(self, stage: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """`Context.keep`."""
-        self._kept = {**self._kept, stage: MappingProxyType(dict(arrays))}
+    def keep(self, iteration: int, stage: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """`Context.keep`: what the stages of the first half keep is stored with `asked`, of the second with `told`."""
+        self._kept.setdefault(iteration, {})[stage] = MappingProxyType(dict(arrays))
 
     def features(self, descriptor: Any, data: Batch) -> np.ndarray:
         """`Context.features`: rows are computed once; data only grows."""
@@ -459,17 +466,18 @@ class Search:
     # ---- the journal -------------------------------------------------------------------------------
     def _enter(self, asked: Asked, seconds: Mapping[str, float]) -> None:
         """Records what was asked and makes it pending."""
+        kept = self._kept.pop(asked.context.iteration, {})
         body = {
             "kind": asked.kind,
             "iteration": asked.context.iteration,
             "horizon": len(asked.context.data),
             "models": {name: fitted.state for name, fitted in asked.context.models.items() if hasattr(fitted, "state")},
             "chosen": asked.chosen,
-            "kept": self._kept,
+            "kept": kept,
         }
         self._store.append("asked", asked.ticket, body, timing=seconds)
         self._seconds[asked.ticket] = dict(seconds)
-        self._carry = {**self._carry, **self._kept}
+        self._carry = {**self._carry, **kept}
         self._pending[asked.ticket] = asked.chosen
         self._count(asked.kind)
 
@@ -538,6 +546,7 @@ class Search:
         if body["kind"] == "finish":
             return Asked(ticket, context, Batch.empty(), chosen, np.arange(len(chosen)), len(chosen), "finish")
         asked = self._compose(ticket, context, {})
+        self._kept.pop(context.iteration, None)  # it is in the record already
         if not np.array_equal(asked.chosen.positions, chosen.positions):
             asked = Asked(ticket, asked.context, asked.proposed, chosen, np.arange(len(chosen)), len(chosen))
         return asked
