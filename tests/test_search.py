@@ -266,3 +266,12 @@ def test_an_interruption_in_the_same_process_loses_nothing():
     search.run(4 - search.iteration)
     assert same_rows(search.data, straight(4))
     assert calculator.calls == len(search.data)
+
+
+def test_a_step_whose_candidates_are_all_refused_is_a_step():
+    def refuse(batch, ctx):
+        return batch.with_columns(status=np.full(len(batch), REJECTED, np.uint8))
+
+    search = make(evaluate=[refuse, Evaluate(PairToy())])
+    found = search.run(30)  # more than the steps after which a search that only fails gives up
+    assert (found.iterations, found.evaluations, found.best) == (30, 0, None)

@@ -221,7 +221,8 @@ class Search:
         try:
             while queue and passed < asked.wanted:
                 now, queue = queue[: asked.wanted - passed], queue[asked.wanted - passed :]
-                batch = asked.refined.take(now).with_columns(candidate=np.array(now))
+                # `point` counts the measurements of a ticket; -1: refused before it was measured
+                batch = asked.refined.take(now).with_columns(candidate=np.array(now), point=-1)
                 for gauge in gauges:
                     here = self._at(asked.context, "evaluate", gauge)
                     through = gauge.finish(batch, here) if finishing else gauge(batch, here)
