@@ -215,7 +215,7 @@ class Bench {
   }
 
  private:
-  static bool met(const Row& r) { return r.higher_is_better ? r.best >= r.target : r.best <= r.target; }
+  static bool met(const Row& r) { return r.higher_is_better ? r.median >= r.target : r.median <= r.target; }
   void print(const Row& r) const {
     if (json_) return;
     std::printf("%-58s %12.5g %12.5g  %-8s", r.name.c_str(), r.best, r.median, r.unit.c_str());
