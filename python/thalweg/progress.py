@@ -29,7 +29,9 @@ class _Tally:
             self.best[index] = best_energy
 
     def end(self, index: int, result: dict[str, Any]) -> None:
-        self.ended[index] = result
+        # one that was only stopped will go on when it is resumed
+        if result.get("finished") or str(result.get("reason", "")).startswith("failed"):
+            self.ended[index] = result
         self.evaluations[index] = int(result.get("evaluations") or 0)
         if result.get("best_energy") is not None:
             self.best[index] = float(result["best_energy"])
