@@ -3,6 +3,8 @@
     python benchmarks/search.py                              # the rows of the README
     python benchmarks/search.py --problem Au8Ni8 --arm gofee --restarts 20 --cap 400
     python benchmarks/search.py --problem Au4Ni4 --arm gofee --set kappa=1.0 --seed 1000
+    python benchmarks/search.py --set 'prior={"form": "fitted", "radius_scale": 0.92}'    # or just prior=fitted
+    python benchmarks/search.py --table --problem Au4Ni4 --problem Cu4Ni4 --problem Au6Ni6 --restarts 16 --cap 300
 
 One restart = one seed; every true evaluation is counted (first structures, surrogate choices, polishing, failures).
 delivered = the first counted evaluation within 1 meV of the known minimum. Restarts that reach the cap are censored.
@@ -43,15 +45,36 @@ ARMS = {
     "random search": {"method": "random_search"},
 }
 
+# What gofee's options change, each alone against the default on the same seeds (--table).
+CHOICES: dict[str, dict] = {
+    "default": {},
+    'acquisition="ei"': {"acquisition": "ei"},
+    'acquisition="thompson"': {"acquisition": "thompson"},
+    "kappa=1": {"kappa": 1.0},
+    "kappa 4, 2, 1, 0.5": {"kappa": {0: 4.0, 10: 2.0, 25: 1.0, 50: 0.5}},
+    'sampler="similarity"': {"sampler": "similarity"},
+    'sampler="novelty"': {"sampler": "novelty"},
+    "hops=1": {"hops": 1},
+    "hops=3": {"hops": 3},
+    "candidates=10": {"candidates": 10},
+    "candidates=80": {"candidates": 80},
+    "reset_after=10": {"reset_after": 10},
+    "reset_after=20": {"reset_after": 20},
+}
+
 
 def one(task: tuple[str, dict, int, int]) -> dict:
     """One restart."""
-    from thalweg import Problem, StopAt, recipes
+    from thalweg import FittedPrior, Problem, StopAt, _core, recipes
     from thalweg.calculators import EMT
 
     formula, options, seed, cap = task
     options = dict(options)
     method = options.pop("method")
+    if isinstance(options.get("prior"), dict):
+        numbers = dict(options["prior"])
+        form = numbers.pop("form")
+        options["prior"] = FittedPrior(**numbers) if form == "fitted" else _core.PairPrior(form, **numbers)
     problem = Problem(formula, cell=12.0 if formula not in ("Au8Ni8",) else 15.0, box=options.pop("box", None))
     target = MINIMA[formula]
     seconds: dict[str, float] = {}
@@ -99,12 +122,74 @@ def row(formula: str, arm: str, options: dict, restarts: int, cap: int, seed: in
     }  # fmt: skip
 
 
+def costs(result: dict, cap: int) -> np.ndarray:
+    """(n,) evaluations until the minimum, restart by restart; the cap where it was not found."""
+    return np.array([r["delivered"] or cap for r in result["restarts"]], float)
+
+
+def ratio_with_band(these: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
+    """Geometric mean of the cost ratio seed by seed, and its 95 % band (percentiles of 4000 resamplings of the seeds)."""
+    logs = np.log(these / others)
+    means = np.random.default_rng(0).choice(logs, (4000, len(logs))).mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(np.exp(logs.mean())), float(np.exp(low)), float(np.exp(high))
+
+
+def table(problems: list[str], chosen: list[str], restarts: int, cap: int, seed: int, workers: int) -> list[dict]:
+    """Choices of CHOICES against the default, same seeds; the last lines pool all problems."""
+    choices = {name: CHOICES[name] for name in CHOICES if name == "default" or name in chosen or not chosen}
+    print(
+        f"gofee, seeds {seed} to {seed + restarts - 1}, at most {cap} evaluations, n = {restarts}. ratio: evaluations"
+    )
+    print(
+        "against the default, geometric mean over seeds (cap where not found) and its 95 % bootstrap band. A median of"
+    )
+    print(
+        "so few restarts is noisy, and of many bands one in twenty misses 1 by chance: verdicts are hints, not proof."
+    )
+    print(
+        f"{'problem':8s} {'choice':24s} {'ok/n':>7s} {'median':>7s} {'mean':>6s} {'ratio':>6s} {'band':>13s} {'ms/it':>6s}"
+    )
+    rows: list[dict] = []
+    spent: dict[str, list[np.ndarray]] = {choice: [] for choice in choices}
+
+    def line(problem: str, choice: str, numbers: str, these: np.ndarray, speed: str) -> None:
+        others = np.concatenate(spent["default"][-len(problems) :]) if problem == "all" else spent["default"][-1]
+        ratio, low, high = ratio_with_band(these, others)
+        verdict = "helps" if high < 1 else "hurts" if low > 1 else "no difference shown"
+        text = "" if choice == "default" else f"{ratio:6.2f} {f'{low:.2f}-{high:.2f}':>13s}"
+        print(
+            f"{problem:8s} {choice:24s} {numbers} {text:20s} {speed:>6s}  {verdict if text else ''}".rstrip(),
+            flush=True,
+        )
+
+    for formula in problems:
+        for choice, options in choices.items():
+            result = row(formula, choice, {"method": "gofee", **options}, restarts, cap, seed, workers)
+            rows.append(result)
+            spent[choice].append(costs(result, cap))
+            median = result["median"]
+            shown = "-" if median is None or not np.isfinite(median) else f"{median:.0f}"
+            numbers = f"{result['ok']:3d}/{result['n']:<3d} {shown:>7s} {result['mean_per_success']:6.0f}"
+            line(formula, choice, numbers, spent[choice][-1], f"{result['ms_per_iteration']:.0f}")
+    if len(problems) > 1:
+        for choice, parts in spent.items():
+            every = np.concatenate(parts)
+            found = sum(r["ok"] for r in rows if r["arm"] == choice)
+            line("all", choice, f"{found:3d}/{len(every):<3d} {'':7s} {'':6s}", every, "")
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problem", action="append", choices=sorted(MINIMA))
     parser.add_argument("--arm", action="append", choices=sorted(ARMS))
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="options of the recipe, as JSON"
+    )
+    parser.add_argument("--table", action="store_true", help="every choice of gofee's options against the default")
+    parser.add_argument(
+        "--choice", action="append", default=[], choices=list(CHOICES), help="with --table: these only; all if left out"
     )
     parser.add_argument("--restarts", type=int, default=40)
     parser.add_argument("--cap", type=int, default=400, help="true evaluations per restart")
@@ -119,8 +204,15 @@ def main() -> None:
             extra[name] = json.loads(value)
         except ValueError:
             extra[name] = value
-        if isinstance(extra[name], dict):
+        if isinstance(extra[name], dict) and name != "prior":
             extra[name] = {int(first): number for first, number in extra[name].items()}
+    if arguments.table:
+        if arguments.arm or extra:
+            parser.error("--table has arms and settings of its own: leave out --arm and --set")
+        problems = arguments.problem or ["Au4Ni4"]
+        rows = table(problems, arguments.choice, arguments.restarts, arguments.cap, arguments.seed, arguments.workers)
+        write(arguments.json, rows)
+        return
     rows = []
     print(
         f"{'problem':8s} {'arm':34s} {'ok/n':>7s} {'median':>7s} {'mean':>8s} {'by 50/100/150/400':>18s} {'ms/it':>6s}"
@@ -138,8 +230,12 @@ def main() -> None:
                 f"{result['mean_per_success']:8.0f} {by:>18s} {result['ms_per_iteration']:6.1f}",
                 flush=True,
             )
-    if arguments.json:
-        with open(arguments.json, "w") as file:
+    write(arguments.json, rows)
+
+
+def write(path: str | None, rows: list[dict]) -> None:
+    if path:
+        with open(path, "w") as file:
             json.dump(rows, file, indent=1)
 
 

@@ -187,6 +187,87 @@ def test_number_of_workers_does_not_matter(case):
     assert not same_rows(rows("w1", 0), rows("w1", 1))
 
 
+AGREE = """
+[problem]
+symbols = "Au2Ni2"
+cell = 12.0
+box = 5.0
+
+[calculator]
+name = "emt"
+
+[search]
+method = "random_search"
+iterations = 1
+restarts = 24
+steps = 100
+force_tolerance = 0.01
+stop_when_agree = 3
+"""
+
+
+def test_a_campaign_ends_when_restarts_agree(case, capsys):
+    """The verdict, and the restart after which it falls, do not depend on the number of workers; how many of the others
+    had begun by then does."""
+    (case / "agree.toml").write_text(AGREE)
+    verdicts = []
+    for workers in (1, 3):
+        folder = f"a{workers}"
+        code, out, _ = call(capsys, "run", "agree.toml", "--out", folder, "--workers", workers)
+        assert code == 0 and "no more restarts are needed" in out and "go on with" not in out
+        summary = json.loads((case / folder / "summary.json").read_text())
+        verdicts.append(summary["agreement"])
+        agreement = summary["agreement"]
+        m = agreement["decided_after"]
+        energies = np.array([entry["best_energy"] for entry in summary["restarts"][:m]])
+        assert agreement["found"] == 3 == len(agreement["restarts"]) and agreement["energy"] == energies.min()
+        assert agreement["restarts"] == np.flatnonzero(energies <= energies.min() + 0.001).tolist()
+        assert all(entry["finished"] for entry in summary["restarts"][:m]) and 3 < m < 20
+        assert m <= len(summary["restarts"]) <= (m if workers == 1 else 23)
+    assert verdicts[0] == verdicts[1]
+    for index in range(verdicts[0]["decided_after"]):
+        assert same_rows(rows("a1", index), rows("a3", index))
+    # what is there is enough: nothing is begun when it is continued
+    before = sorted(path.name for path in (case / "a1" / "restarts").iterdir())
+    code, out, _ = call(capsys, "resume", "a1")
+    assert code == 0 and "no more restarts are needed" in out
+    assert sorted(path.name for path in (case / "a1" / "restarts").iterdir()) == before
+
+
+def test_agreement_is_of_energy_and_structure_and_needs_an_unbroken_beginning(case):
+    from thalweg import Problem
+
+    configuration = Configuration.from_dict({
+        "problem": {"symbols": "Au2Ni2", "box": 5.0}, "calculator": {"name": "emt"},
+        "search": {"restarts": 9, "stop_when_agree": 2},
+    })  # fmt: skip
+    problem = Problem("Au2Ni2", box=5.0)
+    square = np.array([[0, 0, 0], [2.6, 2.6, 0], [2.6, 0, 0], [0, 2.6, 0]]) + 5.0
+    line = np.array([[0, 0, 0], [2.6, 0, 0], [5.2, 0, 0], [7.8, 0, 0]]) + 3.0
+
+    def ended(energy, positions):
+        row = problem.batch(positions[None], energy=energy, status=np.uint8(0))
+        return _History(row, problem)
+
+    def verdict(*ends):
+        agreement = campaign.Agreement(configuration)
+        for index, history in ends:
+            agreement.add(index, history)
+        return agreement.state["decided_after"]
+
+    assert verdict((0, ended(5.0, square)), (1, ended(5.0005, square + 1.0))) == 2
+    assert verdict((0, ended(5.0, square)), (1, ended(5.0005, line))) is None
+    assert verdict((0, ended(5.0, square)), (1, ended(5.002, square))) is None
+    assert verdict((0, ended(5.0, square)), (1, ended(4.9, line)), (2, ended(5.0, square))) is None  # not the lowest
+    assert verdict((0, ended(5.0, square)), (2, ended(5.0, square))) is None  # 1 has not ended
+    assert verdict((2, ended(5.0, square)), (0, ended(5.0, square)), (1, None)) == 3  # 1 has failed
+
+
+class _History:
+    def __init__(self, rows, problem):
+        self.rows, self.problem = rows, problem
+
+
 def test_job_array_shares_a_folder(case, capsys):
     jobs = [start("run", "case.toml", "--out", "array", "--restart-index", k) for k in (2, 0)]
     for job in jobs:

@@ -88,6 +88,8 @@ def test_mistakes_in_problem_and_calculator(tmp_path, change, words):
         ("kapa = 2.0", ["search.kapa", "Did you mean 'kappa'?"]),
         ("kappa = 'two'", ["search.kappa", "expected a number", '"two"']),
         ("restarts = 'ten'", ["search.restarts", "expected a whole number", '"ten"']),
+        ("restarts = 4\nstop_when_agree = 5", ["search.stop_when_agree", "5 restarts cannot agree", "is 4"]),
+        ("restarts = 4\nstop_when_agree = 1", ["search.stop_when_agree", "at least 2", "got 1"]),
         ("restarts = 2.5", ["search.restarts", "expected a whole number", "2.5"]),
         ("restarts = true", ["search.restarts", "expected a whole number", "true"]),
         ("restarts = 0", ["search.restarts", "at least 1", "got 0"]),

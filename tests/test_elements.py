@@ -13,17 +13,22 @@ from thalweg import (
     Connected,
     Duplicate,
     Evaluate,
+    ExpectedImprovement,
     FirstOf,
+    KernelSimilarity,
     KMeans,
     LastAccepted,
     Metropolis,
     MinDistance,
+    Novelty,
     OneOf,
     Permute,
     Problem,
     Random,
     Rattle,
     Relax,
+    SurrogateHops,
+    Thompson,
     Wrap,
 )  # fmt: skip
 from thalweg.calculators import EMT
@@ -48,6 +53,7 @@ def with_model():
         (OneOf(Rattle(2), Permute(2)), "propose"),
         (KMeans(4), "sample"),
         (Best(3), "sample"),
+        (Novelty(3), "sample"),
         (LastAccepted(), "sample"),
         (MinDistance(0.7), "refine"),
         (Connected(), "refine"),
@@ -55,6 +61,8 @@ def with_model():
         (Wrap(), "refine"),
         (Relax(EMT(), 5), "refine"),
         (Relax(PairToy(), 5), "refine"),
+        (SurrogateHops(EMT(), 2, 10), "refine"),
+        (SurrogateHops(EMT(), 2, 10, keep="all"), "refine"),
         (Evaluate(EMT()), "evaluate"),
         (Evaluate(EMT(), 3), "evaluate"),
         (Duplicate(), "evaluate"),
@@ -67,7 +75,16 @@ def test_shipped_elements_conform(element, kind):
 
 
 @pytest.mark.parametrize(
-    ("element", "kind"), [(LCB(2.0), "acquire"), (Relax(LCB(2.0), 10), "refine"), (Relax("gp", 10), "refine")]
+    ("element", "kind"),
+    [
+        (LCB(2.0), "acquire"),
+        (ExpectedImprovement(), "acquire"),
+        (Thompson(), "acquire"),
+        (KernelSimilarity(4), "sample"),
+        (Relax(LCB(2.0), 10), "refine"),
+        (Relax("gp", 10), "refine"),
+        (SurrogateHops(LCB(2.0), 2, 10), "refine"),
+    ],
 )
 def test_elements_on_models_conform(element, kind, with_model):
     check_element(element, kind, search=with_model())

@@ -42,6 +42,7 @@ def test_finds_the_known_minimum_of_au4ni4():
 
 def test_threads_do_not_change_a_bit(straight):
     assert same_rows(rows(threads=2), straight)
+    assert same_rows(rows(threads=2, prior="fitted"), rows(prior="fitted"))
 
 
 def test_the_seed_does(straight):
@@ -56,6 +57,32 @@ def test_resumed_equals_straight_with_models(tmp_path, straight, cut):
         search.run(14, evaluations=cut)
         assert search.evaluations == cut
     assert same_rows(rows(store=path), straight)
+
+
+@pytest.mark.parametrize("cut", [1, 5, 12, 19])
+def test_resumed_equals_straight_with_a_fitted_prior(tmp_path, cut):
+    """The fitted lengths and depths are part of the state, bit for bit, as is when they are fitted next."""
+    path = tmp_path / "a.journal"
+    with recipes.gofee(PROBLEM, EMT(), seed=3, store=path, threads=1, prior="fitted") as search:
+        search.run(18, evaluations=cut)
+        assert search.evaluations == cut
+    straight = rows(18, prior="fitted")
+    assert same_rows(rows(18, store=path, prior="fitted"), straight)
+    assert len(straight) > 20 and not same_rows(rows(18), straight)
+
+
+def test_killed_with_a_fitted_prior_and_resumed(tmp_path):
+    path = tmp_path / "a.journal"
+    program = _RUN.replace("threads=1", 'threads=1, prior="fitted"')
+    killed = 0
+    for wait in np.random.default_rng(12).uniform(0.0, 0.1, 5):
+        process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert killed >= 3
+    assert same_rows(rows(40, store=path, prior="fitted"), rows(40, prior="fitted"))
 
 
 def test_resumed_between_every_step_equals_straight(tmp_path):

@@ -18,17 +18,19 @@ SOURCE = Path(__file__).parents[1]
 PYTHON = [
     {"_core"},
     {"errors", "elements"},
-    {"randomness", "schedule", "descriptors", "calculators", "statistics"},
+    {"randomness", "schedule", "descriptors", "calculators", "pool", "statistics", "priors"},
     {"records"},
-    {"generators", "select", "refine", "evaluate", "models", "callbacks"},
+    {"generators", "select", "refine", "evaluate", "models", "local_model", "callbacks", "stagnation"},
     {"search", "store"},
     {"recipes", "testing"},
-    {"config", "campaign", "report", "progress"},
+    {"config", "campaign", "report", "progress", "bench", "scaffold", "importing"},
     {"cli"},
 ]
-# refine uses the model lookup of select, nothing else looks sideways among the elements
-SIDEWAYS = {("refine", "select"), ("search", "store"), ("campaign", "config"), ("report", "campaign"), ("report", "config"),
-            ("progress", "campaign"), ("progress", "config"), ("campaign", "progress")}  # fmt: skip
+# refine uses the model lookup of select, the local model the priors of models; nothing else looks sideways among the
+# elements
+SIDEWAYS = {("refine", "select"), ("local_model", "models"),
+            ("search", "store"), ("campaign", "config"), ("report", "campaign"), ("report", "config"),
+            ("progress", "campaign"), ("scaffold", "config"), ("progress", "config"), ("campaign", "progress")}  # fmt: skip
 
 # C++: header -> headers of the project it may include.
 CPP = {
@@ -40,6 +42,8 @@ CPP = {
     "gpr.hpp": {"core.hpp"},
     "potentials.hpp": {"core.hpp", "landscape.hpp"},
     "surrogate.hpp": {"core.hpp", "landscape.hpp", "fingerprint.hpp", "gpr.hpp"},
+    "environments.hpp": {"core.hpp", "neighbors.hpp"},
+    "local_gpr.hpp": {"core.hpp", "landscape.hpp", "environments.hpp"},
     "relax.hpp": {"core.hpp", "landscape.hpp"},
     "build.hpp": {"core.hpp", "random.hpp", "relax.hpp"},
 }

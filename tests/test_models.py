@@ -106,15 +106,15 @@ def same_bits(a, b, batch):
         np.testing.assert_array_equal(values, b.state[name])
 
 
-@pytest.mark.parametrize("max_rows", [500, 22])
-def test_restore_gives_the_same_bits(max_rows):
+@pytest.mark.parametrize(("max_rows", "prior"), [(500, "bonding"), (22, "bonding"), (500, "fitted"), (22, "fitted")])
+def test_restore_gives_the_same_bits(max_rows, prior):
     data, other = random_batch(40, 3), random_batch(7, 4)
     status = np.zeros(40, np.uint8)
     status[[3, 17]] = 1
     energy = data.columns["energy"].copy()
     energy[17] = np.nan
     data = data.with_columns(status=status, energy=energy)
-    model, fitted, sizes = GPR(max_rows=max_rows), None, []
+    model, fitted, sizes = GPR(max_rows=max_rows, prior=prior), None, []
     for n in [1, 2, 3, 5, 8, 12, 13, 15, 16, 17, 19, 21, 24, 26, 28, 29, 31, 32, 33, 34, 36, 37, 38, 40]:
         fitted = model.fit(data[:n], fitted)
         sizes.append(len(fitted.state["operations"]))

@@ -8,6 +8,7 @@ from ase import Atoms
 from ase.build import bulk, fcc111, molecule
 from ase.calculators.emt import EMT as AseEMT
 from ase.calculators.lj import LennardJones as AseLennardJones
+from ase.data import atomic_numbers
 from ase.neighborlist import neighbor_list
 from thalweg import _core
 from thalweg.calculators import EMT, LennardJones, landscape_of, make_calculator
@@ -176,12 +177,26 @@ def test_pair_prior_has_the_values_of_its_formula(name, settings, reference):
     assert energy == pytest.approx(expected, rel=1e-12)
 
 
+def morse(depth=0.7, stiffness=4.5, scale=0.97):
+    """Wells of every pair of species in these tests, deeper for the heavier."""
+    numbers = sorted(atomic_numbers[name] for name in EVERY)
+    return _core.MorsePrior(
+        {
+            (a, b): (depth + 0.001 * (a + b), scale * (_core.covalent_radius(a) + _core.covalent_radius(b)), stiffness)
+            for a in numbers
+            for b in numbers
+            if a <= b
+        }
+    )
+
+
 def landscapes():
     return {
         "emt": _core.Emt(),
         "lj": _core.LennardJones(2.3, 0.4, smooth=True),
         "bonding": _core.PairPrior(),
         "repulsive": _core.PairPrior("repulsive"),
+        "morse": morse(),
     }
 
 
@@ -206,8 +221,50 @@ def test_forces_are_the_derivative(which, name):
         assert abs(numerical + np.sum(forces * u)) < 1e-8 * max(np.abs(forces).max(), 1.0)
 
 
+def test_morse_prior_with_equal_numbers_is_the_bonding_prior():
+    scale = 1.03
+    radius = {z: scale * _core.covalent_radius(z) for z in (28, 79)}
+    prior = _core.MorsePrior({(a, b): (0.6, radius[a] + radius[b], 5.0) for a, b in ((79, 79), (79, 28), (28, 28))})
+    batch = pack([CASES["Au4Ni4"], CASES["bulk Au"]])
+    ours = _core.evaluate(prior, batch)
+    theirs = _core.evaluate(_core.PairPrior(depth=0.6, stiffness=5.0, radius_scale=scale), batch)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+    assert list(prior.pairs) == [(28, 28), (28, 79), (79, 79)]
+    assert eval(repr(prior), {"MorsePrior": _core.MorsePrior}).pairs == prior.pairs  # to the last bit
+    with pytest.raises(ValueError, match="no entry for the pair Cu-Cu"):
+        evaluate(prior, CASES["bulk Cu"])
+
+
+def test_morse_derivatives_are_those_of_energies_and_forces():
+    # parameters of one pair at a time; within 1e-7 of the largest derivative (central differences, Richardson)
+    batch = pack([CASES["Au4Ni4"], rattled(CASES["Au4Ni4"], 1)])
+    pairs = {(28, 28): [0.5, 2.3, 4.1], (28, 79): [0.7, 2.5, 4.6], (79, 79): [0.6, 2.9, 3.8]}
+    energies, forces, d_energies, d_forces = _core.MorsePrior(pairs).derivatives(batch)
+    np.testing.assert_allclose(energies, _core.evaluate(_core.MorsePrior(pairs), batch)[0], rtol=1e-12)
+    np.testing.assert_allclose(forces, _core.evaluate(_core.MorsePrior(pairs), batch)[1], rtol=0, atol=1e-11)
+    assert d_energies.shape == (3, 3, 2) and d_forces.shape == (3, 3, 16, 3)
+    for k, pair in enumerate(pairs):
+        for which in range(3):
+
+            def moved(step, pair=pair, which=which):
+                there = {key: list(values) for key, values in pairs.items()}
+                there[pair][which] += step
+                return _core.evaluate(_core.MorsePrior(there), batch)
+
+            near, far = (
+                [(up - down) / (2 * h) for up, down in zip(moved(h), moved(-h), strict=True)] for h in (1e-4, 2e-4)
+            )
+            for got, a, b in zip((d_energies[k, which], d_forces[k, which]), near, far, strict=True):
+                np.testing.assert_allclose(got, (4 * a - b) / 3, rtol=0, atol=1e-7 * max(1.0, np.abs(got).max()))
+
+
 def test_priors_have_two_continuous_derivatives():
-    for landscape, low, high in [(_core.PairPrior(), 0.8, 7.5), (_core.PairPrior("repulsive"), 0.2, 3.3)]:
+    for landscape, low, high in [
+        (_core.PairPrior(), 0.8, 7.5),
+        (_core.PairPrior("repulsive"), 0.2, 3.3),
+        (morse(), 0.8, 7.5),
+    ]:
         r = np.arange(low, high, 1e-3)
         pairs = [Atoms("Au2", [[0, 0, 0], [x, 0, 0]]) for x in r]
         energies, forces = _core.evaluate(landscape, pack(pairs))

@@ -307,10 +307,11 @@ double repulsive_pairs(const NeighborList& list, const std::int32_t* kind, const
 
 class PriorEvaluator : public RowEvaluator {
  public:
-  PriorEvaluator(const BatchView& batch, const PairPrior::Settings& settings, const Species& types,
+  PriorEvaluator(const BatchView& batch, PairPrior::Form form, bool sharp_cutoff, const Species& types,
                  std::vector<PriorPair> table)
       : RowEvaluator(batch, longest_cutoffs(batch, types, table), 0.5),
-        settings_(settings),
+        form_(form),
+        sharp_cutoff_(sharp_cutoff),
         types_(types),
         table_(std::move(table)) {}
 
@@ -323,9 +324,9 @@ class PriorEvaluator : public RowEvaluator {
     if (kinds_.size() < list.size()) kinds_.resize(list.size());
     for (std::size_t p = 0; p < list.size(); ++p) kinds_[p] = type[list.i()[p]] * count + type[list.j()[p]];
     const double energy =
-        settings_.form == PairPrior::Form::bonding
+        form_ == PairPrior::Form::bonding
             ? potential_kernels().morse_pairs(list.size(), list.r(), kinds_.data(), table_.data(), slopes_.data())
-            : repulsive_pairs(list, kinds_.data(), table_.data(), settings_.sharp_cutoff, slopes_.data());
+            : repulsive_pairs(list, kinds_.data(), table_.data(), sharp_cutoff_, slopes_.data());
     add_pair_forces(list, slopes_.data(), forces);
     return energy;
   }
@@ -349,12 +350,134 @@ class PriorEvaluator : public RowEvaluator {
     return out;
   }
 
-  PairPrior::Settings settings_;
+  PairPrior::Form form_;
+  bool sharp_cutoff_;
   Species types_;
   std::vector<PriorPair> table_;
   std::vector<std::int32_t> kinds_;
   std::vector<double> slopes_;
 };
+
+// A well with its switch; cutoff 0: 2.5 r0.
+PriorPair morse_pair(double r0, double stiffness, double depth, double cutoff = 0.0) {
+  PriorPair pair{};
+  pair.radius = r0;
+  pair.exponent = stiffness / r0;
+  pair.depth = depth;
+  pair.cutoff = cutoff > 0 ? cutoff : 2.5 * r0;
+  pair.switch_from = std::min(1.6 * r0, 0.64 * pair.cutoff);
+  pair.switch_scale = 1.0 / (pair.cutoff - pair.switch_from);
+  return pair;
+}
+
+// A Morse well in units of its own, depth g(x, s) with x = r / r0, s = stiffness; the derivatives that a fit needs.
+struct ReducedWell {
+  double g, g_x, g_s, g_xx, g_xs;
+
+  ReducedWell(double x, double s) {
+    const double u = std::exp(s * (1.0 - x));
+    const double slope = 2.0 * u * (u - 1.0), bend = 2.0 * u * (2.0 * u - 1.0);
+    const double w = u * (u - 2.0), w_x = -s * slope, w_s = (1.0 - x) * slope, w_xx = s * s * bend,
+                 w_xs = -slope - s * (1.0 - x) * bend;
+    const double scale = 1.0 / 0.9, t = std::max(0.0, (x - 1.6) * scale), rest = 1.0 - t;  // from 1.6 to 2.5
+    const double c = 1.0 - t * t * t * (10.0 - t * (15.0 - 6.0 * t)), c_x = -30.0 * t * t * rest * rest * scale,
+                 c_xx = -60.0 * t * rest * (rest - t) * scale * scale;
+    g = w * c;
+    g_x = w_x * c + w * c_x;
+    g_s = w_s * c;
+    g_xx = w_xx * c + 2.0 * w_x * c_x + w * c_xx;
+    g_xs = w_xs * c + w_s * c_x;
+  }
+};
+
+class MorseDerivatives : public RowEvaluator {
+ public:
+  /// entry: row of `pairs` for every two of `types`, or -1.
+  MorseDerivatives(const BatchView& batch, const Species& types, const std::vector<MorsePrior::Pair>& pairs,
+                   std::vector<int> entry, double* d_energies, double* d_forces)
+      : RowEvaluator(batch, {longest_cutoff(pairs)}, 0.0),
+        types_(types),
+        pairs_(pairs),
+        entry_(std::move(entry)),
+        d_energies_(d_energies),
+        d_forces_(d_forces) {}
+
+ protected:
+  double evaluate_row(std::size_t row, std::size_t first, const StructureView& structure, double* forces) override {
+    const NeighborList& list = neighbors(row, structure);
+    const std::int32_t* type = types_.of_atom.data() + first;
+    const std::size_t n = batch_.size(), m = batch_.positions.size() / 3, count = types_.numbers.size();
+    double energy = 0;
+    for (std::size_t p = 0; p < list.size(); ++p) {
+      const std::size_t i = static_cast<std::size_t>(list.i()[p]), j = static_cast<std::size_t>(list.j()[p]);
+      const std::size_t k = static_cast<std::size_t>(
+          entry_[static_cast<std::size_t>(type[i]) * count + static_cast<std::size_t>(type[j])]);
+      const MorsePrior::Pair& pair = pairs_[k];
+      const double r = list.r()[p], x = r / pair.r0;
+      if (!(x < 2.5)) continue;
+      const ReducedWell well(x, pair.stiffness);
+      const double per_r0 = 1.0 / pair.r0;
+      // energy and its slope dE/dr, each with its derivatives by depth, r0 and stiffness
+      const double value[4] = {pair.depth * well.g, well.g, -pair.depth * well.g_x * x * per_r0, pair.depth * well.g_s};
+      const double slope[4] = {pair.depth * well.g_x * per_r0, well.g_x * per_r0,
+                               -pair.depth * (x * well.g_xx + well.g_x) * per_r0 * per_r0,
+                               pair.depth * well.g_xs * per_r0};
+      energy += value[0];
+      for (std::size_t what = 0; what < 4; ++what) {
+        double* f = forces;
+        if (what > 0) {
+          d_energies_[(3 * k + what - 1) * n + row] += value[what];
+          f = d_forces_ + 3 * ((3 * k + what - 1) * m + first);
+        }
+        for (std::size_t axis = 0; axis < 3; ++axis) {
+          const double pull = slope[what] / r * list.d()[3 * p + axis];
+          f[3 * i + axis] += pull;
+          f[3 * j + axis] -= pull;
+        }
+      }
+    }
+    return energy;
+  }
+
+ private:
+  static double longest_cutoff(const std::vector<MorsePrior::Pair>& pairs) {
+    double longest = 1.0;
+    for (const MorsePrior::Pair& pair : pairs) longest = std::max(longest, 2.5 * pair.r0);
+    return longest;
+  }
+
+  const Species& types_;
+  const std::vector<MorsePrior::Pair>& pairs_;
+  std::vector<int> entry_;
+  double *d_energies_, *d_forces_;
+};
+
+// Row of `pairs` for every two of `types`; -1 where there is none and no structure needs it. Throws where one does.
+std::vector<int> entries(const BatchView& batch, const Species& types, const std::vector<MorsePrior::Pair>& pairs) {
+  const std::size_t count = types.numbers.size();
+  std::vector<int> out(count * count, -1);
+  for (std::size_t k = 0; k < pairs.size(); ++k) {
+    const auto place = [&](std::int32_t z) {
+      return static_cast<std::size_t>(std::lower_bound(types.numbers.begin(), types.numbers.end(), z) -
+                                      types.numbers.begin());
+    };
+    const std::size_t a = place(pairs[k].first), b = place(pairs[k].second);
+    if (a == count || b == count || types.numbers[a] != pairs[k].first || types.numbers[b] != pairs[k].second) continue;
+    out[a * count + b] = out[b * count + a] = static_cast<int>(k);
+  }
+  std::vector<bool> present(count);
+  for (std::size_t row = 0; row < batch.size(); ++row) {
+    present.assign(count, false);
+    for (std::int64_t atom = batch.offsets[row]; atom < batch.offsets[row + 1]; ++atom)
+      present[static_cast<std::size_t>(types.of_atom[static_cast<std::size_t>(atom)])] = true;
+    for (std::size_t a = 0; a < count; ++a)
+      for (std::size_t b = a; b < count; ++b)
+        if (present[a] && present[b] && out[a * count + b] < 0)
+          throw Error("MorsePrior has no entry for the pair " + std::string(chemical_symbol(types.numbers[a])) + "-" +
+                      std::string(chemical_symbol(types.numbers[b])) + "; give it depth, r0 and stiffness");
+  }
+  return out;
+}
 
 void expect_positive(double value, const char* owner, const char* name) {
   if (!(value > 0) || !std::isfinite(value))
@@ -406,20 +529,65 @@ std::unique_ptr<Evaluator> PairPrior::evaluator(const BatchView& batch) const {
       const double sum = settings_.radius_scale * (covalent_radius(a) + covalent_radius(b));
       PriorPair pair{};
       if (settings_.form == Form::bonding) {
-        pair.radius = sum;
-        pair.exponent = settings_.stiffness / sum;
-        pair.depth = settings_.depth;
-        pair.cutoff = settings_.cutoff > 0 ? settings_.cutoff : 2.5 * sum;
-        pair.switch_from = std::min(1.6 * sum, 0.64 * pair.cutoff);
+        pair = morse_pair(sum, settings_.stiffness, settings_.depth, settings_.cutoff);
       } else {
         pair.radius = settings_.repulsive_factor * sum;
         pair.cutoff = settings_.cutoff > 0 ? settings_.cutoff : 3.0;
         pair.switch_from = 0.75 * pair.cutoff;
+        pair.switch_scale = 1.0 / (pair.cutoff - pair.switch_from);
       }
-      pair.switch_scale = 1.0 / (pair.cutoff - pair.switch_from);
       table.push_back(pair);
     }
-  return std::make_unique<PriorEvaluator>(batch, settings_, types, std::move(table));
+  return std::make_unique<PriorEvaluator>(batch, settings_.form, settings_.sharp_cutoff, types, std::move(table));
+}
+
+MorsePrior::MorsePrior(std::vector<Pair> pairs) : pairs_(std::move(pairs)) {
+  for (Pair& pair : pairs_) {
+    covalent_radius(pair.first);  // throws for what is no element
+    covalent_radius(pair.second);
+    if (pair.first > pair.second) std::swap(pair.first, pair.second);
+    expect_not_negative(pair.depth, "MorsePrior", "depth");
+    expect_positive(pair.r0, "MorsePrior", "r0");
+    expect_positive(pair.stiffness, "MorsePrior", "stiffness");
+  }
+  const auto key = [](const Pair& pair) { return std::pair(pair.first, pair.second); };
+  std::sort(pairs_.begin(), pairs_.end(), [&](const Pair& a, const Pair& b) { return key(a) < key(b); });
+  for (std::size_t k = 1; k < pairs_.size(); ++k)
+    if (key(pairs_[k - 1]) == key(pairs_[k]))
+      throw Error("MorsePrior takes every pair of species once, but " + std::string(chemical_symbol(pairs_[k].first)) +
+                  "-" + std::string(chemical_symbol(pairs_[k].second)) + " comes twice");
+}
+
+std::unique_ptr<Evaluator> MorsePrior::evaluator(const BatchView& batch) const {
+  const Species types(batch);
+  std::vector<PriorPair> table;
+  for (const int entry : entries(batch, types, pairs_)) {
+    const Pair pair = entry < 0 ? Pair{0, 0, 0.0, 1.0, 1.0} : pairs_[static_cast<std::size_t>(entry)];
+    table.push_back(morse_pair(pair.r0, pair.stiffness, pair.depth));
+  }
+  return std::make_unique<PriorEvaluator>(batch, PairPrior::Form::bonding, false, types, std::move(table));
+}
+
+void MorsePrior::derivatives(const BatchView& batch, std::span<double> energies, std::span<double> forces,
+                             std::span<double> d_energies, std::span<double> d_forces) const {
+  batch.check();
+  const std::size_t n = batch.size(), parameters = 3 * pairs_.size();
+  const auto expect_size = [](std::span<double> array, std::size_t size, const char* name) {
+    if (array.size() != size)
+      throw Error(std::string(name) + " must hold " + std::to_string(size) + " values, but it holds " +
+                  std::to_string(array.size()));
+  };
+  expect_size(energies, n, "energies");
+  expect_size(forces, batch.positions.size(), "forces");
+  expect_size(d_energies, parameters * n, "d_energies");
+  expect_size(d_forces, parameters * batch.positions.size(), "d_forces");
+  std::fill(d_energies.begin(), d_energies.end(), 0.0);
+  std::fill(d_forces.begin(), d_forces.end(), 0.0);
+  const Species types(batch);
+  std::vector<std::int64_t> rows(n);
+  for (std::size_t row = 0; row < n; ++row) rows[row] = static_cast<std::int64_t>(row);
+  MorseDerivatives(batch, types, pairs_, entries(batch, types, pairs_), d_energies.data(), d_forces.data())
+      .evaluate(rows, batch.positions.data(), energies.data(), forces.data());
 }
 
 // ---- whole batches

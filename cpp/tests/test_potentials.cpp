@@ -55,6 +55,19 @@ Result run(const Landscape& landscape, const BatchView& batch, int threads = 1) 
   return out;
 }
 
+// Every pair of the species below with numbers of its own.
+std::vector<MorsePrior::Pair> every_pair() {
+  std::vector<MorsePrior::Pair> pairs;
+  const std::int32_t species[] = {1, 8, 13, 28, 29, 46, 47, 78, 79};
+  for (const std::int32_t a : species)
+    for (const std::int32_t b : species)
+      if (a <= b)
+        pairs.push_back({b, a, 0.3 + 0.01 * (a % 7),
+                         (0.9 + 0.001 * (b % 11)) * (covalent_radius(a) + covalent_radius(b)),
+                         3.0 + 0.1 * (a + b) / 10});
+  return pairs;
+}
+
 std::vector<std::unique_ptr<Landscape>> landscapes() {
   std::vector<std::unique_ptr<Landscape>> out;
   out.push_back(std::make_unique<Emt>());
@@ -63,6 +76,7 @@ std::vector<std::unique_ptr<Landscape>> landscapes() {
   PairPrior::Settings repulsive;
   repulsive.form = PairPrior::Form::repulsive;
   out.push_back(std::make_unique<PairPrior>(repulsive));
+  out.push_back(std::make_unique<MorsePrior>(every_pair()));
   return out;
 }
 
@@ -143,6 +157,84 @@ TEST(forces_are_the_derivative_of_the_energy) {
       CLOSE(analytic, numerical, 1e-8 * largest * std::sqrt(static_cast<double>(s.offsets[row + 1] - s.offsets[row])));
     }
   }
+}
+
+TEST(morse_prior_with_equal_numbers_is_the_bonding_prior) {
+  const Structures s = mixture();
+  PairPrior::Settings settings;
+  settings.depth = 0.6;
+  settings.stiffness = 5.0;
+  settings.radius_scale = 1.05;
+  std::vector<MorsePrior::Pair> pairs = every_pair();
+  for (MorsePrior::Pair& pair : pairs) {
+    pair.depth = 0.6;
+    pair.stiffness = 5.0;
+    pair.r0 = 1.05 * (covalent_radius(pair.first) + covalent_radius(pair.second));
+  }
+  const Result expected = run(PairPrior(settings), s.view()), other = run(MorsePrior(pairs), s.view());
+  double largest = 1;
+  for (const double f : expected.forces) largest = std::max(largest, std::abs(f));
+  for (std::size_t row = 0; row < expected.energies.size(); ++row)
+    CLOSE(other.energies[row], expected.energies[row], 1e-12 * std::max(1.0, std::abs(expected.energies[row])));
+  for (std::size_t k = 0; k < expected.forces.size(); ++k) CLOSE(other.forces[k], expected.forces[k], 1e-12 * largest);
+}
+
+TEST(morse_derivatives_by_the_parameters) {
+  const Structures s = mixture();
+  const std::size_t n = s.offsets.size() - 1, m = s.numbers.size();
+  const std::vector<MorsePrior::Pair> pairs = every_pair();
+  const std::size_t parameters = 3 * pairs.size();
+  std::vector<double> energies(n), forces(3 * m), d_energies(parameters * n), d_forces(parameters * 3 * m);
+  MorsePrior(pairs).derivatives(s.view(), energies, forces, d_energies, d_forces);
+  const Result at = run(MorsePrior(pairs), s.view());
+  double largest = 1;
+  for (const double f : at.forces) largest = std::max(largest, std::abs(f));
+  for (std::size_t row = 0; row < n; ++row)
+    CLOSE(energies[row], at.energies[row], 1e-12 * std::max(1.0, std::abs(at.energies[row])));
+  for (std::size_t k = 0; k < 3 * m; ++k) CLOSE(forces[k], at.forces[k], 1e-12 * largest);
+
+  for (std::uint64_t trial = 0; trial < 3; ++trial) {
+    Random rng(Key{trial, 9}, 0);
+    std::vector<double> direction(parameters);
+    for (double& u : direction) u = rng.uniform(-1, 1);
+    const auto moved = [&](double step) {
+      std::vector<MorsePrior::Pair> there = MorsePrior(pairs).pairs();
+      for (std::size_t k = 0; k < there.size(); ++k) {
+        there[k].depth += step * direction[3 * k];
+        there[k].r0 += step * direction[3 * k + 1];
+        there[k].stiffness += step * direction[3 * k + 2];
+      }
+      return run(MorsePrior(there), s.view());
+    };
+    const double h = 2e-5;  // pairs near the ends of the switch have a kink in the next derivative
+    const Result e1 = moved(h), e2 = moved(-h), e3 = moved(2 * h), e4 = moved(-2 * h);
+    const auto check = [&](const std::vector<double>& derivatives, std::size_t size, auto member) {
+      double top = 1;
+      std::vector<double> analytic(size, 0.0);
+      for (std::size_t p = 0; p < parameters; ++p)
+        for (std::size_t k = 0; k < size; ++k) analytic[k] += derivatives[p * size + k] * direction[p];
+      for (const double a : analytic) top = std::max(top, std::abs(a));
+      for (std::size_t k = 0; k < size; ++k) {
+        const double numerical =
+            (4 * ((e1.*member)[k] - (e2.*member)[k]) / (2 * h) - ((e3.*member)[k] - (e4.*member)[k]) / (4 * h)) / 3;
+        CLOSE(analytic[k], numerical, 1e-8 * top);
+      }
+    };
+    check(d_energies, n, &Result::energies);
+    check(d_forces, 3 * m, &Result::forces);
+  }
+}
+
+TEST(morse_prior_refuses_what_makes_no_sense) {
+  const Structures s = mixture();
+  THROWS(run(MorsePrior({{79, 79, 0.8, 2.7, 4.0}}), s.view()), "MorsePrior has no entry for the pair");
+  THROWS(MorsePrior({{79, 28, 0.8, 2.7, 4.0}, {28, 79, 0.8, 2.7, 4.0}}), "comes twice");
+  THROWS(MorsePrior({{79, 28, -0.8, 2.7, 4.0}}), "depth");
+  THROWS(MorsePrior({{79, 28, 0.8, 0.0, 4.0}}), "r0");
+  THROWS(MorsePrior({{79, 28, 0.8, 2.7, std::nan("")}}), "stiffness");
+  std::vector<double> none;
+  const MorsePrior prior(every_pair());
+  THROWS(prior.derivatives(s.view(), none, none, none, none), "energies must hold");
 }
 
 TEST(rows_do_not_depend_on_threads_or_company_or_history) {

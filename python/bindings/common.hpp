@@ -74,6 +74,7 @@ class BatchArrays {
 
 void bind_descriptors(py::module_& m);
 void bind_gpr(py::module_& m);
+void bind_local_gpr(py::module_& m);
 void bind_potentials(py::module_& m);
 void bind_relax(py::module_& m);
 void bind_build(py::module_& m);

@@ -24,6 +24,7 @@ PYBIND11_MODULE(_core, m) {
   bindings::bind_potentials(m);
   bindings::bind_descriptors(m);
   bindings::bind_gpr(m);
+  bindings::bind_local_gpr(m);
   bindings::bind_relax(m);
   bindings::bind_build(m);
 }

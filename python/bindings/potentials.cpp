@@ -1,5 +1,11 @@
 #include "thalweg/potentials.hpp"
 
+#include <pybind11/stl.h>
+
+#include <array>
+#include <map>
+#include <utility>
+
 #include "common.hpp"
 #include "thalweg/neighbors.hpp"
 
@@ -22,6 +28,31 @@ py::tuple evaluate_batch(const Landscape& landscape, const py::object& batch, in
     evaluate(landscape, arrays.view(), e, f, threads);
   }
   return py::make_tuple(std::move(energies), std::move(forces));
+}
+
+// {(number, number): (depth, r0, stiffness)}
+using MorseTable = std::map<std::pair<std::int32_t, std::int32_t>, std::array<double, 3>>;
+
+MorseTable table_of(const MorsePrior& prior) {
+  MorseTable table;
+  for (const MorsePrior::Pair& pair : prior.pairs())
+    table[{pair.first, pair.second}] = {pair.depth, pair.r0, pair.stiffness};
+  return table;
+}
+
+py::tuple morse_derivatives(const MorsePrior& prior, const py::object& batch) {
+  const BatchArrays arrays(batch);
+  const auto n = static_cast<py::ssize_t>(arrays.view().size()), m = static_cast<py::ssize_t>(arrays.view().atoms()),
+             pairs = static_cast<py::ssize_t>(prior.pairs().size());
+  py::array_t<double> energies(n), forces({m, py::ssize_t{3}}), d_energies({pairs, py::ssize_t{3}, n}),
+      d_forces({pairs, py::ssize_t{3}, m, py::ssize_t{3}});
+  const std::span<double> e = span_mut(energies), f = span_mut(forces), de = span_mut(d_energies),
+                          df = span_mut(d_forces);
+  {
+    py::gil_scoped_release release;
+    prior.derivatives(arrays.view(), e, f, de, df);
+  }
+  return py::make_tuple(std::move(energies), std::move(forces), std::move(d_energies), std::move(d_forces));
 }
 
 py::tuple neighbor_pairs(const py::object& batch, double cutoff) {
@@ -85,6 +116,30 @@ void bind_potentials(py::module_& m) {
                    "sharp_cutoff={})")
             .format(s.form == PairPrior::Form::bonding ? "bonding" : "repulsive", s.depth, s.stiffness, s.radius_scale,
                     s.cutoff, s.repulsive_factor, s.sharp_cutoff);
+      });
+
+  py::class_<MorsePrior, Landscape, std::shared_ptr<MorsePrior>>(
+      m, "MorsePrior",
+      "Morse wells with parameters of their own for every pair of species: {(number, number): (depth [eV], r0 "
+      "[angstrom], stiffness = a r0)}; the same form and cutoff as PairPrior('bonding').")
+      .def(py::init([](const MorseTable& pairs) {
+             std::vector<MorsePrior::Pair> list;
+             for (const auto& [species, numbers] : pairs)
+               list.push_back({species.first, species.second, numbers[0], numbers[1], numbers[2]});
+             return std::make_shared<MorsePrior>(std::move(list));
+           }),
+           py::arg("pairs"))
+      .def_property_readonly("pairs", &table_of, "{(number, number): (depth, r0, stiffness)}, in rising order.")
+      .def("derivatives", &morse_derivatives, py::arg("batch"),
+           "Energies (n,), forces (m, 3) and their derivatives by the parameters: (P, 3, n) and (P, 3, m, 3) for P "
+           "pairs in the order of `pairs`; second axis: depth, r0, stiffness.")
+      // A store compares these texts to tell whether it was written by the same search.
+      .def("__repr__", [](const MorsePrior& self) {
+        // not through std::array, which would print lists
+        py::dict pairs;
+        for (const auto& [species, numbers] : table_of(self))
+          pairs[py::make_tuple(species.first, species.second)] = py::make_tuple(numbers[0], numbers[1], numbers[2]);
+        return "MorsePrior(" + std::string(py::str(py::repr(pairs))) + ")";
       });
 
   m.def("evaluate", &evaluate_batch, py::arg("landscape"), py::arg("batch"), py::kw_only(), py::arg("threads") = 0,

@@ -23,11 +23,24 @@ if TYPE_CHECKING:
     from thalweg.errors import ConfigurationError, Stop, StoreError, ThalwegError
     from thalweg.evaluate import Duplicate, Evaluate, Metropolis
     from thalweg.generators import FirstOf, OneOf, Permute, Random, Rattle
+    from thalweg.local_model import LocalGPR
     from thalweg.models import GPR
+    from thalweg.pool import Guarded
+    from thalweg.priors import FittedPrior
     from thalweg.records import Asked, Batch, Context, Problem, Step
-    from thalweg.refine import Centre, Connected, MinDistance, Relax, Wrap
+    from thalweg.refine import Centre, Connected, MinDistance, Relax, SurrogateHops, Wrap
     from thalweg.search import Found, Search
-    from thalweg.select import LCB, Best, KMeans, LastAccepted
+    from thalweg.select import (
+        LCB,
+        Best,
+        ExpectedImprovement,
+        KernelSimilarity,
+        KMeans,
+        LastAccepted,
+        Novelty,
+        Thompson,
+    )
+    from thalweg.stagnation import ResetOnStagnation
     from thalweg.store import History, Store, open_runs
 
 # name -> module that holds it; the module is loaded when the name is first used (PEP 562)
@@ -39,16 +52,20 @@ _WHERE = {
         "errors": "ConfigurationError Stop StoreError ThalwegError",
         "evaluate": "Duplicate Evaluate Metropolis",
         "generators": "FirstOf OneOf Permute Random Rattle",
+        "local_model": "LocalGPR",
         "models": "GPR",
+        "priors": "FittedPrior",
+        "pool": "Guarded",
         "records": "Asked Batch Context Problem Step",
-        "refine": "Centre Connected MinDistance Relax Wrap",
+        "refine": "Centre Connected MinDistance Relax SurrogateHops Wrap",
         "search": "Found Search",
-        "select": "LCB Best KMeans LastAccepted",
+        "select": "LCB Best ExpectedImprovement KMeans KernelSimilarity LastAccepted Novelty Thompson",
+        "stagnation": "ResetOnStagnation",
         "store": "History Store open_runs",
     }.items()
     for name in names.split()
 }
-_MODULES = ("calculators", "descriptors", "recipes", "testing")
+_MODULES = ("calculators", "descriptors", "pool", "recipes", "testing")
 
 __all__ = ["__version__", *_WHERE, *_MODULES]
 

@@ -12,12 +12,16 @@ import numpy.typing
 
 __all__: list[str] = [
     "Emt",
+    "Environments",
     "Fingerprint",
     "Gpr",
     "Kernel",
     "Landscape",
     "LennardJones",
+    "LocalGpr",
+    "LocalSurrogate",
     "Minimiser",
+    "MorsePrior",
     "PairPrior",
     "Surrogate",
     "active_isa",
@@ -59,6 +63,29 @@ class LennardJones(Landscape):
         ro: float = 0.0,
         smooth: bool = False,
     ) -> None: ...
+    def __repr__(self) -> str: ...
+
+class MorsePrior(Landscape):
+    """
+    Morse wells with parameters of their own for every pair of species: {(number, number): (depth [eV], r0 [angstrom], stiffness = a r0)}; the same form and cutoff as PairPrior('bonding').
+    """
+    def __init__(self, pairs: collections.abc.Mapping[tuple[int, int], collections.abc.Sequence[float]]) -> None: ...
+    @property
+    def pairs(self) -> dict[tuple[int, int], list[float]]:
+        """
+        {(number, number): (depth, r0, stiffness)}, in rising order.
+        """
+    def derivatives(
+        self, batch: typing.Any
+    ) -> tuple[
+        numpy.typing.NDArray[numpy.float64],
+        numpy.typing.NDArray[numpy.float64],
+        numpy.typing.NDArray[numpy.float64],
+        numpy.typing.NDArray[numpy.float64],
+    ]:
+        """
+        Energies (n,), forces (m, 3) and their derivatives by the parameters: (P, 3, n) and (P, 3, m, 3) for P pairs in the order of `pairs`; second axis: depth, r0, stiffness.
+        """
     def __repr__(self) -> str: ...
 
 class PairPrior(Landscape):
@@ -223,6 +250,103 @@ class Gpr:
     def training(self) -> numpy.typing.NDArray[numpy.float64]: ...
     @property
     def weights(self) -> numpy.typing.NDArray[numpy.float64]: ...
+
+class Environments:
+    """
+    Two- and three-body symmetry functions of every atom's surroundings (environments.hpp).
+    """
+    def __init__(
+        self,
+        species: collections.abc.Sequence[int],
+        *,
+        n_radial: int = 6,
+        n_angular: int = 3,
+        l_max: int = 3,
+        radial_cutoff: float = 6.0,
+        angular_cutoff: float = 5.0,
+    ) -> None: ...
+    def values(self, batch: typing.Any) -> numpy.typing.NDArray[numpy.float64]:
+        """
+        (m, D) features of every atom of a batch.
+        """
+    @property
+    def size(self) -> int: ...
+
+class LocalGpr:
+    """
+    Sparse GP over atomic environments, taught energies and forces (local_gpr.hpp). Do not change one that a LocalSurrogate uses: append to a copy().
+    """
+    def __init__(
+        self,
+        environments: Environments,
+        *,
+        noise_energy: float = 0.1,
+        noise_force: float = 0.1,
+        tolerance: float = 0.001,
+        max_inducing: int = 400,
+    ) -> None: ...
+    def append(
+        self,
+        batch: typing.Any,
+        energies: typing.Annotated[numpy.typing.ArrayLike, numpy.float64],
+        forces: typing.Annotated[numpy.typing.ArrayLike, numpy.float64],
+    ) -> None:
+        """
+        Learns more structures, one by one.
+        """
+    def copy(self) -> LocalGpr: ...
+    def fit(
+        self,
+        batch: typing.Any,
+        energies: typing.Annotated[numpy.typing.ArrayLike, numpy.float64],
+        forces: typing.Annotated[numpy.typing.ArrayLike, numpy.float64],
+        *,
+        length: float = 1.5,
+        amplitude: float = 1.0,
+        noise_scale: float = 1.0,
+    ) -> None:
+        """
+        Forgets everything and learns these structures: energies (n,), forces (m, 3; NaN: not known).
+        """
+    def optimise(self, factors: collections.abc.Sequence[float] = ...) -> float:
+        """
+        Maximises the marginal likelihood over the length (times each of `factors`), amplitude and noise scale; returns its logarithm.
+        """
+    @property
+    def amplitude(self) -> float: ...
+    @property
+    def inducing(self) -> int: ...
+    @property
+    def length(self) -> float: ...
+    @property
+    def log_likelihood(self) -> float: ...
+    @property
+    def mean(self) -> float: ...
+    @property
+    def noise_scale(self) -> float: ...
+    @property
+    def scale(self) -> numpy.typing.NDArray[numpy.float64]: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def tolerance(self) -> float: ...
+
+class LocalSurrogate(Landscape):
+    """
+    A LocalGpr as a landscape: prior + atom energies + mean - kappa sigma, with forces.
+    """
+    def __init__(
+        self,
+        gpr: LocalGpr,
+        *,
+        prior: Landscape | None = None,
+        atom_energies: collections.abc.Mapping[int, float] = {},
+        kappa: float = 0.0,
+    ) -> None: ...
+    def predict(self, batch: typing.Any, *, forces: bool = False, atoms: bool = False, threads: int = 0) -> tuple:
+        """
+        Energy (n,) and sigma (n,) [eV], with forces=True also -dE/dx and -d sigma/dx (m, 3), with atoms=True also sigma of each atom's energy (m,); kappa is not applied.
+        """
 
 class Surrogate(Landscape):
     """

@@ -1,6 +1,6 @@
 """ASE calculators around the built-in potentials, and calculators by name.
 
-The only module that imports ASE's calculators; the package loads it on first use.
+This module and `pool` alone import ASE's calculators; the package loads them on first use.
 """
 
 from __future__ import annotations
@@ -142,11 +142,12 @@ def _loaded(module: str, name: str) -> Any:
 
 
 _BUILTIN = {"emt": EMT, "lj": LennardJones}
+_XTB = {"gfn1-xtb": "GFN1-xTB", "gfn2-xtb": "GFN2-xTB"}
 _BASE_ARGUMENTS = ("restart", "ignore_bad_restart_file", "label", "atoms", "directory")
 
 
 def make_calculator(name: str, **arguments: Any) -> Any:
-    """A calculator by name: "emt", "lj", any name that ASE knows, or "module:factory".
+    """A calculator by name: "emt", "lj", "gfn1-xtb", "gfn2-xtb", "tblite", any name that ASE knows, or "module:factory".
 
     arguments go to the calculator or the factory. Raises ConfigurationError, with the nearest valid name, for
     an unknown name or argument, a module or factory that is not there, or a calculator that cannot be set up.
@@ -158,17 +159,35 @@ def make_calculator(name: str, **arguments: Any) -> Any:
         return _call(name, factory, arguments)
     if name in _BUILTIN:
         return _BUILTIN[name](**arguments)
+    if name == "tblite" or name in _XTB:
+        return _tblite(name, arguments)
     if name not in ase_names:
-        options = sorted({*_BUILTIN, *ase_names})
+        options = sorted({*_BUILTIN, "tblite", *_XTB, *ase_names})
         raise ConfigurationError(
-            f"there is no calculator named '{name}'.{nearest(name, options)} Valid are 'emt', 'lj', the "
-            "names of ASE's calculators, and 'module:factory'."
+            f"there is no calculator named '{name}'.{nearest(name, options)} Valid are 'emt', 'lj', 'gfn1-xtb', "
+            "'gfn2-xtb', 'tblite', the names of ASE's calculators, and 'module:factory'."
         )
     try:
         factory = get_calculator_class(name)
     except ImportError as error:
         raise ConfigurationError(f"ASE's calculator '{name}' needs a package that is not here: {error}") from error
     return _call(name, factory, arguments)
+
+
+def _tblite(name: str, arguments: dict[str, Any]) -> Any:
+    """Extended tight binding (Grimme, Bannwarth, Shushkov, J. Chem. Theory Comput. 13, 1989 (2017)) by tblite."""
+    try:
+        from tblite.ase import TBLite
+    except ImportError as error:
+        raise ConfigurationError(
+            f"the calculator '{name}' needs the package tblite: pip install \"thalweg[xtb]\" ({error})"
+        ) from error
+    settings = {"verbosity": 0, **arguments}
+    if name in _XTB:
+        if "method" in arguments:
+            raise ConfigurationError(f"'{name}' is a method already; with the argument 'method' use the name 'tblite'")
+        settings["method"] = _XTB[name]
+    return _call(name, TBLite, settings)
 
 
 def _factory(name: str) -> Any:

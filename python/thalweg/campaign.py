@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -33,11 +33,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from thalweg.config import Configuration
+from thalweg.descriptors import Fingerprint
 from thalweg.errors import ConfigurationError, Stop, StoreError, ThalwegError
 from thalweg.statistics import first_reaching
 from thalweg.store import History, read
 
-__all__ = ["Outcome", "RunFolder", "load_results", "prepare", "run", "summarise"]
+__all__ = ["Outcome", "RunFolder", "create", "histories", "load_results", "prepare", "run", "structures", "summarise"]
 
 # Keys of [search] that change how long or how widely is searched, not what a restart does.
 EXTENDABLE = ("workers",)
@@ -45,6 +46,10 @@ EXTENDABLE = ("workers",)
 # Offline relaxation that decides about success: enough steps for any start, forces tight enough for 1 meV.
 RELAX_STEPS, RELAX_FORCE = 500, 0.005
 RELAX_AT_ONCE = 64
+
+# Restarts agree whose best energies differ by less [eV] (unless a target has a tolerance of its own) and whose best
+# structures have fingerprints that differ by less than this fraction of their length.
+SAME_ENERGY, SAME_STRUCTURE = 0.001, 0.02
 
 # After its parent has died a worker may finish the evaluation that it is in, for so long [s].
 ORPHAN_GRACE = 10.0
@@ -183,7 +188,7 @@ def prepare(configuration: Configuration, folder: str | Path) -> Configuration:
                 )
         else:
             write_atomically(run_folder.template, template)
-    created = _create(run_folder.config, resolved.to_toml())
+    created = create(run_folder.config, resolved.to_toml())
     found = run_folder.configuration()
     if not created:
         changed = difference(found, resolved)
@@ -207,7 +212,7 @@ def difference(there: Configuration, here: Configuration) -> list[str]:
     return out
 
 
-def _create(path: Path, text: str) -> bool:
+def create(path: Path, text: str) -> bool:
     """Writes a file that must not exist yet, whole or not at all; False if it exists."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -328,6 +333,67 @@ def _success(
                 return {"success_evaluation": first, "checked": first}
         checked = stop
     return {"success_evaluation": delivered, "checked": end}
+
+
+class Agreement:
+    """How many restarts have found the same best structure (Paper III stops a campaign at five of ten).
+
+    Only an unbroken beginning of the restarts counts, 0, 1, ..., as far as all of them have ended: what the verdict is,
+    and after which restart it falls, then does not depend on the number of workers or on who is faster.
+    """
+
+    def __init__(self, configuration: Configuration):
+        target = configuration.search.target
+        self.wanted = configuration.search.stop_when_agree
+        self._tolerance = SAME_ENERGY if target is None else target.tolerance
+        self._best: dict[int, tuple[float, np.ndarray] | None] = {}
+
+    def add(self, index: int, history: History | None) -> None:
+        """Restart `index` has ended with this; None: it failed and left nothing."""
+        self._best[index] = None
+        if self.wanted is None or history is None or not np.any(history.rows.ok):
+            return
+        objective = history.problem.objective(history.rows)
+        row = int(np.nanargmin(objective))
+        self._best[index] = float(objective[row]), Fingerprint().values(history.rows[row])[0]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What summary.json says: `found` restarts (`restarts`) agree on `energy`; decided_after: how many restarts from
+        the first it took until `wanted` did, None if they do not."""
+        state: dict[str, Any] = {
+            "wanted": self.wanted,
+            "found": 0,
+            "energy": None,
+            "restarts": [],
+            "decided_after": None,
+        }
+        found: list[tuple[int, float, np.ndarray]] = []
+        index = 0
+        while index in self._best and state["decided_after"] is None and self.wanted is not None:
+            best = self._best[index]
+            if best is not None:
+                found.append((index, *best))
+                _, energy, feature = min(found, key=lambda one: one[1])
+                near = SAME_STRUCTURE * float(np.linalg.norm(feature))
+                same = [k for k, e, f in found if e - energy <= self._tolerance and np.linalg.norm(f - feature) <= near]
+                state |= {"found": len(same), "energy": energy, "restarts": same}
+                if len(same) >= self.wanted:
+                    state["decided_after"] = index + 1
+            index += 1
+        return state
+
+    @property
+    def verdict(self) -> str | None:
+        """In words, once it has fallen."""
+        state = self.state
+        if state["decided_after"] is None:
+            return None
+        return f"{state['found']} of the first {state['decided_after']} restarts agree on {state['energy']:.4f} eV"
+
+
+def _ended(entry: Mapping[str, Any]) -> bool:
+    return bool(entry.get("finished")) or str(entry.get("reason", "")).startswith("failed")
 
 
 def _load_result(path: Path) -> dict[str, Any] | None:
@@ -493,10 +559,12 @@ def _worker_environment(threads: int) -> Iterator[None]:
 
 @dataclass
 class Outcome:
-    """How a call of `run` ended: results by restart index, and why it stopped early, if it did."""
+    """How a call of `run` ended: results by restart index, why it stopped early, if it did, and in words that restarts
+    agree, so that the others were not needed."""
 
     results: dict[int, dict[str, Any]] = field(default_factory=dict)
     stopped: str | None = None
+    agreed: str | None = None
     failed: list[int] = field(default_factory=list)
 
 
@@ -536,6 +604,8 @@ def run(
 
     indices: which restarts; None means all that the configuration asks for. workers: processes at once; None means the
     configuration's, else as many as this process has cores. max_seconds: then all stop before their next evaluation.
+    With `stop_when_agree`, and unless `indices` are given, no more restarts are begun and running ones stop as soon as
+    that many restarts agree (`Agreement`).
 
     Raises ThalwegError when the disk is full, KeyboardInterrupt after a second Ctrl-C. A restart that fails, or whose
     worker dies, is in `failed`, its reason in `results`; the others go on.
@@ -563,6 +633,25 @@ def run(
     context = multiprocessing.get_context("spawn")
     active: list[_Worker] = []
     full: str | None = None
+    agreement = Agreement(configuration)
+
+    def has_ended(index: int) -> None:
+        """Ends the campaign if this restart makes enough of them agree."""
+        if agreement.wanted is None or indices is not None or outcome.agreed is not None:
+            return
+        if not _ended(outcome.results[index]):
+            return
+        store = run_folder.store(index)
+        try:
+            agreement.add(index, read(store) if store.is_file() else None)
+        except StoreError:
+            agreement.add(index, None)
+        outcome.agreed = agreement.verdict
+        if outcome.agreed is not None:
+            pending.clear()
+            for worker in active:
+                with contextlib.suppress(OSError):
+                    worker.connection.send(("stop", outcome.agreed))
 
     def start() -> _Worker:
         ours, theirs = context.Pipe()
@@ -588,6 +677,7 @@ def run(
         write_atomically(run_folder.result(index), json.dumps(outcome.results[index], indent=1))
         if watcher is not None:
             watcher.done(index, outcome.results[index])
+        has_ended(index)
 
     def stop(reason: str) -> None:
         outcome.stopped = reason
@@ -616,6 +706,7 @@ def run(
                 outcome.results[index] = message[2]
                 if watcher is not None:
                     watcher.done(index, message[2])
+                has_ended(index)
             elif kind == "failed":
                 fail(index, message[2])
             elif kind == "full":
@@ -623,6 +714,8 @@ def run(
                 stop("the disk is full")
             give(worker)
 
+    for index in sorted(outcome.results):
+        has_ended(index)
     try:
         with _Signals() as signals:
             while pending or active:
@@ -682,12 +775,18 @@ class Results:
     def summary(self) -> dict[str, Any]:
         """What summary.json holds."""
         energies = [entry["best_energy"] for entry in self.restarts if entry.get("best_energy") is not None]
-        return {
+        summary = {
             "best_energy": min(energies) if energies else None,
             "evaluations": sum(entry["evaluations"] for entry in self.restarts),
             "seconds": round(sum(entry.get("seconds", 0.0) for entry in self.restarts), 3),
             "restarts": [{key: entry.get(key) for key in ENTRY} for entry in self.restarts],
         }
+        if self.configuration.search.stop_when_agree is not None:
+            agreement = Agreement(self.configuration)
+            for entry in filter(_ended, self.restarts):
+                agreement.add(entry["index"], self.histories.get(entry["index"]))
+            summary["agreement"] = agreement.state
+        return summary
 
 
 ENTRY = (
@@ -704,13 +803,15 @@ ENTRY = (
 )
 
 
-def load_results(folder: str | Path) -> Results:
-    """Reads all stores of a run folder, also while restarts are running. A store that cannot be read is reported in
-    `problems` and left out. Raises ConfigurationError if this is no run folder."""
+def load_results(folder: str | Path, *, indices: Sequence[int] | None = None) -> Results:
+    """Reads the stores of a run folder (of restarts `indices` only, if given), also while restarts are running. A store
+    that cannot be read is reported in `problems` and left out. Raises ConfigurationError if this is no run folder."""
     run_folder = RunFolder(Path(folder))
     configuration = run_folder.configuration()
     histories, entries, problems = {}, [], []
     for index in run_folder.restarts():
+        if indices is not None and index not in indices:
+            continue
         try:
             histories[index] = read(run_folder.store(index))
         except StoreError as problem:
@@ -724,6 +825,8 @@ def load_results(folder: str | Path) -> Results:
         entries.append(entry)
     for path in sorted(run_folder.path.glob("restarts/*/result.json")):
         if path.parent.name.isdigit() and int(path.parent.name) not in histories:
+            if indices is not None and int(path.parent.name) not in indices:
+                continue
             lone = _load_result(path)
             if lone is not None and not (path.parent / "store.journal").exists():
                 entries.append(lone)
@@ -742,46 +845,66 @@ def summarise(folder: str | Path) -> Results:
 
 def best_structures(results: Results) -> list[Any]:
     """ASE Atoms: the best evaluated structure of each restart, lowest first, with energy, forces and info."""
-    found = []
-    for index, history in results.histories.items():
-        good = np.flatnonzero(history.rows.ok) if len(history.rows) else np.zeros(0, int)
-        if not len(good):
-            continue
-        row = int(good[np.argmin(history.rows.columns["energy"][good])])
-        atoms = history.rows[row].to_ase()[0]
-        atoms.info |= {"restart": index, "evaluation": row + 1}
-        found.append((float(history.rows.columns["energy"][row]), index, atoms))
-    return [atoms for _, _, atoms in sorted(found, key=lambda entry: entry[:2])]
+    return sorted(structures(results.histories, best=True), key=lambda atoms: atoms.get_potential_energy())
 
 
-def all_structures(results: Results) -> list[Any]:
-    """ASE Atoms: every evaluated structure that did not fail, restart by restart, with energy, forces and info."""
+def histories(source: str | Path) -> dict[int, History]:
+    """Histories by restart: of a run folder, or of one journal file (restart 0 then). Raises ThalwegError."""
+    source = Path(source)
+    if source.is_file():
+        return {0: read(source)}
+    return load_results(source).histories
+
+
+def structures(histories: Mapping[int, History], *, best: bool = False, within: float | None = None) -> list[Any]:
+    """ASE Atoms of the evaluations that did not fail, restart by restart in order, with energy, forces and info.
+
+    best: only the lowest of each restart. within: only those at most so far above the lowest of all [eV].
+    """
+    rows = {index: np.flatnonzero(history.rows.ok) for index, history in histories.items() if len(history.rows)}
+    energies = {index: histories[index].rows.columns["energy"][good] for index, good in rows.items() if len(good)}
+    lowest = min((float(values.min()) for values in energies.values()), default=math.inf)
     out = []
-    for index, history in results.histories.items():
-        good = np.flatnonzero(history.rows.ok) if len(history.rows) else np.zeros(0, int)
-        for row, atoms in zip(good, history.rows.take(good).to_ase() if len(good) else [], strict=True):
+    for index, values in energies.items():
+        kept = np.array([np.argmin(values)]) if best else np.arange(len(values))
+        if within is not None:
+            kept = kept[values[kept] <= lowest + within]
+        chosen = rows[index][kept]
+        for row, atoms in zip(chosen, histories[index].rows.take(chosen).to_ase(), strict=True):
             atoms.info |= {"restart": index, "evaluation": int(row) + 1}
             out.append(atoms)
     return out
 
 
 def export(structures: Sequence[Any], out: Path) -> None:
-    """Writes ASE Atoms in the format that the name asks for. Raises ThalwegError when that cannot be done."""
+    """Writes ASE Atoms in the format that the name asks for, whole or not at all. Raises ThalwegError when that cannot
+    be done."""
     import ase.db
     import ase.io
 
+    if out.suffix in (".xyz", ".extxyz"):
+        write_atomically(out, _extxyz(structures))
+        return
+    # ASE chooses the format by the ending, so the part that is not whole yet keeps it
+    temporary = out.with_name(f".part-{os.getpid()}-{out.name}")
     try:
         if out.suffix == ".db":
-            with ase.db.connect(out) as database:
+            with ase.db.connect(temporary) as database:
                 for atoms in structures:
-                    database.write(atoms, key_value_pairs={key: int(value) for key, value in atoms.info.items()})
-        elif out.suffix in (".xyz", ".extxyz"):
-            write_atomically(out, _extxyz(structures))
+                    database.write(atoms, key_value_pairs=_database_keys(atoms.info))
         else:
-            ase.io.write(out, list(structures))
-    except ThalwegError:
-        raise
+            ase.io.write(temporary, list(structures))
+        os.replace(temporary, out)
     except OSError as problem:
         raise _disk_error(out, problem) from problem
     except Exception as problem:
         raise ThalwegError(f"cannot write {out}: {problem}") from problem
+    finally:
+        for left in (temporary, temporary.with_name(temporary.name + ".lock")):
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+
+def _database_keys(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What ASE's databases take as key-value pairs: numbers and texts."""
+    return {key: value for key, value in info.items() if isinstance(value, (bool, int, float, str))}

@@ -23,7 +23,6 @@ app = typer.Typer(
     name="thalweg",
     help="Finds the lowest-energy arrangement of atoms in as few energy evaluations as can be.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -90,6 +89,27 @@ def demo(
 
 
 @app.command()
+def new(
+    recipe: Annotated[str, typer.Argument(metavar="[RECIPE]", help="A method; `thalweg info` lists them.")] = "gofee",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file; - for the screen. Default: RECIPE.toml.")
+    ] = None,
+) -> None:
+    """Write a commented TOML file with every option of a method; `thalweg run` takes it as it is."""
+    from thalweg import campaign
+    from thalweg.scaffold import commented_configuration
+
+    path = out if out is not None else Path(f"{recipe}.toml")
+    text = commented_configuration(recipe, file=f"{recipe}.toml" if str(path) == "-" else path.name)
+    if str(path) == "-":
+        print(text, end="")
+        return
+    if not campaign.create(path, text):
+        raise _taken(path)
+    print(f"{path}: edit it, then thalweg run {path}")
+
+
+@app.command()
 def run(
     file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="What to search and how.")],
     settings: Annotated[
@@ -111,6 +131,15 @@ def run(
         typer.Option("--restart-index", min=0, help="Run this restart only (job arrays share one run folder)."),
     ] = None,
     max_seconds: MaxSeconds = None,
+    stopped_exit_code: Annotated[
+        int,
+        typer.Option(
+            "--stopped-exit-code",
+            min=0,
+            max=125,
+            help="Exit code when stopped before the end; job scripts tell by it that there is more to do.",
+        ),
+    ] = 0,
 ) -> None:
     """Search as a TOML file says."""
     from thalweg import campaign
@@ -136,9 +165,8 @@ def run(
         indices=indices,
         workers=workers,
         max_seconds=max_seconds,
-        page=restart_index is None,
     )
-    _finish(outcome, results)
+    _finish(outcome, results, stopped_exit_code)
 
 
 @app.command()
@@ -171,34 +199,65 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", help="The page. Default: DIR/report.html, or report.html.")
     ] = None,
+    figures: Annotated[
+        Path | None, typer.Option("--figures", metavar="FOLDER", help="Write every figure there as PNG and SVG too.")
+    ] = None,
 ) -> None:
     """Write summary.json, best.extxyz and the HTML page of run folders, also while they are running."""
     from thalweg import campaign
     from thalweg.report import report as write_report
+    from thalweg.report import write_figures
 
     for folder in folders:
         campaign.summarise(folder)
     if out is None:
         out = campaign.RunFolder(folders[0]).report if len(folders) == 1 else Path("report.html")
     print(f"report: {write_report(folders, out)}")
+    if figures is not None:
+        for path in write_figures(folders, figures):
+            print(f"figure: {path}")
 
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or a single *.journal file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File that ASE can write: .extxyz, .traj, .db, ...")],
+    best: Annotated[bool, typer.Option("--best/--all", help="The best of each restart, or all.")] = False,
+    within: Annotated[
+        float | None,
+        typer.Option("--within", metavar="EV", min=0.0, help="Only energies so far above the lowest of all (eV)."),
+    ] = None,
 ) -> None:
-    """Write every evaluated structure of a run folder with energy and forces to a file for ASE."""
+    """Write evaluated structures with energy and forces to a file for ASE, restart by restart in order."""
     from thalweg import campaign
     from thalweg.errors import ConfigurationError
 
-    structures = campaign.all_structures(campaign.load_results(folder))
+    histories = campaign.histories(source)
+    structures = campaign.structures(histories, best=best, within=within)
     if not structures:
-        raise ConfigurationError(f"'{folder}' holds no evaluated structure yet")
+        raise ConfigurationError(f"'{source}' holds no evaluated structure yet")
     if out.exists():
-        raise ConfigurationError(f"'{out}' exists already; choose another name")
+        raise _taken(out)
     campaign.export(structures, out)
     print(f"{len(structures)} structures: {out}")
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="A database of AGOX or ASE (.db), or .extxyz.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File that ASE can write: .extxyz, .traj, .db, ...")],
+) -> None:
+    """Read structures with energy and forces from other programs' files and write them to a file for ASE."""
+    from thalweg import campaign
+    from thalweg.importing import read_structures
+
+    structures, left_out = read_structures(source)
+    if out.exists():
+        raise _taken(out)
+    campaign.export(structures, out)
+    print(f"{len(structures)} structures: {out}")
+    if left_out:
+        print(f"{left_out} without an energy were left out")
 
 
 @app.command()
@@ -211,6 +270,7 @@ def info() -> None:
     from thalweg import _core
     from thalweg.config import recipe_options
     from thalweg.recipes import RECIPES
+    from thalweg.scaffold import toml_value
 
     print(f"thalweg {_core.__version__}, Python {platform.python_version()}, {platform.platform()}")
     packages = []
@@ -221,25 +281,87 @@ def info() -> None:
             packages.append(f"{name} missing")
     print(", ".join(packages))
     print(f"instruction set {_core.active_isa()}, {_core.default_threads()} threads")
-    print('calculators: emt, lj (built in), any calculator of ASE by its name, your own by "module:factory"')
+    print(
+        "calculators: emt, lj (built in), gfn1-xtb, gfn2-xtb (extra xtb), any calculator of ASE by its name, your own by "
+        '"module:factory"'
+    )
     for name, recipe in RECIPES.items():
         first = (inspect.getdoc(recipe) or "").splitlines()[0]
         print(f"\nmethod {name}: {first}")
         defaults = recipe_options(name)
         for option, parameter in inspect.signature(recipe).parameters.items():
             if option in defaults:
-                print(f"  {option} = {_toml_value(defaults[option])}")
+                print(f"  {option} = {toml_value(defaults[option])}")
             elif parameter.kind is parameter.KEYWORD_ONLY and option not in ("store", "seed", "callbacks"):
                 print(f"  {option} (default: chosen for the problem)")
+
+
+bench = typer.Typer(
+    help="Time this program, also beside AGOX in the same run.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(bench, name="bench")
+
+Against = Annotated[str | None, typer.Option("--against", metavar="agox", help="A peer that does the same work.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")]
+AgoxPython = Annotated[
+    Path | None,
+    typer.Option(
+        "--agox-python",
+        metavar="PATH",
+        help="Interpreter that has AGOX. Default: an environment in ~/.cache/thalweg that is made when needed (1 GB).",
+    ),
+]
+
+
+@bench.command("kernels")
+def bench_kernels(
+    against: Against = None,
+    filter: Annotated[str, typer.Option("--filter", help="Only rows whose name contains this.")] = "",
+    json_file: JsonFile = None,
+    long: Annotated[bool, typer.Option("--long", help="Larger training sets, too.")] = False,
+    agox_python: AgoxPython = None,
+) -> None:
+    """What the parts of a search cost: one thread, processor time, medians."""
+    from thalweg.bench import kernels
+
+    raise typer.Exit(kernels(against=against, filter=filter, json_file=json_file, long=long, agox_python=agox_python))
+
+
+@bench.command("search")
+def bench_search(
+    against: Against = None,
+    restarts: Annotated[int, typer.Option("--restarts", min=1, help="Of each search.")] = 10,
+    iterations: Annotated[int, typer.Option("--iterations", min=1, help="Of AGOX, two evaluations each.")] = 100,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="One file per restart of AGOX; those that are there are kept.")
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option("--results", exists=True, dir_okay=False, help="Kept results of AGOX instead of running it."),
+    ] = None,
+    json_file: JsonFile = None,
+    agox_python: AgoxPython = None,
+) -> None:
+    """How many true evaluations until the minimum of Au4Ni4; AGOX takes about seven minutes per restart."""
+    from thalweg.bench import search
+
+    raise typer.Exit(
+        search(
+            against=against, restarts=restarts, iterations=iterations, folder=folder, results=results,
+            json_file=json_file, agox_python=agox_python,
+        )
+    )  # fmt: skip
 
 
 # ---- shared parts --------------------------------------------------------------------------------------------
 
 
-def _toml_value(value: Any) -> str:
-    import tomli_w
+def _taken(path: Path) -> Exception:
+    from thalweg.errors import ConfigurationError
 
-    return tomli_w.dumps({"x": value}).removeprefix("x = ").strip()
+    return ConfigurationError(f"'{path}' exists already; choose another name")
 
 
 def _numbered(path: Path) -> Any:
@@ -276,9 +398,9 @@ def _search(
     indices: list[int] | None = None,
     workers: int | None = None,
     max_seconds: float | None = None,
-    page: bool = True,
 ) -> tuple[Outcome, Results]:
-    """Runs, shows how it gets on, writes summary, best structures and (if `page`) the report."""
+    """Runs and shows how it gets on; unless only some restarts are asked for, writes summary, best structures and the
+    report."""
     from thalweg import campaign
     from thalweg.progress import display
 
@@ -290,15 +412,16 @@ def _search(
     except KeyboardInterrupt:
         _complain(f"killed; what was evaluated is stored, and `thalweg resume {folder}` goes on")
         raise typer.Exit(130) from None
+    if indices is not None:  # the other restarts and the summary are other tasks' business
+        return outcome, campaign.load_results(folder, indices=indices)
     results = campaign.summarise(folder)
-    if page:
-        from thalweg.report import page as make_page
+    from thalweg.report import page as make_page
 
-        campaign.write_atomically(results.folder.report, make_page([results]))
+    campaign.write_atomically(results.folder.report, make_page([results]))
     return outcome, results
 
 
-def _finish(outcome: Outcome, results: Results) -> None:
+def _finish(outcome: Outcome, results: Results, stopped_exit_code: int = 0) -> None:
     """What came out, in a few lines, and the exit code."""
     from thalweg.statistics import describe_median
 
@@ -319,7 +442,10 @@ def _finish(outcome: Outcome, results: Results) -> None:
         }
         for name, curve in success_curves(results).items():
             print(f"{words[name]}: {describe_median(curve)}")
-    print(f"best structures: {folder.best}")
+    if outcome.agreed is not None:
+        print(f"{outcome.agreed}: no more restarts are needed")
+    if folder.best.exists():
+        print(f"best structures: {folder.best}")
     if folder.report.exists():
         print(f"report: {folder.report}")
     for index in outcome.failed:
@@ -328,6 +454,8 @@ def _finish(outcome: Outcome, results: Results) -> None:
         print(f"stopped ({outcome.stopped}); go on with: thalweg resume {folder.path}")
     if outcome.failed:
         raise typer.Exit(1)
+    if outcome.stopped is not None and not all(entry.get("finished") for entry in outcome.results.values()):
+        raise typer.Exit(stopped_exit_code)
 
 
 def _complain(message: str) -> None:

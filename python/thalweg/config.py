@@ -1,8 +1,10 @@
 """Configuration files: TOML in, checked and resolved, TOML out.
 
     [problem]     symbols, cell, pbc, box, template, c1, c2
-    [calculator]  name = "emt" | "lj" | ... | an ASE calculator | "module:factory", and its arguments
-    [search]      method, iterations, restarts, seed, max_evaluations, target, workers, and the method's own options
+    [calculator]  name = "emt" | "lj" | ... | an ASE calculator | "module:factory", and its arguments;
+                  workers, timeout, retries, scratch run it in processes of its own
+    [search]      method, iterations, restarts, seed, max_evaluations, target, workers,
+                  stop_when_agree, and the method's own options
 
 Every mistake gives one line with the file, the key, what was expected and what came; unknown keys name the nearest
 valid one. Lengths are in angstrom, energies in eV.
@@ -43,6 +45,7 @@ __all__ = [
     "ProblemSection",
     "SearchSection",
     "TargetSection",
+    "described",
     "make_calculator",
     "recipe_options",
     "typed_options",
@@ -129,14 +132,25 @@ class ProblemSection(BaseModel):
 
 
 class CalculatorSection(BaseModel):
-    """The true potential: its name, and as further keys its arguments."""
+    """The true potential: its name, and as further keys its arguments; the four keys after the name put it into worker
+    processes of its own (`thalweg.pool.Guarded`)."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     name: str
+    workers: int | None = Field(None, ge=1)
+    timeout: float | None = Field(None, gt=0, allow_inf_nan=False)
+    retries: int | None = Field(None, ge=0)
+    scratch: str | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+    @property
+    def guard(self) -> dict[str, Any]:
+        """The settings of Guarded that are given."""
+        names = ("workers", "timeout", "retries", "scratch")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 class TargetSection(BaseModel):
@@ -163,6 +177,7 @@ class SearchSection(BaseModel):
     max_evaluations: int | None = Field(None, ge=1)
     target: TargetSection | None = None
     workers: int | None = Field(None, ge=1)
+    stop_when_agree: int | None = Field(None, ge=2)
 
 
 SECTIONS: dict[str, type[BaseModel]] = {
@@ -246,6 +261,10 @@ class Configuration:
             section.setdefault("iterations", DEFAULT_ITERATIONS.get(method, FALLBACK_ITERATIONS))
         parts["search"] = _checked(SearchSection, section, "search", mistakes)
         _raise_if(mistakes, source)
+        agree, restarts = parts["search"].stop_when_agree, parts["search"].restarts
+        if agree is not None and agree > restarts:
+            mistakes.append(f"search.stop_when_agree: {agree} restarts cannot agree, search.restarts is {restarts}")
+            _raise_if(mistakes, source)
 
         if parts["problem"].template is not None:
             given = [key for key in ("cell", "pbc") if getattr(parts["problem"], key) is not None]
@@ -302,7 +321,15 @@ class Configuration:
 
     def make_calculator(self) -> Any:
         """The calculator. Raises ConfigurationError."""
-        return make_calculator(self.calculator.name, **self.calculator.arguments)
+        guard = self.calculator.guard
+        if not guard:
+            return make_calculator(self.calculator.name, **self.calculator.arguments)
+        from thalweg.pool import Guarded
+
+        if "scratch" in guard:
+            guard["scratch"] = _scratch(guard["scratch"])
+        _find_factories_here(self.calculator.name)
+        return Guarded(self.calculator.name, self.calculator.arguments, **guard)
 
     def make_search(self, *, seed: int, store: str | Path | None) -> Search:
         """A search with this seed on this store; it continues where the store ends. None: in memory."""
@@ -391,11 +418,11 @@ def recipe_options(method: str, given: Mapping[str, Any] | None = None) -> dict[
             }:
                 expected = "; ".join(message[0].lower() + message[1:] for message in details.values())
             else:
-                expected = f"expected {_described(annotation)}"
+                expected = f"expected {described(annotation)}"
             mistakes.append(f"search.{name}: {expected}, got {_shown(value)}")
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in (given or {}):
-            mistakes.append(f"search.{name}: the method '{method}' needs this key ({_described(hints.get(name, Any))})")
+            mistakes.append(f"search.{name}: the method '{method}' needs this key ({described(hints.get(name, Any))})")
     if mistakes:
         raise ConfigurationError("\n".join(mistakes))
     return values
@@ -449,22 +476,22 @@ _WORDS = {
 }
 
 
-def _described(annotation: Any) -> str:
+def described(annotation: Any) -> str:
     """A type annotation in words: `int | Literal["all"]` -> 'a whole number or "all"'."""
     if annotation in _WORDS:
         return _WORDS[annotation]
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _described(arguments[0])
+        return described(arguments[0])
     if origin is Literal:
         return " or ".join(json.dumps(value) for value in arguments)
     if origin in (Union, types.UnionType):
-        return " or ".join(_described(one) for one in arguments if one is not type(None))
+        return " or ".join(described(one) for one in arguments if one is not type(None))
     if origin in (list, tuple) or (isinstance(origin, type) and issubclass(origin, Sequence)):
         inner = [one for one in arguments if one is not Ellipsis]
         if origin is tuple and Ellipsis not in arguments and inner:
-            return "[" + ", ".join(_described(one) for one in inner) + "]"
-        return "a list of " + _described(inner[0]).removeprefix("a ") + "s" if inner else "a list"
+            return "[" + ", ".join(described(one) for one in inner) + "]"
+        return "a list of " + described(inner[0]).removeprefix("a ") + "s" if inner else "a list"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         if arguments and arguments[0] is int:
             return "a table from iteration to value such as {0 = ..., 5 = ...}"
@@ -539,22 +566,38 @@ def make_calculator(name: str, **arguments: Any) -> Any:
     """`thalweg.calculators.make_calculator` that also finds "module:factory" in the working folder."""
     from thalweg import calculators
 
-    here = os.getcwd()
-    if ":" in name and here not in sys.path:
-        sys.path.insert(0, here)  # a console script does not look there by itself
+    _find_factories_here(name)
     try:
         return calculators.make_calculator(name, **arguments)
     except ConfigurationError as problem:
         raise ConfigurationError(f"calculator: {problem}") from problem
 
 
+def _find_factories_here(name: str) -> None:
+    here = os.getcwd()
+    if ":" in name and here not in sys.path:
+        sys.path.insert(0, here)  # a console script does not look there by itself
+
+
+def _scratch(text: str) -> Path:
+    """A folder in which ~ and variables of the environment stand for their values; made if it is not there."""
+    path = Path(os.path.expandvars(os.path.expanduser(text)))
+    if "$" in str(path):
+        raise ConfigurationError(f"calculator.scratch: a variable in '{text}' is not set in the environment")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise ConfigurationError(f"calculator.scratch: cannot make the folder '{path}': {problem.strerror}") from None
+    return path.absolute()
+
+
 def _read_template(path: Path) -> Any:
-    import ase.io
+    from thalweg.importing import read_file
 
     if not path.is_file():
         others = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ConfigurationError(f"problem.template: there is no file '{path}'.{nearest(path.name, others)}")
     try:
-        return ase.io.read(path)
-    except Exception as problem:
-        raise ConfigurationError(f"problem.template: ASE cannot read '{path}': {problem}") from problem
+        return read_file(path)[-1]
+    except ConfigurationError as problem:
+        raise ConfigurationError(f"problem.template: {problem}") from problem

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +51,8 @@ class Evaluate:
     Parameters
     ----------
     calculator : ASE calculator
-        Built-in ones (`thalweg.calculators`, ASE's EMT and LennardJones) run in the compiled core.
+        Built-in ones (`thalweg.calculators`, ASE's EMT and LennardJones) run in the compiled core. One that has
+        `calculate_many` (`thalweg.pool.Guarded`) gets all candidates of an iteration at once when `steps` is 0.
     steps : int
         Relaxation steps in the true potential after the first point; 0 is a single point, a large number the full
         relaxation of basin hopping.
@@ -66,7 +69,7 @@ class Evaluate:
     Raises
     ------
     ConfigurationError
-        At once, if a built-in calculator does not know a species of the problem.
+        At once, if a built-in calculator does not know a species of the problem, or a guarded one cannot be made.
     """
 
     calculator: Any
@@ -82,9 +85,11 @@ class Evaluate:
     name: str = "Evaluate"
 
     def check(self, problem: Problem) -> None:
-        """Raises ConfigurationError if a built-in calculator cannot treat the problem."""
+        """Raises ConfigurationError if a built-in calculator cannot treat the problem or a guarded one cannot be made."""
         from thalweg.calculators import landscape_of
 
+        if hasattr(self.calculator, "calculate_many") and hasattr(self.calculator, "check"):
+            self.calculator.check()
         landscape = landscape_of(self.calculator)
         if landscape is not None:
             n = len(problem.numbers)
@@ -92,7 +97,10 @@ class Evaluate:
             _core.evaluate(landscape, problem.batch(apart))
 
     def __call__(self, batch: Batch, ctx: Context) -> Batch:
-        rows = [self._relax(batch[i], ctx, self.steps, self.force_tolerance) for i in range(len(batch))]
+        if self.steps == 0 and len(batch) and hasattr(self.calculator, "calculate_many"):
+            rows = [ctx.measure_many(batch, self._calculate_many, [_descent(batch[i]) for i in range(len(batch))])]
+        else:
+            rows = [self._relax(batch[i], ctx, self.steps, self.force_tolerance) for i in range(len(batch))]
         if self.polish_every and ctx.iteration % self.polish_every == self.polish_every - 1:
             for row in self._worth_polishing(ctx, 1):
                 rows.append(self._polish(ctx.data[row], row, ctx))
@@ -144,6 +152,16 @@ class Evaluate:
 
     def _calculate(self, structure: Batch) -> Measured:
         return calculate(self.calculator, structure)
+
+    def _calculate_many(self, structures: Iterator[Batch]) -> Iterable[tuple[int, Measured, float]]:
+        """For `Context.measure_many`: as they finish if the calculator can tell, else all together."""
+        if hasattr(self.calculator, "as_completed"):
+            return self.calculator.as_completed(structures)
+        together = Batch.concat(list(structures))
+        begin = time.perf_counter()
+        found = self.calculator.calculate_many(together) if len(together) else []
+        each = (time.perf_counter() - begin) / max(1, len(together))
+        return [(i, measured, each) for i, measured in enumerate(found)]
 
     def _worth_polishing(self, ctx: Context, count: int) -> list[int]:
         """Lowest rows first; not those that a polish started from or went through, are relaxed, or resemble a relaxed

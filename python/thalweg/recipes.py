@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from thalweg.errors import ConfigurationError, nearest
 from thalweg.evaluate import Duplicate, Evaluate, Metropolis
 from thalweg.generators import FirstOf, OneOf, Permute, Random, Rattle
+from thalweg.local_model import LocalGPR
 from thalweg.models import GPR
 from thalweg.records import Problem
-from thalweg.refine import Centre, Connected, MinDistance, Relax, Wrap
+from thalweg.refine import Centre, Connected, MinDistance, Relax, SurrogateHops, Wrap
 from thalweg.search import Search
-from thalweg.select import LCB, KMeans, LastAccepted
+from thalweg.select import LCB, ExpectedImprovement, KernelSimilarity, KMeans, LastAccepted, Novelty, Thompson
+from thalweg.stagnation import ResetOnStagnation
 from thalweg.store import Store
 
 __all__ = ["RECIPES", "basin_hopping", "gofee", "random_search"]
@@ -24,14 +27,20 @@ def gofee(
     *,
     store: str | Path | Store | None = None,
     seed: int = 0,
-    prior: str = "bonding",
+    prior: Any = "bonding",
+    model: str = "global",
     classic: bool = False,
     random: int | Mapping[int, int] | None = None,
     rattle: int | Mapping[int, int] | None = None,
     permute: int | Mapping[int, int] | None = None,
+    candidates: int = 0,
     sample: int = 10,
+    sampler: str = "kmeans",
+    acquisition: str = "lcb",
     kappa: float | Mapping[int, float] = 2.0,
     surrogate_steps: int | Mapping[int, int] = 100,
+    hops: int | Mapping[int, int] = 0,
+    reset_after: int = 0,
     true_steps: int = 0,
     polish_every: int = 5,
     polish_steps: int = 40,
@@ -46,45 +55,93 @@ def gofee(
 
     Parameters
     ----------
-    prior : "bonding", "repulsive" or "none"
-        Prior mean of the Gaussian process: Morse wells at covalent bond lengths, or the published repulsion.
+    prior : "bonding", "fitted", "repulsive", "none" or whatever `GPR` takes
+        Prior mean of the Gaussian process: Morse wells at covalent bond lengths, the same fitted to the data, or the
+        published repulsion.
+    model : "global" or "local"
+        A Gaussian process on one fingerprint per structure, taught energies, or a sparse one on the surroundings of each
+        atom, taught energies and forces (`LocalGPR`; not with a fitted prior).
     classic : bool
         The published settings: repulsive prior, 10 candidates (random only at first, then 3 random + 7 rattle), one true
         step after each evaluation, no duplicates refused, no polish.
     random, rattle, permute : int or {iteration: int}
         Candidates per iteration of each generator.
+    candidates : int
+        About so many in all per iteration: scales those of random, rattle, permute that are not given (rounded, at least
+        one each where there is one); 0: as they are, 40 (classic: 10).
     sample : int
-        Clusters of the k-means sampler.
+        Structures that the sampler gives at most.
+    sampler : "kmeans", "similarity" or "novelty"
+        `KMeans`, `KernelSimilarity`, `Novelty`.
+    acquisition : "lcb", "ei" or "thompson"
+        What chooses among the relaxed candidates: `LCB`, `ExpectedImprovement`, `Thompson`. They are relaxed on the lower
+        confidence bound in any case.
     kappa : float or {iteration: float}
+        Weight of the model's uncertainty in the lower confidence bound; larger explores more.
     surrogate_steps : int or {iteration: int}
         Relaxation steps on the LCB surface.
+    hops : int or {iteration: int}
+        Basin hopping on the LCB surface from each relaxed candidate, see `SurrogateHops`.
+    reset_after : int
+        Iterations without improvement after which the model forgets, see `ResetOnStagnation`; 0: never.
     true_steps : int
         Steps in the true potential after each evaluation, every point kept.
-    polish_every, polish_steps, polish_last : int
-        See `Evaluate`.
+    polish_every : int
+        Every so many iterations the best structure not yet relaxed is relaxed in the true potential; 0: never.
+    polish_steps : int
+        Most steps of such a relaxation.
+    polish_last : int
+        Structures polished when a run ends.
     noise : float
-        Variance [eV^2] on the diagonal of the Gaussian process.
+        Variance [eV^2] on the diagonal of the global Gaussian process.
+    threads : int
+        Threads of one search; 0: as many as there are cores. Results do not depend on it.
     """
+    if model not in ("global", "local"):
+        raise ConfigurationError(f"model must be 'global' or 'local', got {model!r}")
+    if classic and model != "global":
+        raise ConfigurationError("classic=True means the published settings, which have a global model")
     several = len(problem.counts) > 1
     if classic:
         prior, true_steps, polish_every, polish_last, noise = "repulsive", 1, 0, 0, 1e-2
-        random, rattle, permute = {0: 10, 5: 3}, {0: 0, 5: 7}, 0
         surrogate_steps = {0: 0, 2: 200}
-    random = {0: 12, 5: 12} if random is None else random
-    rattle = {0: 0, 5: 16 if several else 28} if rattle is None else rattle
-    permute = {0: 0, 5: 12 if several else 0} if permute is None else permute
+    default: dict[str, int | Mapping[int, int]] = {
+        "random": {0: 12, 5: 12},
+        "rattle": {0: 0, 5: 16 if several else 28},
+        "permute": {0: 0, 5: 12 if several else 0},
+    }
+    if classic:
+        default = {"random": {0: 10, 5: 3}, "rattle": {0: 0, 5: 7}, "permute": 0}
+    if candidates < 0 or reset_after < 0:
+        raise ConfigurationError(
+            f"candidates and reset_after must not be negative (0: leave it), got {candidates} and {reset_after}"
+        )
+    if candidates:
+        default = {name: _scaled(count, candidates / (10 if classic else 40)) for name, count in default.items()}
+    random = default["random"] if random is None or classic else random
+    rattle = default["rattle"] if rattle is None or classic else rattle
+    permute = default["permute"] if permute is None or classic else permute
     lcb = LCB(kappa)
+    samplers: dict[str, Any] = {"kmeans": KMeans, "similarity": KernelSimilarity, "novelty": Novelty}
+    acquisitions: dict[str, Any] = {"lcb": lambda: lcb, "ei": ExpectedImprovement, "thompson": Thompson}
+    mean = None if isinstance(prior, str) and prior == "none" else prior
+    learner: Any = LocalGPR(prior=mean) if model == "local" else GPR(prior=mean, noise=noise)
     gauges = [Evaluate(
         calculator, true_steps, polish_every=polish_every, polish_steps=polish_steps, polish_last=polish_last
     )]  # fmt: skip
     return Search(
         problem,
-        sample=KMeans(sample),
+        sample=_named(samplers, sampler, "sampler")(sample),
         propose=[Random(random), Rattle(rattle), *([Permute(permute)] if several else [])],
-        refine=[Relax(lcb, surrogate_steps), MinDistance(0.6), *_tidy(problem)],
-        acquire=lcb,
+        refine=[
+            Relax(lcb, surrogate_steps),
+            *([SurrogateHops(lcb, hops, surrogate_steps)] if hops else []),
+            MinDistance(0.6),
+            *_tidy(problem),
+        ],
+        acquire=_named(acquisitions, acquisition, "acquisition")(),
         evaluate=gauges if classic else [Duplicate(), *gauges],
-        models={"gp": GPR(prior=None if prior == "none" else prior, noise=noise)},
+        models={"gp": ResetOnStagnation(learner, reset_after) if reset_after else learner},
         store=store,
         seed=seed,
         threads=threads,
@@ -111,12 +168,16 @@ def basin_hopping(
     ----------
     temperature : float
         kT of the acceptance rule [eV].
-    amplitude, moved : float
-        See `Rattle`.
+    amplitude : float
+        Largest move of an atom [angstrom].
+    moved : float
+        Expected number of atoms that a rattle moves.
     steps : int
         Of each relaxation in the true potential; every point is an evaluation.
     force_tolerance : float
-        eV/angstrom.
+        Largest force at which such a relaxation ends [eV/angstrom].
+    threads : int
+        Threads of one search; 0: as many as there are cores. Results do not depend on it.
     """
     rattle = Rattle(1, amplitude=amplitude, moved=moved)
     move = OneOf(rattle, Permute(1)) if len(problem.counts) > 1 else rattle
@@ -150,7 +211,9 @@ def random_search(
     steps : int
         Of each relaxation; every point is an evaluation.
     force_tolerance : float
-        eV/angstrom.
+        Largest force at which such a relaxation ends [eV/angstrom].
+    threads : int
+        Threads of one search; 0: as many as there are cores. Results do not depend on it.
     """
     return Search(
         problem,
@@ -168,6 +231,20 @@ def _tidy(problem: Problem) -> list[Any]:
     if problem.periodic:
         return [Wrap()]
     return [Connected(), Centre()] if problem.template is None else []
+
+
+def _named(options: Mapping[str, Any], name: str, what: str) -> Any:
+    if name not in options:
+        listed = ", ".join(f"'{option}'" for option in options)
+        raise ConfigurationError(f"{what} must be one of {listed}, got {name!r}.{nearest(name, options)}")
+    return options[name]
+
+
+def _scaled(count: int | Mapping[int, int], factor: float) -> int | Mapping[int, int]:
+    """A number of candidates times a factor; what was there does not vanish."""
+    if isinstance(count, Mapping):
+        return {first: max(1, round(factor * number)) if number else 0 for first, number in count.items()}
+    return max(1, round(factor * count)) if count else 0
 
 
 RECIPES: dict[str, Callable[..., Search]] = {

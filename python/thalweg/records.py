@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -684,6 +684,20 @@ class Context:
         the columns energy and status (0 ok, 1 failed), `columns`, and the atom column forces.
         """
         return self._services.measure(structure, calculate, columns)
+
+    def measure_many(
+        self,
+        structures: Batch,
+        calculate: Callable[[Iterator[Batch]], Iterable[tuple[int, Measured, float]]],
+        columns: Sequence[Mapping[str, Any]],
+    ) -> Batch:
+        """True evaluations that do not wait for each other; each is journaled as it arrives.
+
+        `calculate` takes the structures from an iterator, which ends early when the search must stop, and gives (how
+        many it had taken before this one, what `measure` wants, seconds) in any order. Rows and their numbers are those
+        of `measure` on one structure after the other, with `columns[i]` for row i.
+        """
+        return self._services.measure_many(structures, calculate, columns)
 
     def features(self, descriptor: Any) -> Array:
         """(n, D) features of `data`, computed once per row for each descriptor."""

@@ -22,7 +22,7 @@ from thalweg.statistics import SuccessCurve, describe_band, energy_curves, succe
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["report", "success_curves"]
+__all__ = ["report", "success_curves", "write_figures"]
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -139,8 +139,16 @@ def _legend(axes: Any) -> None:
         )
 
 
-def _svg(figure: Figure, label: str) -> str:
-    """Inline SVG, without the metadata that names addresses."""
+def _labelled(figure: Figure, label: str) -> Figure:
+    """The same figure with words for those who cannot see it."""
+    figure.set_label(label)
+    return figure
+
+
+def _svg(figure: Figure | None) -> str:
+    """Inline SVG, without the metadata that names addresses; nothing for no figure."""
+    if figure is None:
+        return ""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     buffer = io.StringIO()
@@ -150,7 +158,7 @@ def _svg(figure: Figure, label: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label, quote=True)}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(str(figure.get_label()), quote=True)}"', 1)
 
 
 def _draw_success(axes: Any, curve: SuccessCurve, colour: str, label: str, *, dashed: bool = False) -> None:
@@ -159,7 +167,7 @@ def _draw_success(axes: Any, curve: SuccessCurve, colour: str, label: str, *, da
     axes.step(curve.evaluations, curve.success, where="post", color=colour, lw=2, ls=style, label=label)
 
 
-def _success_figure(named: Sequence[tuple[str, dict[str, SuccessCurve]]]) -> str:
+def _success_figure(named: Sequence[tuple[str, dict[str, SuccessCurve]]]) -> Figure:
     figure = _figure()
     axes = figure.add_subplot()
     words = {"success": "relaxes to the target", "delivered": "delivered: evaluated at the target"}
@@ -172,7 +180,7 @@ def _success_figure(named: Sequence[tuple[str, dict[str, SuccessCurve]]]) -> str
     axes.set(xlabel="true evaluations", ylabel="fraction of restarts", ylim=(0, 1.02))
     axes.set_xlim(left=0)
     _legend(axes)
-    return _svg(figure, "fraction of restarts that reached the target, against true evaluations")
+    return _labelled(figure, "fraction of restarts that reached the target, against true evaluations")
 
 
 def _energy_limits(curves: Sequence[Any], target: float | None) -> tuple[float, float]:
@@ -189,7 +197,7 @@ def _energy_limits(curves: Sequence[Any], target: float | None) -> tuple[float, 
     return lowest - margin, highest + margin
 
 
-def _energy_figure(results: Results) -> str:
+def _energy_figure(results: Results) -> Figure:
     curves = energy_curves(list(_energies(results).values()))
     target = results.configuration.search.target
     figure = _figure()
@@ -214,10 +222,10 @@ def _energy_figure(results: Results) -> str:
     axes.set_xlim(0, max(2, len(curves.evaluations)))
     axes.set_ylim(*_energy_limits([curves], target.energy if target else None))
     _legend(axes)
-    return _svg(figure, "best energy so far against true evaluations")
+    return _labelled(figure, "best energy so far against true evaluations")
 
 
-def _comparison_figure(named: Sequence[tuple[str, Results]]) -> str:
+def _comparison_figure(named: Sequence[tuple[str, Results]]) -> Figure:
     figure = _figure()
     axes = figure.add_subplot()
     drawn = []
@@ -236,14 +244,14 @@ def _comparison_figure(named: Sequence[tuple[str, Results]]) -> str:
     if drawn:
         axes.set_ylim(*_energy_limits(drawn, None))
         _legend(axes)
-    return _svg(figure, "mean best energy so far of each run folder, against true evaluations")
+    return _labelled(figure, "mean best energy so far of each run folder, against true evaluations")
 
 
-def _final_figure(results: Results) -> str:
+def _final_figure(results: Results) -> Figure | None:
     """Best energy of each restart, sorted: how often the lowest ones are found."""
     found = sorted(float(np.nanmin(e)) for e in _energies(results).values() if np.any(np.isfinite(e)))
     if len(found) < 2:
-        return ""
+        return None
     from matplotlib.ticker import MaxNLocator
 
     target = results.configuration.search.target
@@ -259,17 +267,17 @@ def _final_figure(results: Results) -> str:
     if high - low < 0.01:  # differences below the accuracy of a relaxation should not look large
         axes.set_ylim((low + high) / 2 - 0.005, (low + high) / 2 + 0.005)
     _legend(axes)
-    return _svg(figure, "best energy of each restart, sorted")
+    return _labelled(figure, "best energy of each restart, sorted")
 
 
-def _stage_figure(results: Results) -> str:
+def _stage_figure(results: Results) -> Figure | None:
     totals: dict[str, float] = {}
     for history in results.histories.values():
         for name, seconds in history.stage_seconds.items():
             totals[name] = totals.get(name, 0.0) + seconds
     whole = sum(totals.values())
     if whole <= 0:
-        return ""
+        return None
     names = list(totals)[::-1]
     figure = _figure(6.4, 0.8 + 0.34 * len(names))
     axes = figure.add_subplot()
@@ -283,7 +291,60 @@ def _stage_figure(results: Results) -> str:
     axes.set_xlabel("seconds, all restarts")
     axes.margins(x=0.28)
     axes.grid(axis="y", visible=False)
-    return _svg(figure, "time by stage")
+    return _labelled(figure, "time by stage")
+
+
+def figures(results: Sequence[Results]) -> dict[str, Figure]:
+    """Every figure of the page by the name of its file; those of several folders begin with the folder's name.
+
+    To be called and drawn under `matplotlib.rc_context(STYLE)`.
+    """
+    named = list(zip(_names([found.folder.path for found in results]), results, strict=True))
+    found: dict[str, Figure | None] = {}
+    if len(named) > 1:
+        curves = [(name, success_curves(one)) for name, one in named]
+        with_target = [(name, curve) for name, curve in curves if "delivered" in curve]
+        if with_target:
+            found["success"] = _success_figure(_padded(with_target))
+        if len({_problem_text(one) for one in results}) == 1 and any(_energies(one) for one in results):
+            found["energy"] = _comparison_figure(named)
+    for name, one in named:
+        before = f"{name.replace('/', '_')}_" if len(named) > 1 else ""
+        own = success_curves(one)
+        if own:
+            found[f"{before}success"] = _success_figure([(name, own)])
+        if _energies(one):
+            found[f"{before}energy"] = _energy_figure(one)
+            found[f"{before}restarts"] = _final_figure(one)
+            found[f"{before}stages"] = _stage_figure(one)
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def write_figures(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
+    """Writes every figure of the report as PNG and SVG into the folder `out`, which is made; returns their paths.
+
+    Raises ThalwegError when one is not a run folder, there is nothing to draw, or `out` cannot be written.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    results = [load_results(folder) for folder in folders]
+    paths = []
+    with matplotlib.rc_context(STYLE):
+        for name, figure in figures(results).items():
+            picture, drawing = io.BytesIO(), io.StringIO()
+            FigureCanvasAgg(figure)
+            figure.savefig(picture, format="png", dpi=200, metadata={"Software": None})
+            figure.savefig(drawing, format="svg", metadata={"Date": None})
+            for ending, content in (("png", picture.getvalue()), ("svg", drawing.getvalue())):
+                path = Path(out) / f"{name}.{ending}"
+                write_atomically(path, content)
+                paths.append(path)
+    if not paths:
+        raise ThalwegError(
+            f"there is nothing to draw yet in {', '.join(map(str, folders))}: no evaluation has succeeded"
+        )
+    return paths
 
 
 # ---- structures ----------------------------------------------------------------------------------------------
@@ -531,11 +592,11 @@ def _folder_section(name: str, results: Results, structures: str = "") -> str:
             '<p class="quiet">Delivered: a counted evaluation has the target energy. Relaxes: an evaluated structure '
             "has it after a relaxation in the true potential that is not counted. Bands: 95 %.</p>"
         )
-        figures.append(_panel("Restarts that have reached the target", _success_figure([(name, curves)]) + note))
+        figures.append(_panel("Restarts that have reached the target", _svg(_success_figure([(name, curves)])) + note))
     if _energies(results):
-        figures.append(_panel("Best energy so far", _energy_figure(results)))
-        figures.append(_panel("Best energy of each restart", _final_figure(results)))
-        figures.append(_panel("Time by stage", _stage_figure(results)))
+        figures.append(_panel("Best energy so far", _svg(_energy_figure(results))))
+        figures.append(_panel("Best energy of each restart", _svg(_final_figure(results))))
+        figures.append(_panel("Time by stage", _svg(_stage_figure(results))))
     configuration = html.escape(results.configuration.to_toml())
     unfolded = " open" if structures else ""
     return f"""{_cards(results)}
@@ -572,9 +633,9 @@ def _comparison(named: Sequence[tuple[str, Results]]) -> str:
         )  # fmt: skip
     figures = []
     if curves:
-        figures.append(_panel("Restarts that have delivered the target", _success_figure(_padded(curves))))
+        figures.append(_panel("Restarts that have delivered the target", _svg(_success_figure(_padded(curves)))))
     if len({_problem_text(results) for _, results in named}) == 1 and any(_energies(results) for _, results in named):
-        figures.append(_panel("Mean best energy so far", _comparison_figure(named)))
+        figures.append(_panel("Mean best energy so far", _svg(_comparison_figure(named))))
     return f"""<h2>Comparison</h2><section class="panel"><div class="scroll">{_table(headers, rows)}</div></section>
 <div class="figures" style="margin-top:12px">{"".join(figures)}</div>"""
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -327,29 +327,86 @@ class Search:
         asked = self._measuring
         assert asked is not None, "measure() belongs to the gauges of a search"
         journal = self._journal.setdefault(asked.ticket, [])
-        recorded = self._to_replay.get(asked.ticket)
-        if recorded:
-            row = recorded.pop(0)
-            if not np.array_equal(row.positions, structure.positions):
-                raise StoreError(
-                    "the store holds evaluations that this search would not make: it was written by another build or on "
-                    f"another processor (now {build()}); resume it there, or start a new store"
-                )
-            journal.append(row)
-            return row
-        if self._stop_reason is not None:
-            raise _Halt(self._stop_reason)
-        if self._budget is not None and self.evaluations >= self._budget:
-            raise _Halt("evaluations")
+        known = self._replayed(asked, structure, len(journal))
+        if known is not None:
+            return known
+        halt = self._why_halt(self.evaluations)
+        if halt:
+            raise _Halt(halt)
         begin = time.perf_counter()
-        energy, forces, reason = calculate(structure)
-        cost = time.perf_counter() - begin
+        measured = calculate(structure)
+        return self._record(asked, structure, measured, columns, len(journal), time.perf_counter() - begin)
+
+    def measure_many(
+        self,
+        structures: Batch,
+        calculate: Callable[[Iterator[Batch]], Iterable[tuple[int, Measured, float]]],
+        columns: Sequence[Mapping[str, Any]],
+    ) -> Batch:
+        """`Context.measure_many`: each row has the number (`point`) that it would have had one after the other, whatever
+        the order in which the results arrive and are journaled."""
+        asked = self._measuring
+        assert asked is not None, "measure_many() belongs to the gauges of a search"
+        journal = self._journal.setdefault(asked.ticket, [])
+        first, n = len(journal), len(structures)
+        rows = {i: self._replayed(asked, structures[i], first + i) for i in range(n)}
+        missing = [i for i in range(n) if rows[i] is None]
+        halt, before = "", self.evaluations
+
+        def to_do() -> Iterator[Batch]:
+            nonlocal halt
+            for handed, i in enumerate(missing):
+                halt = self._why_halt(before + handed)
+                if halt:
+                    return
+                yield structures[i]
+
+        results = calculate(to_do())
+        try:
+            for k, measured, cost in results:
+                i = missing[k]
+                rows[i] = self._record(asked, structures[i], measured, columns[i], first + i, cost)
+        finally:
+            if hasattr(results, "close"):  # what is still running is ended at once, not when somebody collects it
+                results.close()
+        if halt:
+            raise _Halt(halt)
+        ordered = [row for row in (rows[i] for i in range(n)) if row is not None]
+        assert len(ordered) == n, "calculate must give a result for every structure"
+        journal[first:] = ordered
+        return Batch.concat(ordered)
+
+    def _replayed(self, asked: Asked, structure: Batch, point: int) -> Batch | None:
+        """The measurement of this number, if the journal has it; it is then journaled again."""
+        recorded = self._to_replay.get(asked.ticket, [])
+        row = next((row for row in recorded if row.columns["point"][0] == point), None)
+        if row is None:
+            return None
+        if not np.array_equal(row.positions, structure.positions):
+            raise StoreError(
+                "the store holds evaluations that this search would not make: it was written by another build or on "
+                f"another processor (now {build()}); resume it there, or start a new store"
+            )
+        self._to_replay[asked.ticket] = [other for other in recorded if other is not row]
+        self._journal[asked.ticket].append(row)
+        return row
+
+    def _why_halt(self, evaluations: int) -> str:
+        """Why no further evaluation may begin when so many have begun; empty if it may."""
+        if self._stop_reason is not None:
+            return self._stop_reason
+        return "evaluations" if self._budget is not None and evaluations >= self._budget else ""
+
+    def _record(
+        self, asked: Asked, structure: Batch, measured: Measured, columns: Mapping[str, Any], point: int, cost: float
+    ) -> Batch:
+        energy, forces, reason = measured
         row = structure.bare().with_columns(
             energy=energy, status=np.uint8(FAILED if reason else OK), **columns,
-            iteration=asked.context.iteration, ticket=asked.ticket, point=len(journal),
+            iteration=asked.context.iteration, ticket=asked.ticket, point=point,
         )  # fmt: skip
         row = row.with_atom_columns(forces=forces)
-        journal.append(row)
+        self._journal[asked.ticket].append(row)
         self.evaluations += 1
         self._store.append("evaluation", asked.ticket, {"row": row, "reason": reason}, cost=cost)
         self._last_reason = reason or self._last_reason
@@ -489,7 +546,8 @@ class Search:
 
     def _learn(self, ticket: int, kind: str, iteration: int, chosen: Batch, columns: Mapping[str, np.ndarray]) -> None:
         """What a told ticket changes; the same when it is told and when the journal is read back."""
-        rows = Batch.concat(self._journal.pop(ticket, []))
+        # the journal has them in the order in which they arrived
+        rows = Batch.concat(sorted(self._journal.pop(ticket, []), key=lambda row: int(row.columns["point"][0])))
         if len(rows):
             rows = replace(rows, columns=columns)
             self._new_rows.append(rows)

@@ -178,7 +178,7 @@ class _Lock:
             if host == socket.gethostname():
                 alive = _process_start(pid) == start and start != ""
             else:
-                alive = time.time() - self._beat_time() < self.stale
+                alive = self._now() - self._beat_time() < self.stale
                 if alive and time.monotonic() < deadline and not self._beats_on():
                     continue  # perhaps killed a moment ago: wait until its heartbeat counts as silent
             if alive:
@@ -211,10 +211,10 @@ class _Lock:
     def _owner(self) -> tuple[str, int, str] | None:
         for _ in range(50):
             try:
-                words = self.path.read_text().split()
+                words = self.path.read_text(errors="replace").split()
             except FileNotFoundError:
                 return None
-            if len(words) >= 2:
+            if len(words) >= 2 and words[1].isdecimal():
                 return words[0], int(words[1]), words[2] if len(words) > 2 else ""
             time.sleep(0.02)  # another process is between creating and writing it
         return (
@@ -229,6 +229,20 @@ class _Lock:
         except FileNotFoundError:
             return 0.0
 
+    def _now(self) -> float:
+        """The present by the clock that stamps the lock: a file server's may differ from this host's by more than
+        `stale`, and a task that is queued again on another host would then take over a store that is being written."""
+        probe = self.path.with_name(f"{self.path.name}.now.{socket.gethostname()}.{os.getpid()}")
+        try:
+            probe.touch()
+            os.utime(probe)
+            return probe.stat().st_mtime
+        except OSError:
+            return time.time()
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink()
+
     def _beats_on(self) -> bool:
         before = self._beat_time()
         time.sleep(self.beat + 1.0)
@@ -239,7 +253,7 @@ class _Lock:
         aside = self.path.with_name(f"{self.path.name}.stale.{os.getpid()}")
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.path, aside)
-            text = aside.read_text().split()
+            text = aside.read_text(errors="replace").split()
             if text[:2] != [owner[0], str(owner[1])] and len(text) >= 2:
                 with contextlib.suppress(FileExistsError):  # somebody fresh came in between: give it back
                     os.link(aside, self.path)
@@ -253,7 +267,7 @@ class _Lock:
     def release(self) -> None:
         self._stop.set()
         with contextlib.suppress(OSError):
-            if self.path.read_text() == self.mine:
+            if self.path.read_text(errors="replace") == self.mine:
                 self.path.unlink()
 
 
@@ -581,11 +595,29 @@ def history(records: list[Record], meta: Mapping[str, str], path: Path | None = 
             elif record.kind == "told":
                 finished = record.body["kind"] == "finish"
                 iterations += record.body["kind"] == "search"
-        together = Batch.concat(rows).with_columns(seconds=np.array(seconds)) if rows else Batch.empty()
+        order = _in_order(rows)
+        together = Batch.empty()
+        if rows:
+            # a row counts as there when those before it are
+            arrived = np.maximum.accumulate(np.array(seconds)[order])
+            together = Batch.concat([rows[k] for k in order]).with_columns(seconds=arrived)
+            reasons = {place: reasons[k] for place, k in enumerate(order) if k in reasons}
         problem = Problem.from_json(meta["problem"])
     except (KeyError, TypeError, AttributeError) as trouble:
         raise StoreError(f"{path} lacks something that every store has ({trouble})") from trouble
     return History(path, together, problem, meta, iterations, finished, stage_seconds, reasons)
+
+
+def _in_order(rows: list[Batch]) -> list[int]:
+    """The rows of a ticket by their number: they may have been measured at once and have arrived in any order."""
+    places: dict[int, list[int]] = {}
+    for k, row in enumerate(rows):
+        places.setdefault(int(row.columns["ticket"][0]), []).append(k)
+    order = list(range(len(rows)))
+    for at in places.values():
+        for place, k in zip(at, sorted(at, key=lambda k: int(rows[k].columns["point"][0])), strict=True):
+            order[place] = k
+    return order
 
 
 def open_runs(pattern: str | Path) -> list[History]:

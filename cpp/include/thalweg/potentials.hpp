@@ -3,6 +3,7 @@
 // finite. Neither throws.
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "thalweg/landscape.hpp"
@@ -64,6 +65,34 @@ class PairPrior : public Landscape {
 
  private:
   Settings settings_;
+};
+
+/// Morse wells with parameters of their own for every pair of species: PairPrior's bonding form (same wells, same
+/// cutoff: untouched to 1.6 r0, zero from 2.5 r0 on) whose numbers can be fitted.
+///   E(r) = depth (e^{-2a(r-r0)} - 2 e^{-a(r-r0)}),  a = stiffness / r0
+class MorsePrior : public Landscape {
+ public:
+  struct Pair {
+    std::int32_t first = 0, second = 0;  // atomic numbers, in any order
+    double depth = 0.8;                  // eV, at least 0
+    double r0 = 0.0;                     // angstrom
+    double stiffness = 4.0;              // a r0
+  };
+  /// Throws Error if a pair comes twice or a number makes no sense.
+  explicit MorsePrior(std::vector<Pair> pairs);
+  /// Throws Error when the batch has two species in one structure (or one twice) that have no entry.
+  std::unique_ptr<Evaluator> evaluator(const BatchView& batch) const override;
+  /// first <= second, in rising order.
+  const std::vector<Pair>& pairs() const { return pairs_; }
+
+  /// Energies (n), forces (m, 3) and what they change by per unit of each parameter, P = pairs().size():
+  ///   d_energies (P, 3, n), d_forces (P, 3, m, 3); along the second axis: depth, r0, stiffness.
+  /// Structures with a position that is not finite have energy and forces NaN and derivatives 0. One thread.
+  void derivatives(const BatchView& batch, std::span<double> energies, std::span<double> forces,
+                   std::span<double> d_energies, std::span<double> d_forces) const;
+
+ private:
+  std::vector<Pair> pairs_;
 };
 
 }  // namespace thalweg
