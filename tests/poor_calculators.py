@@ -27,11 +27,21 @@ class Poor(PairToy):
         self.how, self.folder, self.times = how, Path(folder), times
 
     def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
-        attempt = len(list(self.folder.glob("attempt-*")))
+        attempt = self._claim()
         (self.folder / f"attempt-{attempt}-{os.getpid()}").touch()
         if self.times < 0 or attempt < self.times:
             getattr(self, self.how)()
         super().calculate(atoms, properties, system_changes)
+
+    def _claim(self) -> int:
+        """The number of this attempt: two workers that begin at once get different ones."""
+        attempt = 0
+        while True:
+            try:
+                os.close(os.open(self.folder / f"claimed-{attempt}", os.O_CREAT | os.O_EXCL))
+                return attempt
+            except FileExistsError:
+                attempt += 1
 
     def hang(self):
         child = subprocess.Popen(["sleep", "1000"])

@@ -164,9 +164,54 @@ const EmtElement& emt_element(std::int32_t number) {
               std::to_string(number) + "); it knows " + known);
 }
 
-class EmtEvaluator : public RowEvaluator {
+// A pair energy and, for each atom, a function of the density that its neighbours make (potentials_kernels.hpp).
+class EmbeddedEvaluator : public RowEvaluator {
  public:
-  explicit EmtEvaluator(const BatchView& batch) : RowEvaluator(batch, {EmtCutoff().list}, 0.5), types_(batch) {
+  EmbeddedEvaluator(const BatchView& batch, double cutoff, double slope, double middle)
+      : RowEvaluator(batch, {cutoff}, 0.5), types_(batch), slope_(slope), middle_(middle) {}
+
+ protected:
+  /// Energy of an atom at this density (above 0) and its slope; type: number of its species in `types_`.
+  virtual double embedding(std::size_t type, double density, double& slope) const = 0;
+  /// That of an atom without neighbours.
+  virtual double alone(std::size_t) const { return 0.0; }
+
+  double evaluate_row(std::size_t row, std::size_t first, const StructureView& structure, double* forces) override {
+    const NeighborList& list = neighbors(row, structure);
+    const std::size_t n = structure.n, pairs = list.size();
+    const std::int32_t* type = types_.of_atom.data() + first;
+    grow(atoms_, 2 * n);
+    grow(pairs_, 3 * pairs);
+    double *density = atoms_.data(), *d_energy = atoms_.data() + n;
+    double *slope_i = pairs_.data(), *slope_j = slope_i + pairs, *slope = slope_j + pairs;
+    std::fill_n(density, n, 0.0);
+    double energy = potential_kernels().embedded_pairs(pairs, list.i(), list.j(), list.r(), type, table_.data(),
+                                                       static_cast<int>(types_.numbers.size()), slope_, middle_,
+                                                       density, slope_i, slope_j, slope);
+    for (std::size_t i = 0; i < n; ++i) {
+      const std::size_t kind = static_cast<std::size_t>(type[i]);
+      d_energy[i] = 0;
+      energy += density[i] > 0 ? embedding(kind, density[i], d_energy[i]) : alone(kind);
+    }
+    const std::int32_t *i = list.i(), *j = list.j();
+    for (std::size_t p = 0; p < pairs; ++p)
+      slope[p] = (slope[p] + d_energy[i[p]] * slope_i[p] + d_energy[j[p]] * slope_j[p]) / list.r()[p];
+    add_pair_forces(list, slope, forces);
+    return energy;
+  }
+
+  Species types_;
+  std::vector<EmbeddedPair> table_;  // (types, types)
+
+ private:
+  double slope_, middle_;
+  std::vector<double> atoms_, pairs_;
+};
+
+class EmtEvaluator : public EmbeddedEvaluator {
+ public:
+  explicit EmtEvaluator(const BatchView& batch, const EmtCutoff& cutoff = EmtCutoff())
+      : EmbeddedEvaluator(batch, cutoff.list, cutoff.slope, cutoff.middle) {
     const std::size_t count = types_.numbers.size();
     std::vector<double> gamma2(count);
     constexpr double shell_sites[3] = {12, 6, 24};
@@ -176,7 +221,7 @@ class EmtEvaluator : public RowEvaluator {
       double gamma1 = 0;
       for (int shell = 0; shell < 3; ++shell) {
         const double beyond = kBeta * s0 * (std::sqrt(shell + 1.0) - 1.0);
-        const double w = 1.0 / (1.0 + std::exp(cutoff_.slope * (kBeta * s0 + beyond - cutoff_.middle)));
+        const double w = 1.0 / (1.0 + std::exp(cutoff.slope * (kBeta * s0 + beyond - cutoff.middle)));
         gamma1 += shell_sites[shell] / 12.0 * w * std::exp(-eta * beyond);
         gamma2[a] += shell_sites[shell] / 12.0 * w * std::exp(-kappa / kBeta * beyond);
       }
@@ -192,41 +237,17 @@ class EmtEvaluator : public RowEvaluator {
   }
 
  protected:
-  double evaluate_row(std::size_t row, std::size_t first, const StructureView& structure, double* forces) override {
-    const NeighborList& list = neighbors(row, structure);
-    const std::size_t n = structure.n, pairs = list.size();
-    const std::int32_t* type = types_.of_atom.data() + first;
-    grow(atoms_, 2 * n);
-    grow(pairs_, 3 * pairs);
-    double *density = atoms_.data(), *d_energy = atoms_.data() + n;
-    double *slope_i = pairs_.data(), *slope_j = slope_i + pairs, *slope = slope_j + pairs;
-    std::fill_n(density, n, 0.0);
-    double energy = potential_kernels().emt_pairs(pairs, list.i(), list.j(), list.r(), type, table_.data(),
-                                                  static_cast<int>(species_.size()), cutoff_.slope, cutoff_.middle,
-                                                  density, slope_i, slope_j, slope);
-    for (std::size_t i = 0; i < n; ++i) {
-      const EmtSpecies& s = species_[static_cast<std::size_t>(type[i])];
-      d_energy[i] = 0;
-      energy -= s.e0;
-      if (density[i] == 0) continue;  // no neighbour
-      const double ds = -std::log(density[i] * s.inverse_12_gamma1) / s.beta_eta;
-      const double l = s.lambda * ds, cohesive = s.e0 * std::exp(-l), sphere = s.six_v0 * std::exp(-s.kappa * ds);
-      energy += cohesive * (1.0 + l) + sphere;
-      d_energy[i] = (cohesive * s.lambda * l + s.kappa * sphere) / (s.beta_eta * density[i]);
-    }
-    const std::int32_t *i = list.i(), *j = list.j();
-    for (std::size_t p = 0; p < pairs; ++p)
-      slope[p] = (slope[p] + d_energy[i[p]] * slope_i[p] + d_energy[j[p]] * slope_j[p]) / list.r()[p];
-    add_pair_forces(list, slope, forces);
-    return energy;
+  double embedding(std::size_t type, double density, double& slope) const override {
+    const EmtSpecies& s = species_[type];
+    const double ds = -std::log(density * s.inverse_12_gamma1) / s.beta_eta;
+    const double l = s.lambda * ds, cohesive = s.e0 * std::exp(-l), sphere = s.six_v0 * std::exp(-s.kappa * ds);
+    slope = (cohesive * s.lambda * l + s.kappa * sphere) / (s.beta_eta * density);
+    return cohesive * (1.0 + l) + sphere - s.e0;
   }
+  double alone(std::size_t type) const override { return -species_[type].e0; }
 
  private:
-  EmtCutoff cutoff_;
-  Species types_;
   std::vector<EmtSpecies> species_;
-  std::vector<EmtPair> table_;
-  std::vector<double> atoms_, pairs_;
 };
 
 // ---- Lennard-Jones
@@ -370,90 +391,69 @@ PriorPair morse_pair(double r0, double stiffness, double depth, double cutoff = 
   return pair;
 }
 
-// A Morse well in units of its own, depth g(x, s) with x = r / r0, s = stiffness; the derivatives that a fit needs.
-struct ReducedWell {
-  double g, g_x, g_s, g_xx, g_xs;
-
-  ReducedWell(double x, double s) {
-    const double u = std::exp(s * (1.0 - x));
-    const double slope = 2.0 * u * (u - 1.0), bend = 2.0 * u * (2.0 * u - 1.0);
-    const double w = u * (u - 2.0), w_x = -s * slope, w_s = (1.0 - x) * slope, w_xx = s * s * bend,
-                 w_xs = -slope - s * (1.0 - x) * bend;
-    const double scale = 1.0 / 0.9, t = std::max(0.0, (x - 1.6) * scale), rest = 1.0 - t;  // from 1.6 to 2.5
-    const double c = 1.0 - t * t * t * (10.0 - t * (15.0 - 6.0 * t)), c_x = -30.0 * t * t * rest * rest * scale,
-                 c_xx = -60.0 * t * rest * (rest - t) * scale * scale;
-    g = w * c;
-    g_x = w_x * c + w * c_x;
-    g_s = w_s * c;
-    g_xx = w_xx * c + 2.0 * w_x * c_x + w * c_xx;
-    g_xs = w_xs * c + w_s * c_x;
-  }
-};
-
-class MorseDerivatives : public RowEvaluator {
+class ManyBodyEvaluator : public EmbeddedEvaluator {
  public:
-  /// entry: row of `pairs` for every two of `types`, or -1.
-  MorseDerivatives(const BatchView& batch, const Species& types, const std::vector<MorsePrior::Pair>& pairs,
-                   std::vector<int> entry, double* d_energies, double* d_forces)
-      : RowEvaluator(batch, {longest_cutoff(pairs)}, 0.0),
-        types_(types),
-        pairs_(pairs),
-        entry_(std::move(entry)),
-        d_energies_(d_energies),
-        d_forces_(d_forces) {}
+  /// entry: row of `pairs` for every two of the batch's species, or -1; exponents: of each species.
+  ManyBodyEvaluator(const BatchView& batch, const std::vector<ManyBodyPrior::Pair>& pairs,
+                    const std::vector<int>& entry, std::vector<double> exponents)
+      : EmbeddedEvaluator(batch, 2.8 * longest(pairs), 11.5 / (0.6 * longest(pairs)), 2.2 * longest(pairs)),
+        exponents_(std::move(exponents)) {
+    const std::size_t count = exponents_.size();
+    for (std::size_t a = 0; a < count; ++a)
+      for (std::size_t b = 0; b < count; ++b) {
+        const int row = entry[a * count + b];
+        const ManyBodyPrior::Pair pair =
+            row < 0 ? ManyBodyPrior::Pair{0, 0, 0.0, 1.0, 1.0, 2.0} : pairs[static_cast<std::size_t>(row)];
+        const double q = pair.stiffness, p = pair.ratio * q, half = 0.5 * pair.depth / (p - q), g = exponents_[a];
+        table_.push_back({pair.depth > 0 ? std::exp((std::log(half * p) + q) / g) : 0.0, half * q * std::exp(p),
+                          q / (g * pair.r0), p / pair.r0});
+      }
+  }
 
  protected:
-  double evaluate_row(std::size_t row, std::size_t first, const StructureView& structure, double* forces) override {
-    const NeighborList& list = neighbors(row, structure);
-    const std::int32_t* type = types_.of_atom.data() + first;
-    const std::size_t n = batch_.size(), m = batch_.positions.size() / 3, count = types_.numbers.size();
-    double energy = 0;
-    for (std::size_t p = 0; p < list.size(); ++p) {
-      const std::size_t i = static_cast<std::size_t>(list.i()[p]), j = static_cast<std::size_t>(list.j()[p]);
-      const std::size_t k = static_cast<std::size_t>(
-          entry_[static_cast<std::size_t>(type[i]) * count + static_cast<std::size_t>(type[j])]);
-      const MorsePrior::Pair& pair = pairs_[k];
-      const double r = list.r()[p], x = r / pair.r0;
-      if (!(x < 2.5)) continue;
-      const ReducedWell well(x, pair.stiffness);
-      const double per_r0 = 1.0 / pair.r0;
-      // energy and its slope dE/dr, each with its derivatives by depth, r0 and stiffness
-      const double value[4] = {pair.depth * well.g, well.g, -pair.depth * well.g_x * x * per_r0, pair.depth * well.g_s};
-      const double slope[4] = {pair.depth * well.g_x * per_r0, well.g_x * per_r0,
-                               -pair.depth * (x * well.g_xx + well.g_x) * per_r0 * per_r0,
-                               pair.depth * well.g_xs * per_r0};
-      energy += value[0];
-      for (std::size_t what = 0; what < 4; ++what) {
-        double* f = forces;
-        if (what > 0) {
-          d_energies_[(3 * k + what - 1) * n + row] += value[what];
-          f = d_forces_ + 3 * ((3 * k + what - 1) * m + first);
-        }
-        for (std::size_t axis = 0; axis < 3; ++axis) {
-          const double pull = slope[what] / r * list.d()[3 * p + axis];
-          f[3 * i + axis] += pull;
-          f[3 * j + axis] -= pull;
-        }
-      }
-    }
+  double embedding(std::size_t type, double density, double& slope) const override {
+    const double g = exponents_[type];
+    const double energy = -std::pow(ManyBodyPrior::kCoordination, 1.0 - g) * std::pow(density, g);
+    slope = g * energy / density;
     return energy;
   }
 
  private:
-  static double longest_cutoff(const std::vector<MorsePrior::Pair>& pairs) {
-    double longest = 1.0;
-    for (const MorsePrior::Pair& pair : pairs) longest = std::max(longest, 2.5 * pair.r0);
-    return longest;
+  static double longest(const std::vector<ManyBodyPrior::Pair>& pairs) {
+    double r0 = pairs.empty() ? 1.0 : 0.0;
+    for (const ManyBodyPrior::Pair& pair : pairs) r0 = std::max(r0, pair.r0);
+    return r0;
   }
 
-  const Species& types_;
-  const std::vector<MorsePrior::Pair>& pairs_;
-  std::vector<int> entry_;
-  double *d_energies_, *d_forces_;
+  std::vector<double> exponents_;
+};
+
+class TiltedEvaluator : public Evaluator {
+ public:
+  TiltedEvaluator(const BatchView& batch, std::unique_ptr<Evaluator> inner, const std::vector<double>& shift)
+      : offsets_(batch.offsets), inner_(std::move(inner)), shift_(shift) {}
+
+  void evaluate(std::span<const std::int64_t> rows, const double* positions, double* energies,
+                double* forces) override {
+    inner_->evaluate(rows, positions, energies, forces);
+    for (const std::int64_t row : rows) {
+      const std::size_t first = 3 * static_cast<std::size_t>(offsets_[static_cast<std::size_t>(row)]),
+                        last = 3 * static_cast<std::size_t>(offsets_[static_cast<std::size_t>(row) + 1]);
+      for (std::size_t k = first; k < last; ++k) {
+        energies[row] += shift_[k] * positions[k];
+        forces[k] -= shift_[k];
+      }
+    }
+  }
+
+ private:
+  std::span<const std::int64_t> offsets_;
+  std::unique_ptr<Evaluator> inner_;
+  const std::vector<double>& shift_;  // of the landscape, which outlives its evaluators
 };
 
 // Row of `pairs` for every two of `types`; -1 where there is none and no structure needs it. Throws where one does.
-std::vector<int> entries(const BatchView& batch, const Species& types, const std::vector<MorsePrior::Pair>& pairs) {
+std::vector<int> entries(const BatchView& batch, const Species& types, const std::vector<ManyBodyPrior::Pair>& pairs) {
   const std::size_t count = types.numbers.size();
   std::vector<int> out(count * count, -1);
   for (std::size_t k = 0; k < pairs.size(); ++k) {
@@ -473,8 +473,9 @@ std::vector<int> entries(const BatchView& batch, const Species& types, const std
     for (std::size_t a = 0; a < count; ++a)
       for (std::size_t b = a; b < count; ++b)
         if (present[a] && present[b] && out[a * count + b] < 0)
-          throw Error("MorsePrior has no entry for the pair " + std::string(chemical_symbol(types.numbers[a])) + "-" +
-                      std::string(chemical_symbol(types.numbers[b])) + "; give it depth, r0 and stiffness");
+          throw Error("ManyBodyPrior has no entry for the pair " + std::string(chemical_symbol(types.numbers[a])) +
+                      "-" + std::string(chemical_symbol(types.numbers[b])) +
+                      "; give it depth, r0, stiffness and ratio");
   }
   return out;
 }
@@ -541,53 +542,62 @@ std::unique_ptr<Evaluator> PairPrior::evaluator(const BatchView& batch) const {
   return std::make_unique<PriorEvaluator>(batch, settings_.form, settings_.sharp_cutoff, types, std::move(table));
 }
 
-MorsePrior::MorsePrior(std::vector<Pair> pairs) : pairs_(std::move(pairs)) {
+ManyBodyPrior::ManyBodyPrior(std::vector<Pair> pairs, std::vector<Atom> atoms)
+    : pairs_(std::move(pairs)), atoms_(std::move(atoms)) {
+  for (const Atom& atom : atoms_) {
+    covalent_radius(atom.number);  // throws for what is no element
+    expect_positive(atom.exponent, "ManyBodyPrior", "exponent");
+  }
+  std::sort(atoms_.begin(), atoms_.end(), [](const Atom& a, const Atom& b) { return a.number < b.number; });
+  for (std::size_t k = 1; k < atoms_.size(); ++k)
+    if (atoms_[k - 1].number == atoms_[k].number)
+      throw Error("ManyBodyPrior takes every species once, but " + std::string(chemical_symbol(atoms_[k].number)) +
+                  " comes twice");
+  const auto known = [&](std::int32_t z) {
+    return std::any_of(atoms_.begin(), atoms_.end(), [&](const Atom& atom) { return atom.number == z; });
+  };
   for (Pair& pair : pairs_) {
-    covalent_radius(pair.first);  // throws for what is no element
-    covalent_radius(pair.second);
+    for (const std::int32_t z : {pair.first, pair.second})
+      if (!known(z))
+        throw Error("ManyBodyPrior has no exponent for " + std::string(chemical_symbol(z)) + ", which is in a pair");
     if (pair.first > pair.second) std::swap(pair.first, pair.second);
-    expect_not_negative(pair.depth, "MorsePrior", "depth");
-    expect_positive(pair.r0, "MorsePrior", "r0");
-    expect_positive(pair.stiffness, "MorsePrior", "stiffness");
+    expect_not_negative(pair.depth, "ManyBodyPrior", "depth");
+    expect_positive(pair.r0, "ManyBodyPrior", "r0");
+    expect_positive(pair.stiffness, "ManyBodyPrior", "stiffness");
+    if (!(pair.ratio > 1) || !std::isfinite(pair.ratio))
+      throw Error("ManyBodyPrior needs a finite ratio above 1, but it is " + std::to_string(pair.ratio));
   }
   const auto key = [](const Pair& pair) { return std::pair(pair.first, pair.second); };
   std::sort(pairs_.begin(), pairs_.end(), [&](const Pair& a, const Pair& b) { return key(a) < key(b); });
   for (std::size_t k = 1; k < pairs_.size(); ++k)
     if (key(pairs_[k - 1]) == key(pairs_[k]))
-      throw Error("MorsePrior takes every pair of species once, but " + std::string(chemical_symbol(pairs_[k].first)) +
-                  "-" + std::string(chemical_symbol(pairs_[k].second)) + " comes twice");
+      throw Error("ManyBodyPrior takes every pair of species once, but " +
+                  std::string(chemical_symbol(pairs_[k].first)) + "-" + std::string(chemical_symbol(pairs_[k].second)) +
+                  " comes twice");
 }
 
-std::unique_ptr<Evaluator> MorsePrior::evaluator(const BatchView& batch) const {
+std::unique_ptr<Evaluator> ManyBodyPrior::evaluator(const BatchView& batch) const {
   const Species types(batch);
-  std::vector<PriorPair> table;
-  for (const int entry : entries(batch, types, pairs_)) {
-    const Pair pair = entry < 0 ? Pair{0, 0, 0.0, 1.0, 1.0} : pairs_[static_cast<std::size_t>(entry)];
-    table.push_back(morse_pair(pair.r0, pair.stiffness, pair.depth));
+  std::vector<double> exponents;
+  for (const std::int32_t z : types.numbers) {
+    const auto found = std::find_if(atoms_.begin(), atoms_.end(), [&](const Atom& atom) { return atom.number == z; });
+    exponents.push_back(found == atoms_.end() ? 1.0 : found->exponent);
   }
-  return std::make_unique<PriorEvaluator>(batch, PairPrior::Form::bonding, false, types, std::move(table));
+  return std::make_unique<ManyBodyEvaluator>(batch, pairs_, entries(batch, types, pairs_), std::move(exponents));
 }
 
-void MorsePrior::derivatives(const BatchView& batch, std::span<double> energies, std::span<double> forces,
-                             std::span<double> d_energies, std::span<double> d_forces) const {
-  batch.check();
-  const std::size_t n = batch.size(), parameters = 3 * pairs_.size();
-  const auto expect_size = [](std::span<double> array, std::size_t size, const char* name) {
-    if (array.size() != size)
-      throw Error(std::string(name) + " must hold " + std::to_string(size) + " values, but it holds " +
-                  std::to_string(array.size()));
-  };
-  expect_size(energies, n, "energies");
-  expect_size(forces, batch.positions.size(), "forces");
-  expect_size(d_energies, parameters * n, "d_energies");
-  expect_size(d_forces, parameters * batch.positions.size(), "d_forces");
-  std::fill(d_energies.begin(), d_energies.end(), 0.0);
-  std::fill(d_forces.begin(), d_forces.end(), 0.0);
-  const Species types(batch);
-  std::vector<std::int64_t> rows(n);
-  for (std::size_t row = 0; row < n; ++row) rows[row] = static_cast<std::int64_t>(row);
-  MorseDerivatives(batch, types, pairs_, entries(batch, types, pairs_), d_energies.data(), d_forces.data())
-      .evaluate(rows, batch.positions.data(), energies.data(), forces.data());
+Tilted::Tilted(std::shared_ptr<const Landscape> landscape, std::vector<double> shift)
+    : landscape_(std::move(landscape)), shift_(std::move(shift)) {
+  if (!landscape_) throw Error("Tilted needs a landscape");
+  for (const double value : shift_)
+    if (!std::isfinite(value)) throw Error("Tilted needs a finite shift");
+}
+
+std::unique_ptr<Evaluator> Tilted::evaluator(const BatchView& batch) const {
+  if (batch.positions.size() != shift_.size())
+    throw Error("Tilted is for batches of " + std::to_string(shift_.size() / 3) + " atoms, but this one has " +
+                std::to_string(batch.positions.size() / 3));
+  return std::make_unique<TiltedEvaluator>(batch, landscape_->evaluator(batch), shift_);
 }
 
 // ---- whole batches

@@ -48,9 +48,9 @@ constexpr std::size_t kLanes = kBytes / sizeof(double);
   return (Real)((Whole)p + ((Whole)shifted << 52));
 }
 
-double emt_pairs(std::size_t n, const std::int32_t* i, const std::int32_t* j, const double* r, const std::int32_t* type,
-                 const EmtPair* table, int types, double slope, double middle, double* density, double* d_density_i,
-                 double* d_density_j, double* d_pair) {
+double embedded_pairs(std::size_t n, const std::int32_t* i, const std::int32_t* j, const double* r,
+                      const std::int32_t* type, const EmbeddedPair* table, int types, double slope, double middle,
+                      double* density, double* d_density_i, double* d_density_j, double* d_pair) {
   Real energy = {};
   for (std::size_t p = 0; p < n; p += kLanes) {
     const std::size_t left = n - p < kLanes ? n - p : kLanes;
@@ -58,8 +58,8 @@ double emt_pairs(std::size_t n, const std::int32_t* i, const std::int32_t* j, co
     Real density_i = {}, pair_i = {}, eta_j = {}, kappa_j = {}, density_j = {}, pair_j = {}, eta_i = {}, kappa_i = {};
     for (std::size_t lane = 0; lane < left; ++lane) {
       const int a = type[i[p + lane]], b = type[j[p + lane]];
-      const EmtPair& at_i = table[a * types + b];
-      const EmtPair& at_j = table[b * types + a];
+      const EmbeddedPair& at_i = table[a * types + b];
+      const EmbeddedPair& at_j = table[b * types + a];
       distance[lane] = r[p + lane];
       density_i[lane] = at_i.density;
       pair_i[lane] = at_i.pair;
@@ -216,7 +216,7 @@ double morse_pairs(std::size_t n, const double* r, const std::int32_t* kind, con
 }  // namespace
 
 const PotentialKernels& potential_kernels() {
-  static constexpr PotentialKernels table{emt_pairs, lennard_jones_all, lennard_jones_pairs, morse_pairs};
+  static constexpr PotentialKernels table{embedded_pairs, lennard_jones_all, lennard_jones_pairs, morse_pairs};
   return table;
 }
 

@@ -8,11 +8,11 @@
 
 namespace thalweg {
 
-/// Coefficients of one ordered pair of species (a, b) of EMT, distances in angstrom:
-///   what b adds to the density at a:  density exp(-eta_b r) w(r)
-///   pair energy of a due to b:        pair exp(-kappa_b r / beta) w(r)
-struct EmtPair {
-  double density, pair, eta, kappa;  // eta_b, kappa_b / beta
+/// Coefficients of one ordered pair of species (a, b) of an embedded-atom potential, distances in angstrom:
+///   what b adds to the density at a:  density exp(-eta r) w(r)
+///   pair energy of a due to b:        pair exp(-kappa r) w(r)
+struct EmbeddedPair {
+  double density, pair, eta, kappa;  // EMT: eta_b, kappa_b / beta
 };
 
 /// Coefficients of one pair of species of a pair prior (potentials.hpp).
@@ -32,12 +32,12 @@ struct LennardJonesCoefficients {
 };
 
 struct PotentialKernels {
-  /// First pass of EMT over n pairs of structure-wide types (species index per atom; table[types * a + b]).
-  /// Adds to density (atoms); writes per pair d density_i/dr, d density_j/dr and d(pair energy)/dr.
-  /// w(r) = 1 / (1 + exp(slope (r - middle))). Returns the pair energy.
-  double (*emt_pairs)(std::size_t n, const std::int32_t* i, const std::int32_t* j, const double* r,
-                      const std::int32_t* type, const EmtPair* table, int types, double slope, double middle,
-                      double* density, double* d_density_i, double* d_density_j, double* d_pair);
+  /// First pass of an embedded-atom potential over n pairs of structure-wide types (species index per atom; table[types
+  /// * a + b]). Adds to density (atoms); writes per pair d density_i/dr, d density_j/dr and d(pair energy)/dr. w(r) = 1
+  /// / (1 + exp(slope (r - middle))). Returns the pair energy.
+  double (*embedded_pairs)(std::size_t n, const std::int32_t* i, const std::int32_t* j, const double* r,
+                           const std::int32_t* type, const EmbeddedPair* table, int types, double slope, double middle,
+                           double* density, double* d_density_i, double* d_density_j, double* d_pair);
   /// Lennard-Jones over all pairs of an open cluster: planes x | y | z of `padded` coordinates each (a multiple of 8;
   /// the last ones beyond n far away from everything and from each other). Forces in the same layout, zeroed here.
   double (*lennard_jones_all)(std::size_t n, std::size_t padded, const double* planes, double* forces,

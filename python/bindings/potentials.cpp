@@ -30,29 +30,21 @@ py::tuple evaluate_batch(const Landscape& landscape, const py::object& batch, in
   return py::make_tuple(std::move(energies), std::move(forces));
 }
 
-// {(number, number): (depth, r0, stiffness)}
-using MorseTable = std::map<std::pair<std::int32_t, std::int32_t>, std::array<double, 3>>;
+// {(number, number): (depth, r0, stiffness, ratio)}
+using PairTable = std::map<std::pair<std::int32_t, std::int32_t>, std::array<double, 4>>;
 
-MorseTable table_of(const MorsePrior& prior) {
-  MorseTable table;
-  for (const MorsePrior::Pair& pair : prior.pairs())
-    table[{pair.first, pair.second}] = {pair.depth, pair.r0, pair.stiffness};
+// As tuples: std::array would become a list.
+py::dict pair_dict(const ManyBodyPrior& prior) {
+  py::dict table;
+  for (const ManyBodyPrior::Pair& pair : prior.pairs())
+    table[py::make_tuple(pair.first, pair.second)] = py::make_tuple(pair.depth, pair.r0, pair.stiffness, pair.ratio);
   return table;
 }
 
-py::tuple morse_derivatives(const MorsePrior& prior, const py::object& batch) {
-  const BatchArrays arrays(batch);
-  const auto n = static_cast<py::ssize_t>(arrays.view().size()), m = static_cast<py::ssize_t>(arrays.view().atoms()),
-             pairs = static_cast<py::ssize_t>(prior.pairs().size());
-  py::array_t<double> energies(n), forces({m, py::ssize_t{3}}), d_energies({pairs, py::ssize_t{3}, n}),
-      d_forces({pairs, py::ssize_t{3}, m, py::ssize_t{3}});
-  const std::span<double> e = span_mut(energies), f = span_mut(forces), de = span_mut(d_energies),
-                          df = span_mut(d_forces);
-  {
-    py::gil_scoped_release release;
-    prior.derivatives(arrays.view(), e, f, de, df);
-  }
-  return py::make_tuple(std::move(energies), std::move(forces), std::move(d_energies), std::move(d_forces));
+py::dict exponent_dict(const ManyBodyPrior& prior) {
+  py::dict table;
+  for (const ManyBodyPrior::Atom& atom : prior.atoms()) table[py::int_(atom.number)] = atom.exponent;
+  return table;
 }
 
 py::tuple neighbor_pairs(const py::object& batch, double cutoff) {
@@ -118,29 +110,39 @@ void bind_potentials(py::module_& m) {
                     s.cutoff, s.repulsive_factor, s.sharp_cutoff);
       });
 
-  py::class_<MorsePrior, Landscape, std::shared_ptr<MorsePrior>>(
-      m, "MorsePrior",
-      "Morse wells with parameters of their own for every pair of species: {(number, number): (depth [eV], r0 "
-      "[angstrom], stiffness = a r0)}; the same form and cutoff as PairPrior('bonding').")
-      .def(py::init([](const MorseTable& pairs) {
-             std::vector<MorsePrior::Pair> list;
+  py::class_<ManyBodyPrior, Landscape, std::shared_ptr<ManyBodyPrior>>(
+      m, "ManyBodyPrior",
+      "Wells with numbers of their own for every pair of species, {(number, number): (depth [eV], r0 [angstrom], "
+      "stiffness = q, ratio = p / q)}, and an exponent for every species, {number: g}: 1 gives pair wells (Morse wells "
+      "with ratio 2), 1/2 the second-moment form of metals (Cleri, Rosato, PRB 48, 22 (1993)); potentials.hpp has the "
+      "formula.")
+      .def(py::init([](const PairTable& pairs, const std::map<std::int32_t, double>& exponents) {
+             std::vector<ManyBodyPrior::Pair> list;
              for (const auto& [species, numbers] : pairs)
-               list.push_back({species.first, species.second, numbers[0], numbers[1], numbers[2]});
-             return std::make_shared<MorsePrior>(std::move(list));
+               list.push_back({species.first, species.second, numbers[0], numbers[1], numbers[2], numbers[3]});
+             std::vector<ManyBodyPrior::Atom> atoms;
+             for (const auto& [number, exponent] : exponents) atoms.push_back({number, exponent});
+             return std::make_shared<ManyBodyPrior>(std::move(list), std::move(atoms));
            }),
-           py::arg("pairs"))
-      .def_property_readonly("pairs", &table_of, "{(number, number): (depth, r0, stiffness)}, in rising order.")
-      .def("derivatives", &morse_derivatives, py::arg("batch"),
-           "Energies (n,), forces (m, 3) and their derivatives by the parameters: (P, 3, n) and (P, 3, m, 3) for P "
-           "pairs in the order of `pairs`; second axis: depth, r0, stiffness.")
+           py::arg("pairs"), py::arg("exponents"))
+      .def_property_readonly("pairs", &pair_dict, "{(number, number): (depth, r0, stiffness, ratio)}, in rising order.")
+      .def_property_readonly("exponents", &exponent_dict, "{number: exponent}, in rising order.")
       // A store compares these texts to tell whether it was written by the same search.
-      .def("__repr__", [](const MorsePrior& self) {
-        // not through std::array, which would print lists
-        py::dict pairs;
-        for (const auto& [species, numbers] : table_of(self))
-          pairs[py::make_tuple(species.first, species.second)] = py::make_tuple(numbers[0], numbers[1], numbers[2]);
-        return "MorsePrior(" + std::string(py::str(py::repr(pairs))) + ")";
+      .def("__repr__", [](const ManyBodyPrior& self) {
+        return "ManyBodyPrior(" + std::string(py::str(py::repr(pair_dict(self)))) + ", " +
+               std::string(py::str(py::repr(exponent_dict(self)))) + ")";
       });
+
+  py::class_<Tilted, Landscape, std::shared_ptr<Tilted>>(
+      m, "Tilted",
+      "Another landscape plus a linear function of the positions, shift . x, for batches of as many atoms as shift (m, "
+      "3) [eV/angstrom] has rows: makes the forces of a surrogate right at one point.")
+      .def(py::init([](std::shared_ptr<const Landscape> landscape, const Array<double>& shift) {
+             expect_shape(shift, "shift", {-1, 3});
+             const std::span<const double> values = span(shift);
+             return std::make_shared<Tilted>(std::move(landscape), std::vector<double>(values.begin(), values.end()));
+           }),
+           py::arg("landscape"), py::arg("shift"));
 
   m.def("evaluate", &evaluate_batch, py::arg("landscape"), py::arg("batch"), py::kw_only(), py::arg("threads") = 0,
         "Energies (n,) [eV] and forces (m, 3) [eV/angstrom] of a batch; threads = 0: default_threads(). The same bits "

@@ -21,7 +21,8 @@ __all__: list[str] = [
     "LocalGpr",
     "LocalSurrogate",
     "Minimiser",
-    "MorsePrior",
+    "ManyBodyPrior",
+    "Tilted",
     "PairPrior",
     "Surrogate",
     "active_isa",
@@ -65,28 +66,30 @@ class LennardJones(Landscape):
     ) -> None: ...
     def __repr__(self) -> str: ...
 
-class MorsePrior(Landscape):
+class Tilted(Landscape):
     """
-    Morse wells with parameters of their own for every pair of species: {(number, number): (depth [eV], r0 [angstrom], stiffness = a r0)}; the same form and cutoff as PairPrior('bonding').
+    Another landscape plus a linear function of the positions, shift . x, for batches of as many atoms as shift (m, 3) [eV/angstrom] has rows: makes the forces of a surrogate right at one point.
     """
-    def __init__(self, pairs: collections.abc.Mapping[tuple[int, int], collections.abc.Sequence[float]]) -> None: ...
+    def __init__(self, landscape: Landscape, shift: numpy.typing.ArrayLike) -> None: ...
+class ManyBodyPrior(Landscape):
+    """
+    Wells with numbers of their own for every pair of species, {(number, number): (depth [eV], r0 [angstrom], stiffness = q, ratio = p / q)}, and an exponent for every species, {number: g}: 1 gives pair wells (Morse wells with ratio 2), 1/2 the second-moment form of metals (Cleri, Rosato, PRB 48, 22 (1993)); potentials.hpp has the formula.
+    """
+    def __init__(
+        self,
+        pairs: collections.abc.Mapping[tuple[int, int], collections.abc.Sequence[float]],
+        exponents: collections.abc.Mapping[int, float],
+    ) -> None: ...
     @property
-    def pairs(self) -> dict[tuple[int, int], list[float]]:
+    def pairs(self) -> dict[tuple[int, int], tuple[float, float, float, float]]:
         """
-        {(number, number): (depth, r0, stiffness)}, in rising order.
+        {(number, number): (depth, r0, stiffness, ratio)}, in rising order.
         """
-    def derivatives(
-        self, batch: typing.Any
-    ) -> tuple[
-        numpy.typing.NDArray[numpy.float64],
-        numpy.typing.NDArray[numpy.float64],
-        numpy.typing.NDArray[numpy.float64],
-        numpy.typing.NDArray[numpy.float64],
-    ]:
+    @property
+    def exponents(self) -> dict[int, float]:
         """
-        Energies (n,), forces (m, 3) and their derivatives by the parameters: (P, 3, n) and (P, 3, m, 3) for P pairs in the order of `pairs`; second axis: depth, r0, stiffness.
+        {number: exponent}, in rising order.
         """
-    def __repr__(self) -> str: ...
 
 class PairPrior(Landscape):
     """

@@ -17,6 +17,10 @@ from thalweg.records import OK, REJECTED, Batch, Context, Measured, Problem
 
 __all__ = ["Duplicate", "Evaluate", "Metropolis", "calculate"]
 
+# Polishing on a model: how far an atom may move at first [angstrom], and the gain that is worth an evaluation [eV].
+_TRUST = 0.4
+_LEAST_GAIN = 2e-4
+
 
 def calculate(calculator: Any, structure: Batch) -> Measured:
     """Energy and forces of one structure by an ASE calculator, and why it failed; whatever goes wrong is told in the
@@ -61,6 +65,13 @@ class Evaluate:
     polish_every, polish_steps : int
         In every so many iterations, after the candidate, the lowest structure that is not yet relaxed nor a near copy of
         a relaxed one is relaxed further in the true potential; 0 never.
+    polish_on : str, optional
+        Name of a model. Relaxations in the true potential then follow that model, tilted so that its forces are right
+        where the last true point is: a step to its minimum takes one evaluation where a minimiser without a model takes
+        several. What a step should gain is known before it is made, so each candidate is polished at once if, and only
+        while, that promises an energy below the best so far plus `promising`.
+    promising : float
+        In eV; minus infinity: candidates are not polished at once.
     polish_last : int
         How many of the best are relaxed when a run ends.
     same : float
@@ -79,6 +90,8 @@ class Evaluate:
     polish_every: int = 0
     polish_steps: int = 40
     polish_tolerance: float = 0.02
+    polish_on: str | None = None
+    promising: float = 0.0
     polish_last: int = 0
     same: float = 0.02
     descriptor: Fingerprint = field(default_factory=Fingerprint)
@@ -101,6 +114,15 @@ class Evaluate:
             rows = [ctx.measure_many(batch, self._calculate_many, [_descent(batch[i]) for i in range(len(batch))])]
         else:
             rows = [self._relax(batch[i], ctx, self.steps, self.force_tolerance) for i in range(len(batch))]
+        if self._guide(ctx) is not None and self.promising > -np.inf:
+            best = _lowest(ctx.problem, ctx.data, *rows)
+            for points in list(rows):
+                if not points.ok.all():
+                    continue
+                # only a relaxation of the recipe's own has several points; the last is its lowest
+                last, columns = points[len(points) - 1], _descent(points)
+                followed = self._follow(last, ctx, {**columns, "origin": "polish", "candidate": -1}, best + self.promising)
+                rows.extend(followed)
         if self.polish_every and ctx.iteration % self.polish_every == self.polish_every - 1:
             for row in self._worth_polishing(ctx, 1):
                 rows.append(self._polish(ctx.data[row], row, ctx))
@@ -128,9 +150,51 @@ class Evaluate:
     def _polish(self, known: Batch, row: int, ctx: Context) -> Batch:
         """Goes on from a structure whose energy and forces are known: its first point costs nothing."""
         columns = {"origin": "polish", "parent": row, "candidate": -1}
-        minimiser = self._minimiser(known, self.polish_steps, self.polish_tolerance)
-        rows = self._descend(minimiser, known, ctx, columns)
+        if self._guide(ctx) is not None:
+            rows = self._follow(known, ctx, columns, np.inf)
+        else:
+            minimiser = self._minimiser(known, self.polish_steps, self.polish_tolerance)
+            rows = self._descend(minimiser, known, ctx, columns)
         return Batch.concat(rows) if rows else Batch.empty()
+
+    def _guide(self, ctx: Context) -> Any:
+        """The surface that polishes follow: the mean of a model that has learned something, or None."""
+        fitted = ctx.models.get(self.polish_on) if self.polish_on is not None else None
+        return fitted.landscape(0.0) if fitted is not None and getattr(fitted, "size", 0) else None
+
+    def _follow(self, known: Batch, ctx: Context, columns: dict[str, Any], limit: float) -> list[Batch]:
+        """True points on the way down from one whose energy and forces are known, each the minimum of the tilted model
+        within a trusted distance; ends when nothing below `limit` [eV] is to be had. Where the model misleads twice in a
+        row, a minimiser without it goes on."""
+        guide, rows, here = self._guide(ctx), [], known
+        radius, misled = _TRUST, 0
+        while len(rows) < self.polish_steps:
+            free = ~here.fixed
+            forces = np.where(free, here.atom_columns["forces"], 0.0)
+            if np.sqrt(np.square(forces).sum(axis=1).max()) < self.polish_tolerance:
+                break
+            surface = _core.Tilted(guide, np.where(free, _core.evaluate(guide, here, threads=1)[1] - forces, 0.0))
+            there = _core.relax(surface, here, steps=60, force_tolerance=0.2 * self.polish_tolerance, threads=1)[0]
+            move = there - here.positions
+            longest = float(np.sqrt(np.square(move).sum(axis=1).max()))
+            there = here.with_positions(here.positions + move * min(1.0, radius / max(longest, 1e-12)))
+            energy = float(here.columns["energy"][0])
+            promised = float(_core.evaluate(surface, here, threads=1)[0][0] - _core.evaluate(surface, there, threads=1)[0][0])
+            if not promised > _LEAST_GAIN or energy - promised > limit:
+                break
+            row = ctx.measure(there.bare(), self._calculate, **columns)
+            rows.append(row)
+            if row.columns["status"][0] != OK:
+                break
+            gained = energy - float(row.columns["energy"][0])
+            if gained > 0:
+                radius, misled, here = (2 * radius if gained > 0.5 * promised else radius), 0, row
+            else:
+                radius, misled = 0.25 * min(radius, longest), misled + 1
+                if misled == 2:
+                    minimiser = self._minimiser(here, self.polish_steps - len(rows), self.polish_tolerance)
+                    return rows + self._descend(minimiser, here, ctx, columns)
+        return rows
 
     def _minimiser(self, first: Batch, steps: int, tolerance: float) -> _core.Minimiser:
         minimiser = _core.Minimiser(
@@ -171,9 +235,7 @@ class Evaluate:
         usable = np.isfinite(objective)
         if not usable.any():
             return []
-        forces = np.where(data.fixed, 0.0, data.atom_columns["forces"])
-        largest = np.sqrt(np.maximum.reduceat((forces**2).sum(axis=1), data.offsets[:-1]))
-        n = len(data)
+        largest, n = _largest_force(data), len(data)
         polished = data.columns.get("origin", np.zeros(n, "U1")) == "polish"
         sources = data.columns.get("parent", np.full(n, -1))[polished]
         done = polished | np.isin(np.arange(n), sources) | (largest < self.force_tolerance)
@@ -190,6 +252,20 @@ class Evaluate:
         return chosen
 
 
+def _largest_force(data: Batch) -> np.ndarray:
+    """(n,) largest force on a free coordinate's atom [eV/angstrom]; NaN where it is not known."""
+    forces = np.where(data.fixed, 0.0, data.atom_columns["forces"])
+    return np.sqrt(np.maximum.reduceat((forces**2).sum(axis=1), data.offsets[:-1]))
+
+
+def _lowest(problem: Problem, *batches: Batch) -> float:
+    """The lowest objective of some evaluated structures [eV]; infinity if there is none."""
+    found = [problem.objective(batch) for batch in batches if len(batch)]
+    objective = np.concatenate(found) if found else np.zeros(0)
+    objective = objective[np.isfinite(objective)]
+    return float(objective.min()) if len(objective) else np.inf
+
+
 def _descent(structure: Batch) -> dict[str, Any]:
     """Where the structure came from, to be stored with its energy."""
     names = ("origin", "parent", "candidate", "score")
@@ -204,10 +280,17 @@ class Duplicate:
     Parameters
     ----------
     tolerance : float
+    near_relaxed : float
+        The same for evaluated structures whose largest force is below `force_tolerance`: a candidate in the basin of a
+        known minimum will tell nothing that is lower.
+    force_tolerance : float
+        eV/angstrom.
     descriptor : object with `values(batch, threads=...) -> (n, D)`
     """
 
     tolerance: float = 1e-3
+    near_relaxed: float = 1e-3
+    force_tolerance: float = 0.05
     descriptor: Fingerprint = field(default_factory=Fingerprint)
     name: str = "Duplicate"
 
@@ -216,8 +299,9 @@ class Duplicate:
         if not len(known) or not len(batch):
             return batch
         features = self.descriptor.values(batch, threads=ctx.threads)
-        distance = np.array([np.min(np.linalg.norm(known - one, axis=1)) for one in features])
-        near = distance < self.tolerance * np.linalg.norm(features, axis=1)
+        relaxed = _largest_force(ctx.data) < self.force_tolerance
+        radius = np.where(relaxed, max(self.tolerance, self.near_relaxed), self.tolerance)
+        near = np.array([np.any(np.linalg.norm(known - f, axis=1) < radius * np.linalg.norm(f)) for f in features])
         return batch.with_columns(status=np.where(near, REJECTED, OK).astype(np.uint8))
 
 

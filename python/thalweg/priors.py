@@ -1,12 +1,14 @@
-"""A pair prior that learns: Morse wells whose lengths and depths are fitted to evaluated energies and forces.
+"""A prior that learns: wells whose lengths, depths and shapes are fitted to evaluated energies and forces.
 
-The fit is a regularised least squares in the logarithms of one stiffness, one radius scale per species and one
-depth per pair of species, with Gaussian priors around the guess from covalent radii. The sum of squares
+The form is `ManyBodyPrior` of the compiled core: pair wells at one end, metals' second-moment bonds at the other, and the
+data say where between. The fit is a regularised least squares in the logarithms of its numbers, with Gaussian priors
+around the guess from covalent radii. The sum of squares
 
-    sum_i (E_i - V_i - mean)^2 / energy_error^2  +  sum_i |F_i + dV_i/dx|^2 / (force_error^2 + force_share^2 <F_i^2>)
-    + sum_k (q_k - guess_k)^2 / width_k^2
+    sum_i (E_i - V_i - mean)^2 / (s energy_error)^2
+    + sum_i |F_i + dV_i/dx|^2 / ((s force_error)^2 + force_share^2 <F_i^2>) + sum_k (q_k - guess_k)^2 / width_k^2
 
-is made smaller by damped Gauss-Newton steps (Levenberg, Marquardt), never larger than that of the guess.
+is made smaller by damped Gauss-Newton steps (Levenberg, Marquardt), never larger than that of the guess. The scale s of the
+errors, at most 1, is that of the residuals of the first of two rounds: a form that suits the data is held to them.
 """
 
 from __future__ import annotations
@@ -28,25 +30,34 @@ Array = np.ndarray
 
 _MOST_STEPS = 40
 # A step that lowers the sum of squares by less than this is the last; 1 is one standard deviation.
-_SMALL = 1e-4
+_SMALL = 1e-2
+# Of the logarithm of a parameter, for derivatives by central differences.
+_STEP = 1e-5
+# The errors shrink to this part of what they are without data.
+_LEAST_SCALE = 0.1
+# Parameters stay within so many widths of the guess.
+_RANGE = 4.0
 
 
 @dataclass(frozen=True)
 class FittedPrior:
-    """Morse wells fitted to the data, as the prior mean of a `GPR`.
+    """Wells fitted to the data, as the prior mean of a `GPR` or `LocalGPR`.
 
     Parameters
     ----------
     depth : float
         Guess of every well [eV].
-    stiffness : float
-        Guess of a r0.
+    stiffness, ratio : float
+        Guess of how fast bonds fall off, in units of 1 / length, and how much faster the repulsion does.
     radius_scale : float
         Guess: wells at this multiple of the sum of covalent radii.
-    depth_width, stiffness_width, radius_width : float
-        Standard deviations of the logarithms around the guess; parameters stay within four of them.
+    exponent : float
+        Guess of how bonds add up: 1 pair wells, 1/2 metals.
+    depth_width, stiffness_width, ratio_width, radius_width, exponent_width : float
+        Standard deviations of the logarithms (of ratio - 1) around the guess; parameters stay within four of them, and 0
+        holds them. `exponent=1.0, exponent_width=0.0, ratio_width=0.0` makes Morse wells.
     energy_error : float
-        How well pair wells are expected to meet an energy [eV].
+        How well the wells are expected to meet an energy [eV], before the data say better.
     force_error, force_share : float
         And a force: this much [eV/angstrom], and this part of the structure's root mean square force.
     most_rows : int
@@ -59,9 +70,13 @@ class FittedPrior:
     stiffness: float = 4.0
     radius_scale: float = 1.0
     _: KW_ONLY
+    ratio: float = 2.0
+    exponent: float = 0.7
     depth_width: float = 0.8
     stiffness_width: float = 0.3
+    ratio_width: float = 0.5
     radius_width: float = 0.1
+    exponent_width: float = 0.4
     energy_error: float = 0.5
     force_error: float = 0.3
     force_share: float = 0.15
@@ -70,22 +85,17 @@ class FittedPrior:
     growth: float = 1.5
 
     def __post_init__(self) -> None:
-        for name in (
-            "depth",
-            "stiffness",
-            "radius_scale",
-            "depth_width",
-            "stiffness_width",
-            "radius_width",
-            "energy_error",
-            "force_error",
-        ):
+        least = {"force_share": 0, "most_rows": 1, "always_below": 0, "growth": 1}
+        least |= {f"{name}_width": 0 for name in ("depth", "stiffness", "ratio", "radius", "exponent")}
+        for name in ("depth", "stiffness", "radius_scale", "exponent", "energy_error", "force_error"):
             if not (getattr(self, name) > 0 and np.isfinite(getattr(self, name))):
                 raise ConfigurationError(f"{name} of a fitted prior must be above 0, got {getattr(self, name)}")
-        for name, least in {"force_share": 0, "most_rows": 1, "always_below": 0, "growth": 1}.items():
-            if not getattr(self, name) >= least:
+        if not (self.ratio > 1 and np.isfinite(self.ratio)):
+            raise ConfigurationError(f"ratio of a fitted prior must be above 1, got {self.ratio}")
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:
                 raise ConfigurationError(
-                    f"{name} of a fitted prior must be at least {least}, got {getattr(self, name)}"
+                    f"{name} of a fitted prior must be at least {bound}, got {getattr(self, name)}"
                 )
 
     def due(self, seen: int, seen_at_fit: int) -> bool:
@@ -93,42 +103,53 @@ class FittedPrior:
         return seen > seen_at_fit and (seen < self.always_below or seen >= self.growth * seen_at_fit)
 
     def guess(self) -> _core.Landscape:
-        """The prior before anything is known."""
+        """The prior before anything is known: pair wells, which need no list of species."""
         return _core.PairPrior("bonding", depth=self.depth, stiffness=self.stiffness, radius_scale=self.radius_scale)
 
-    def landscape(self, numbers: Array, parameters: Array) -> _core.MorsePrior:
+    def landscape(self, numbers: Array, parameters: Array) -> _core.ManyBodyPrior:
         """The wells of these parameters, as `fit` gives them; numbers: atomic numbers, in any order and often."""
         return _Wells(self, numbers).landscape(np.asarray(parameters, float))
 
     def fit(self, data: Batch, start: Array | None = None) -> Array:
-        """Logarithms of the parameters: stiffness, radius scale of each species (rising atomic number), depth of
-        each pair of species.
+        """Logarithms of the parameters, pair by pair of species (rising atomic numbers): depths, radius scales,
+        stiffnesses, ratios - 1; then the exponent of each species.
 
         data : at least one structure, all evaluated, with column energy and, if there is one, atom column forces
             (rows with NaN count by their energy alone; forces on fixed coordinates are left out).
-        start : where to begin, unless the guess is better.
+        start : where to begin, unless the guess is better or the species are others.
         """
         wells = _Wells(self, data.numbers)
         order = np.argsort(data.columns["energy"], kind="stable")[: self.most_rows]
         task = _LeastSquares(wells, data.take(np.sort(order)))
         parameters = wells.guess
-        least, *normal = task.normal_equations(parameters)
+        if start is not None and len(start) == len(parameters):
+            start = np.clip(np.asarray(start, float), wells.low, wells.high)
+            parameters = start if task.sum_of_squares(start) < task.sum_of_squares(parameters) else parameters
+        parameters = self._descend(task, parameters)
+        task.rescale(parameters)
+        return self._descend(task, parameters)
+
+    @staticmethod
+    def _descend(task: _LeastSquares, parameters: Array) -> Array:
+        wells = task.wells
+        least = task.sum_of_squares(parameters)
         if not np.isfinite(least):  # atoms on one point
             return parameters
-        if start is not None and task.sum_of_squares(start) < least:
-            parameters = np.asarray(start, float)
-            least, *normal = task.normal_equations(parameters)
         damping = 1e-3
+        matrix, slope = task.normal_equations(parameters)
         for _ in range(_MOST_STEPS):
-            matrix, slope = normal
-            step = np.linalg.solve(matrix + damping * np.diag(np.diag(matrix)), -slope)
+            step = np.zeros(len(parameters))
+            free = np.flatnonzero(wells.widths > 0)
+            inner = matrix[np.ix_(free, free)]
+            step[free] = np.linalg.solve(inner + damping * np.diag(np.diag(inner)), -slope[free])
             trial = np.clip(parameters + step, wells.low, wells.high)
-            new, *new_normal = task.normal_equations(trial)
+            new = task.sum_of_squares(trial)
             if new < least:
-                gain, parameters, least, normal = least - new, trial, new, new_normal
+                gain, parameters, least = least - new, trial, new
                 damping = max(0.1 * damping, 1e-9)
                 if gain < _SMALL:
                     break
+                matrix, slope = task.normal_equations(parameters)
             else:
                 damping *= 10.0
                 if damping > 1e6:
@@ -143,45 +164,26 @@ class _Wells:
         self.settings = settings
         self.species = [int(z) for z in np.unique(numbers)]
         self.pairs = [(a, b) for k, a in enumerate(self.species) for b in self.species[k:]]
-        self.radii = np.array([_core.covalent_radius(z) for z in self.species])
-        count = len(self.species)
-        self.guess = np.log([settings.stiffness, *[settings.radius_scale] * count, *[settings.depth] * len(self.pairs)])
-        self.widths = np.array(
-            [
-                settings.stiffness_width,
-                *[settings.radius_width] * count,
-                *[settings.depth_width] * len(self.pairs),
-            ]
-        )
-        self.low, self.high = self.guess - 4 * self.widths, self.guess + 4 * self.widths
+        self.radii = np.array([_core.covalent_radius(a) + _core.covalent_radius(b) for a, b in self.pairs])
+        guess = (settings.depth, settings.radius_scale, settings.stiffness, settings.ratio - 1.0, settings.exponent)
+        widths = (
+            settings.depth_width, settings.radius_width, settings.stiffness_width, settings.ratio_width,
+            settings.exponent_width,
+        )  # fmt: skip
+        counts = [len(self.pairs)] * 4 + [len(self.species)]
+        self.guess = np.repeat(np.log(guess), counts)
+        self.widths = np.repeat(np.array(widths, float), counts)
+        self.low, self.high = self.guess - _RANGE * self.widths, self.guess + _RANGE * self.widths
 
-    def landscape(self, parameters: Array) -> _core.MorsePrior:
-        stiffness, scales, depths = self._split(parameters)
-        radius = dict(zip(self.species, scales * self.radii, strict=True))
-        return _core.MorsePrior(
-            {
-                (a, b): (float(depth), float(radius[a] + radius[b]), stiffness)
-                for (a, b), depth in zip(self.pairs, depths, strict=True)
-            }
-        )
-
-    def chain(self, parameters: Array) -> Array:
-        """(Q, P, 3): change of depth, r0 and stiffness of each pair with each parameter."""
-        stiffness, scales, depths = self._split(parameters)
-        count = len(self.species)
-        out = np.zeros((len(parameters), len(self.pairs), 3))
-        out[0, :, 2] = stiffness
-        for k, pair in enumerate(self.pairs):
-            for z in pair:  # twice for a pair of like atoms
-                at = self.species.index(z)
-                out[1 + at, k, 1] += scales[at] * self.radii[at]
-            out[1 + count + k, k, 0] = depths[k]
-        return out
-
-    def _split(self, parameters: Array) -> tuple[float, Array, Array]:
+    def landscape(self, parameters: Array) -> _core.ManyBodyPrior:
         values = np.exp(parameters)
-        count = len(self.species)
-        return float(values[0]), values[1 : 1 + count], values[1 + count :]
+        count = len(self.pairs)
+        depth, scale, stiffness, excess = values[: 4 * count].reshape(4, count)
+        rows = np.stack([depth, scale * self.radii, stiffness, 1.0 + excess], axis=1)
+        return _core.ManyBodyPrior(
+            {pair: tuple(row) for pair, row in zip(self.pairs, rows.tolist(), strict=True)},
+            dict(zip(self.species, values[4 * count :].tolist(), strict=True)),
+        )
 
 
 class _LeastSquares:
@@ -189,9 +191,7 @@ class _LeastSquares:
 
     def __init__(self, wells: _Wells, data: Batch):
         self.wells, self.data = wells, data
-        settings = wells.settings
         self.energies = np.asarray(data.columns["energy"], float)
-        self.energy_weight = 1.0 / settings.energy_error**2
         forces = np.asarray(data.atom_columns.get("forces", np.full((data.atoms, 3), np.nan)), float)
         owner = np.repeat(np.arange(len(data)), np.diff(data.offsets))
         known = np.ones(len(data), bool)
@@ -200,37 +200,48 @@ class _LeastSquares:
         self.forces = forces[self.free]
         row = np.broadcast_to(owner[:, None], data.fixed.shape)[self.free]
         squares = np.bincount(row, self.forces**2, len(data)) / np.maximum(np.bincount(row, minlength=len(data)), 1)
-        self.force_weight = 1.0 / (settings.force_error**2 + settings.force_share**2 * squares)[row]
+        self._squares = squares[row]
+        self._set_scale(1.0)
+
+    def _set_scale(self, scale: float) -> None:
+        settings = self.wells.settings
+        self.weights = np.concatenate(
+            [
+                np.full(len(self.energies), 1.0 / (scale * settings.energy_error)),
+                1.0 / np.sqrt((scale * settings.force_error) ** 2 + settings.force_share**2 * self._squares),
+            ]
+        )
+
+    def rescale(self, parameters: Array) -> None:
+        """Errors as large as the residuals of these parameters."""
+        residuals = self._residuals(parameters)
+        if np.isfinite(residuals).all():
+            self._set_scale(float(np.clip(np.sqrt(np.mean(residuals**2)), _LEAST_SCALE, 1.0)))
+
+    def _residuals(self, parameters: Array) -> Array:
+        energies, forces = _core.evaluate(self.wells.landscape(parameters), self.data, threads=1)
+        off = energies - self.energies
+        return np.concatenate([off - off.mean(), forces[self.free] - self.forces]) * self.weights
+
+    def _from_guess(self, parameters: Array) -> Array:
+        widths = self.wells.widths
+        return np.where(widths > 0, parameters - self.wells.guess, 0.0) / np.where(widths > 0, widths, 1.0)
 
     def sum_of_squares(self, parameters: Array) -> float:
-        return self.normal_equations(parameters)[0]
+        total = np.square(self._residuals(parameters)).sum() + np.square(self._from_guess(parameters)).sum()
+        return float(total) if np.isfinite(total) else np.inf
 
-    def normal_equations(self, parameters: Array) -> tuple[float, Array, Array]:
-        """Sum of squares, J^T J (Q, Q) and J^T residual (Q,)."""
-        wells = self.wells
-        energies, forces, d_energies, d_forces = wells.landscape(parameters).derivatives(self.data)
-        chain = wells.chain(parameters)
-        off = energies - self.energies
-        off -= off.mean()
-        force_off = forces[self.free] - self.forces
-        by_energy = np.einsum("qpk,pkn->qn", chain, d_energies)
-        by_energy -= by_energy.mean(axis=1, keepdims=True)
-        by_force = np.einsum("qpk,pkm->qm", chain, d_forces[:, :, self.free])
-        from_guess, inverse = parameters - wells.guess, wells.widths**-2
-        total = (
-            self.energy_weight * np.square(off).sum()
-            + (self.force_weight * np.square(force_off)).sum()
-            + (inverse * np.square(from_guess)).sum()
-        )
-        weighted = by_force * self.force_weight
-        matrix = (
-            self.energy_weight * np.einsum("qn,rn->qr", by_energy, by_energy)
-            + np.einsum("qm,rm->qr", weighted, by_force)
-            + np.diag(inverse)
-        )
-        slope = (
-            self.energy_weight * np.einsum("qn,n->q", by_energy, off)
-            + np.einsum("qm,m->q", weighted, force_off)
-            + inverse * from_guess
-        )
-        return float(total) if np.isfinite(total) else np.inf, matrix, slope
+    def normal_equations(self, parameters: Array) -> tuple[Array, Array]:
+        """J^T J (Q, Q) and J^T residual (Q,)."""
+        residuals = self._residuals(parameters)
+        rows = []
+        for k in range(len(parameters)):
+            step = np.zeros(len(parameters))
+            step[k] = _STEP
+            up, down = self._residuals(parameters + step), self._residuals(parameters - step)
+            rows.append((up - down) / (2 * _STEP) if self.wells.widths[k] > 0 else np.zeros(len(residuals)))
+        jacobian, widths = np.array(rows), self.wells.widths
+        precision = np.where(widths > 0, 1.0 / np.where(widths > 0, widths, 1.0), 0.0)
+        matrix = np.einsum("qm,rm->qr", jacobian, jacobian) + np.diag(precision**2)
+        slope = np.einsum("qm,m->q", jacobian, residuals) + precision * self._from_guess(parameters)
+        return matrix, slope

@@ -27,7 +27,7 @@ def gofee(
     *,
     store: str | Path | Store | None = None,
     seed: int = 0,
-    prior: Any = "bonding",
+    prior: Any = "fitted",
     model: str = "global",
     classic: bool = False,
     random: int | Mapping[int, int] | None = None,
@@ -42,9 +42,13 @@ def gofee(
     hops: int | Mapping[int, int] = 0,
     reset_after: int = 0,
     true_steps: int = 0,
-    polish_every: int = 5,
+    polish_every: int = 0,
     polish_steps: int = 40,
     polish_last: int = 1,
+    polish_on: bool = True,
+    promising: float = 0.0,
+    starts: int = 3,
+    near_relaxed: float = 0.01,
     noise: float = 1e-5,
     threads: int = 0,
 ) -> Search:
@@ -106,9 +110,9 @@ def gofee(
         prior, true_steps, polish_every, polish_last, noise = "repulsive", 1, 0, 0, 1e-2
         surrogate_steps = {0: 0, 2: 200}
     default: dict[str, int | Mapping[int, int]] = {
-        "random": {0: 12, 5: 12},
-        "rattle": {0: 0, 5: 16 if several else 28},
-        "permute": {0: 0, 5: 12 if several else 0},
+        "random": {0: 12, starts: 12},
+        "rattle": {0: 0, starts: 16 if several else 28},
+        "permute": {0: 0, starts: 12 if several else 0},
     }
     if classic:
         default = {"random": {0: 10, 5: 3}, "rattle": {0: 0, 5: 7}, "permute": 0}
@@ -127,7 +131,8 @@ def gofee(
     mean = None if isinstance(prior, str) and prior == "none" else prior
     learner: Any = LocalGPR(prior=mean) if model == "local" else GPR(prior=mean, noise=noise)
     gauges = [Evaluate(
-        calculator, true_steps, polish_every=polish_every, polish_steps=polish_steps, polish_last=polish_last
+        calculator, true_steps, polish_every=polish_every, polish_steps=polish_steps, polish_last=polish_last,
+        polish_on="gp" if polish_on and not classic else None, promising=promising,
     )]  # fmt: skip
     return Search(
         problem,
@@ -140,7 +145,7 @@ def gofee(
             *_tidy(problem),
         ],
         acquire=_named(acquisitions, acquisition, "acquisition")(),
-        evaluate=gauges if classic else [Duplicate(), *gauges],
+        evaluate=gauges if classic else [Duplicate(near_relaxed=near_relaxed), *gauges],
         models={"gp": ResetOnStagnation(learner, reset_after) if reset_after else learner},
         store=store,
         seed=seed,

@@ -3,6 +3,7 @@
 // finite. Neither throws.
 #pragma once
 
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -67,32 +68,53 @@ class PairPrior : public Landscape {
   Settings settings_;
 };
 
-/// Morse wells with parameters of their own for every pair of species: PairPrior's bonding form (same wells, same
-/// cutoff: untouched to 1.6 r0, zero from 2.5 r0 on) whose numbers can be fitted.
-///   E(r) = depth (e^{-2a(r-r0)} - 2 e^{-a(r-r0)}),  a = stiffness / r0
-class MorsePrior : public Landscape {
+/// Wells whose bonds may weaken each other: pair wells at one end of the family, the second-moment (Gupta,
+/// Finnis-Sinclair) form of metals at the other (Cleri, Rosato, PRB 48, 22 (1993)). With x = r_ij / r0 - 1 and q, p =
+/// stiffness, ratio q of the pair of species:
+///   E = sum_i [ sum_j A e^{-p x} - Z^{1 - g_i} (sum_j (B e^{-q x})^{1 / g_i})^{g_i} ],
+///   A = 1/2 depth q / (p - q),  B = 1/2 depth p / (p - q),  Z = kCoordination
+/// exponent g = 1: pair wells of that depth at r0 (ratio 2: Morse wells, stiffness = a r0); g = 1/2: square roots of
+/// coordination. An atom with Z like neighbours at r0 is in equilibrium and has Z depth / 2 for every g, so that all
+/// numbers keep their meaning. A smooth cutoff of 2.2 times the longest r0.
+class ManyBodyPrior : public Landscape {
  public:
+  static constexpr double kCoordination = 6.0;
   struct Pair {
     std::int32_t first = 0, second = 0;  // atomic numbers, in any order
     double depth = 0.8;                  // eV, at least 0
     double r0 = 0.0;                     // angstrom
-    double stiffness = 4.0;              // a r0
+    double stiffness = 4.0;              // q
+    double ratio = 2.0;                  // p / q, above 1
   };
-  /// Throws Error if a pair comes twice or a number makes no sense.
-  explicit MorsePrior(std::vector<Pair> pairs);
+  struct Atom {
+    std::int32_t number = 0;
+    double exponent = 1.0;  // g
+  };
+  /// Throws Error if a pair or an atom comes twice, an atom of a pair is missing, or a number makes no sense.
+  ManyBodyPrior(std::vector<Pair> pairs, std::vector<Atom> atoms);
   /// Throws Error when the batch has two species in one structure (or one twice) that have no entry.
   std::unique_ptr<Evaluator> evaluator(const BatchView& batch) const override;
-  /// first <= second, in rising order.
+  /// In rising order, first <= second.
   const std::vector<Pair>& pairs() const { return pairs_; }
-
-  /// Energies (n), forces (m, 3) and what they change by per unit of each parameter, P = pairs().size():
-  ///   d_energies (P, 3, n), d_forces (P, 3, m, 3); along the second axis: depth, r0, stiffness.
-  /// Structures with a position that is not finite have energy and forces NaN and derivatives 0. One thread.
-  void derivatives(const BatchView& batch, std::span<double> energies, std::span<double> forces,
-                   std::span<double> d_energies, std::span<double> d_forces) const;
+  const std::vector<Atom>& atoms() const { return atoms_; }
 
  private:
   std::vector<Pair> pairs_;
+  std::vector<Atom> atoms_;
+};
+
+/// Another landscape plus a linear function of the positions, shift . x: what makes the forces of a surrogate right at
+/// one point. For batches whose atoms are those of `shift` (m, 3) [eV/angstrom], in order.
+class Tilted : public Landscape {
+ public:
+  /// Throws Error if there is no landscape or a shift is not finite.
+  Tilted(std::shared_ptr<const Landscape> landscape, std::vector<double> shift);
+  /// Throws Error for a batch with another number of atoms.
+  std::unique_ptr<Evaluator> evaluator(const BatchView& batch) const override;
+
+ private:
+  std::shared_ptr<const Landscape> landscape_;
+  std::vector<double> shift_;
 };
 
 }  // namespace thalweg
