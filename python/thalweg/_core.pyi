@@ -24,6 +24,7 @@ __all__: list[str] = [
     "MorsePrior",
     "PairPrior",
     "Surrogate",
+    "Tersoff",
     "active_isa",
     "closest_contacts",
     "covalent_radius",
@@ -85,6 +86,28 @@ class MorsePrior(Landscape):
     ]:
         """
         Energies (n,), forces (m, 3) and their derivatives by the parameters: (P, 3, n) and (P, 3, m, 3) for P pairs in the order of `pairs`; second axis: depth, r0, stiffness.
+        """
+    def __repr__(self) -> str: ...
+
+class Tersoff(Landscape):
+    """
+    Tersoff's bond-order potential: {(number, number, number): (m, gamma, lambda3, c, d, h, n, beta, lambda2, B, R, D, lambda1, A)} as in LAMMPS' files, or the name of a published set; eV, angstrom.
+    """
+    @typing.overload
+    def __init__(
+        self, entries: collections.abc.Mapping[tuple[int, int, int], collections.abc.Sequence[float]]
+    ) -> None: ...
+    @typing.overload
+    def __init__(self, name: str) -> None: ...
+    @property
+    def entries(self) -> dict[tuple[int, int, int], tuple[float, ...]]:
+        """
+        {(number, number, number): (m, gamma, lambda3, c, d, h, n, beta, lambda2, B, R, D, lambda1, A)}, in rising order.
+        """
+    @staticmethod
+    def names() -> list[str]:
+        """
+        Names of the published sets.
         """
     def __repr__(self) -> str: ...
 
