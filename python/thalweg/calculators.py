@@ -206,7 +206,9 @@ def read_tersoff(path: str | os.PathLike[str]) -> dict[tuple[str, str, str], tup
         if path.exists() and not path.is_file():
             raise ConfigurationError(f"'{path}' is not a file of Tersoff parameters")
         if path.stat().st_size > _LARGEST_TERSOFF_FILE:
-            raise ConfigurationError(f"{path}: {path.stat().st_size} bytes are too many for a file of Tersoff parameters")
+            raise ConfigurationError(
+                f"{path}: {path.stat().st_size} bytes are too many for a file of Tersoff parameters"
+            )
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(f"cannot read '{path}': {error.strerror}") from None

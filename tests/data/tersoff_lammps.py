@@ -42,8 +42,7 @@ def main() -> None:
     for case in CHOSEN:
         name, atoms = CASES[case]
         atoms = atoms.copy()
-        if not atoms.pbc.any():
-            atoms.center(vacuum=6.0)
+        atoms.center(vacuum=6.0, axis=np.flatnonzero(~atoms.pbc))
         atoms.wrap()
         symbols = sorted(set(atoms.symbols))
         with tempfile.NamedTemporaryFile("w", suffix=".tersoff") as file:
