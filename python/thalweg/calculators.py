@@ -164,6 +164,7 @@ class Tersoff(_Builtin):
 
     def __getstate__(self) -> dict[str, Any]:
         # with the numbers: the file may be out of reach where this arrives
+        assert isinstance(self.landscape, _core.Tersoff)
         return {**super().__getstate__(), "_entries": self.landscape.entries}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
