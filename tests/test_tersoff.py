@@ -252,6 +252,14 @@ def test_sheets_have_their_known_energies():
         assert bonds[energies.argmin()] == pytest.approx(bond, abs=1e-3)
 
 
+def test_like_pairs_of_bnc_have_no_core():
+    # what the documentation warns of: as published, N-N and B-B of BNC only attract
+    for pair in ("N2", "B2"):
+        near, bond = (Atoms(pair, [[0, 0, 0], [r, 0, 0]]) for r in (0.2, 1.3))
+        assert evaluate(_core.Tersoff("BNC"), near)[0] < evaluate(_core.Tersoff("BNC"), bond)[0] < 0
+        assert evaluate(_core.Tersoff("BN"), near)[0] > 100 > 0 > evaluate(_core.Tersoff("BN"), bond)[0]
+
+
 # ---- the calculator ------------------------------------------------------------------------------------------
 
 LAMMPS_FILE = """# DATE: 2026-01-01 UNITS: metal CITATION: none

