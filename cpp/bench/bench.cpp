@@ -246,6 +246,27 @@ void bench_landscape(Bench& bench, const char* name, double target, const Landsc
              [&] { evaluator->evaluate({&row, 1}, moving.next(), &energy, forces.data()); });
 }
 
+/// An orthogonal cell of a honeycomb sheet, 4 atoms times repeats[0] times repeats[1], rattled by 0.05 angstrom.
+Structures sheet(std::int32_t one, std::int32_t other, double bond, const std::array<int, 2>& repeats) {
+  Random random(Key{9, 9}, 0);
+  const double side[2] = {3 * bond, std::sqrt(3.0) * bond};
+  const double sites[4][2] = {{0, 0}, {1, 0}, {1.5, std::sqrt(0.75)}, {2.5, std::sqrt(0.75)}};
+  std::vector<double> x;
+  std::vector<std::int32_t> species;
+  for (int i = 0; i < repeats[0]; ++i)
+    for (int j = 0; j < repeats[1]; ++j)
+      for (int site = 0; site < 4; ++site) {
+        x.push_back(bond * sites[site][0] + i * side[0] + random.uniform(-0.05, 0.05));
+        x.push_back(bond * sites[site][1] + j * side[1] + random.uniform(-0.05, 0.05));
+        x.push_back(6.0 + random.uniform(-0.05, 0.05));
+        species.push_back(site % 2 ? other : one);
+      }
+  const double cell[9] = {repeats[0] * side[0], 0, 0, 0, repeats[1] * side[1], 0, 0, 0, 12};
+  Structures out;
+  out.add(x.data(), species, cell, {1, 1, 0});
+  return out;
+}
+
 void potentials(Bench& bench) {
   const Structures au4ni4 = random_clusters(1, 0);
   bench_landscape(bench, "EMT Au4Ni4, energy and forces", 20, Emt(), au4ni4);
@@ -260,6 +281,10 @@ void potentials(Bench& bench) {
   }
   bench_landscape(bench, "pair prior (bonding) Au4Ni4, energy and forces", 0, PairPrior(PairPrior::Settings{}), au4ni4);
   bench_landscape(bench, "EMT Au60Ni6 slab, energy and forces", 0, Emt(), slab_with_nickel(1));
+  bench_landscape(bench, "Tersoff graphene, 24 atoms, energy and forces", 0, Tersoff(Tersoff::published("C")),
+                  sheet(6, 6, 1.46, {2, 3}));
+  bench_landscape(bench, "Tersoff BN sheet, 32 atoms, energy and forces", 0, Tersoff(Tersoff::published("BN")),
+                  sheet(5, 7, 1.45, {2, 4}));
 }
 
 void neighbors(Bench& bench) {

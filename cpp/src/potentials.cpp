@@ -1,9 +1,11 @@
 #include "thalweg/potentials.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <exception>
 #include <limits>
+#include <numbers>
 #include <string>
 #include <utility>
 
@@ -299,6 +301,270 @@ class LennardJonesEvaluator : public RowEvaluator {
   std::vector<double> slopes_, planes_;
 };
 
+// ---- Tersoff
+// ---------------------------------------------------------------------------------------------------------
+
+constexpr double kLargestExponent = 69.0776;  // of e^(lambda3^m (r_ij - r_ik)^m), as in LAMMPS and ASE
+
+// Angle and cutoff of a triplet of species (i, j, k); bond of a pair (i, j): from the entry (i, j, j).
+struct TersoffTriplet {
+  double gamma, h, inverse_d2, c2_by_d2;  // g(x) = gamma (1 + c2_by_d2 u / (1 + u)), u = (h - x)^2 / d^2
+  double lambda3;                         // lambda3^m
+  bool cubic;
+  int window;  // of fc(r_ik)
+};
+struct TersoffBond {
+  double A, lambda1, B, lambda2, beta, n;
+  int window;      // of fc(r_ij)
+  bool symmetric;  // (j, i) has the same A, lambda1, B, lambda2
+};
+// fc differs between species as R and D do: each different (R, D) once.
+struct TersoffWindow {
+  double R, D;
+  // sin^2 instead of 1/2 - 1/2 sin: keeps its digits near the end
+  void at(double r, double& fc, double& slope) const {
+    fc = r < R - D ? 1.0 : 0.0;
+    slope = 0.0;
+    if (r < R - D || r >= R + D) return;
+    const double quarter = 0.25 * std::numbers::pi / D, x = quarter * (R + D - r), s = std::sin(x);
+    fc = s * s;
+    slope = -2.0 * quarter * s * std::cos(x);
+  }
+};
+
+struct TersoffTables {
+  std::vector<TersoffTriplet> triplets;  // (species i, j, k)
+  std::vector<TersoffBond> bonds;        // (species i, j)
+  std::vector<TersoffWindow> windows;
+};
+
+class TersoffEvaluator : public RowEvaluator {
+ public:
+  TersoffEvaluator(const BatchView& batch, std::vector<double> cutoffs, const Species& types, TersoffTables tables)
+      : RowEvaluator(batch, std::move(cutoffs), 0.5), types_(types), tables_(std::move(tables)) {}
+
+ protected:
+  double evaluate_row(std::size_t row, std::size_t first, const StructureView& structure, double* forces) override {
+    const NeighborList& list = neighbors(row, structure);
+    const std::int32_t* type = types_.of_atom.data() + first;
+    const std::size_t n = structure.n, pairs = list.size(), windows = tables_.windows.size();
+    for (std::size_t p = 0; p < pairs; ++p)
+      if (list.r()[p] == 0) {
+        std::fill_n(forces, 3 * n, kNaN);
+        return kNaN;
+      }
+    fill_edges(list, type, n);
+
+    double energy = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+      const std::size_t begin = start_[i], end = start_[i + 1];
+      for (std::size_t j = begin; j < end; ++j) {
+        const std::size_t species = static_cast<std::size_t>(type[i]) * types_.numbers.size() + edges_[j].type;
+        const TersoffBond& bond = tables_.bonds[species];
+        const double fc = fc_[windows * j + static_cast<std::size_t>(bond.window)];
+        if (fc == 0) continue;
+        energy += bond_energy(begin, end, j, bond, fc, tables_.triplets.data() + species * types_.numbers.size());
+      }
+    }
+
+    for (std::size_t i = 0; i < n; ++i)
+      for (std::size_t e = start_[i]; e < start_[i + 1]; ++e) {
+        double* at_i = forces + 3 * i;
+        double* at_j = forces + 3 * edges_[e].j;
+        for (int k = 0; k < 3; ++k) {
+          at_i[k] += edges_[e].slope[k];
+          at_j[k] -= edges_[e].slope[k];
+        }
+      }
+    return energy;
+  }
+
+ private:
+  // One direction of a pair, kept with the atom it starts from; `start_` (n + 1) says where those of an atom begin.
+  struct Edge {
+    double unit[3], r, inverse_r;
+    double repulsion, attraction;  // A e^(-lambda1 r), B e^(-lambda2 r) of the bond (i, j)
+    double slope[3];               // dE / d(r_j - r_i)
+    std::size_t j;
+    std::size_t type;  // of j
+  };
+  // dzeta_ij by the angle and by the distances, of one k
+  struct Angle {
+    double cosine, d_cosine, d_rij, d_rik;
+  };
+
+  void fill_edges(const NeighborList& list, const std::int32_t* type, std::size_t n) {
+    const std::size_t pairs = list.size(), windows = tables_.windows.size(), count = types_.numbers.size();
+    start_.assign(n + 1, 0);
+    for (std::size_t p = 0; p < pairs; ++p) {
+      ++start_[static_cast<std::size_t>(list.i()[p]) + 1];
+      ++start_[static_cast<std::size_t>(list.j()[p]) + 1];
+    }
+    std::size_t most = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+      most = std::max(most, start_[i + 1]);
+      start_[i + 1] += start_[i];
+    }
+    next_.assign(start_.begin(), start_.end() - 1);
+    if (edges_.size() < 2 * pairs) edges_.resize(2 * pairs);
+    if (angles_.size() < most) angles_.resize(most);
+    grow(fc_, 2 * pairs * windows);
+    grow(d_fc_, 2 * pairs * windows);
+    for (std::size_t p = 0; p < pairs; ++p) {
+      const std::size_t from[2] = {static_cast<std::size_t>(list.i()[p]), static_cast<std::size_t>(list.j()[p])};
+      const std::size_t place[2] = {next_[from[0]]++, next_[from[1]]++};
+      const double r = list.r()[p], inverse = 1.0 / r;
+      for (int way = 0; way < 2; ++way) {
+        Edge& edge = edges_[place[way]];
+        const double sign = way == 0 ? inverse : -inverse;
+        for (std::size_t k = 0; k < 3; ++k) {
+          edge.unit[k] = sign * list.d()[3 * p + k];
+          edge.slope[k] = 0.0;
+        }
+        edge.r = r;
+        edge.inverse_r = inverse;
+        edge.j = from[1 - way];
+        edge.type = static_cast<std::size_t>(type[edge.j]);
+        double *fc = fc_.data() + windows * place[way], *d_fc = d_fc_.data() + windows * place[way];
+        const TersoffBond& bond = tables_.bonds[static_cast<std::size_t>(type[from[way]]) * count + edge.type];
+        if (way == 1) {
+          std::copy_n(fc_.data() + windows * place[0], windows, fc);
+          std::copy_n(d_fc_.data() + windows * place[0], windows, d_fc);
+        } else {
+          for (std::size_t w = 0; w < windows; ++w) tables_.windows[w].at(r, fc[w], d_fc[w]);
+        }
+        if (fc[bond.window] == 0) continue;
+        if (way == 1 && bond.symmetric) {
+          edge.repulsion = edges_[place[0]].repulsion;
+          edge.attraction = edges_[place[0]].attraction;
+        } else {
+          edge.repulsion = bond.A * std::exp(-bond.lambda1 * r);
+          edge.attraction = bond.B * std::exp(-bond.lambda2 * r);
+        }
+      }
+    }
+  }
+
+  // Half of what i, j share; adds to the slopes of the edges of i. triplets: of these two species, by the third.
+  double bond_energy(std::size_t begin, std::size_t end, std::size_t j, const TersoffBond& bond, double fc,
+                     const TersoffTriplet* triplets) {
+    const std::size_t windows = tables_.windows.size();
+    Edge& to_j = edges_[j];
+    double zeta = 0;
+    for (std::size_t k = begin; k < end; ++k) {
+      if (k == j) continue;
+      const Edge& to_k = edges_[k];
+      const TersoffTriplet& t = triplets[to_k.type];
+      const std::size_t window = windows * k + static_cast<std::size_t>(t.window);
+      const double fc_k = fc_[window];
+      Angle& angle = angles_[k - begin];
+      angle.cosine = 2.0;  // none: beyond its cutoff
+      if (fc_k == 0) continue;
+      const double cosine = to_j.unit[0] * to_k.unit[0] + to_j.unit[1] * to_k.unit[1] + to_j.unit[2] * to_k.unit[2];
+      const double x = t.h - cosine, inverse = 1.0 / (1.0 + x * x * t.inverse_d2), scale = t.gamma * t.c2_by_d2;
+      double g = t.gamma + scale * (x * x * t.inverse_d2) * inverse;
+      double d_g = -2.0 * scale * x * t.inverse_d2 * inverse * inverse;
+      double d_rij = 0;
+      if (t.lambda3 != 0) {
+        const double apart = to_j.r - to_k.r, exponent = t.lambda3 * (t.cubic ? apart * apart * apart : apart);
+        const double grown = exponent < -kLargestExponent ? 0.0 : std::exp(std::min(exponent, kLargestExponent));
+        g *= grown;
+        d_g *= grown;
+        if (std::abs(exponent) < kLargestExponent) d_rij = fc_k * g * t.lambda3 * (t.cubic ? 3.0 * apart * apart : 1.0);
+      }
+      zeta += fc_k * g;
+      angle = {cosine, fc_k * d_g, d_rij, d_fc_[window] * g - d_rij};
+    }
+
+    double order = 1.0, d_order = 0.0;
+    if (const double reach = bond.beta * zeta; reach > 0) {
+      // by logarithms: (beta zeta)^n would overflow for the n = 22.956 of silicon
+      const double log_reach = std::log(reach), s = bond.n * log_reach, small = std::exp(-std::abs(s));
+      order = std::exp(-((s > 0 ? s : 0.0) + std::log1p(small)) / (2.0 * bond.n));
+      d_order = -0.5 * order * (s > 0 ? 1.0 : small) / (1.0 + small) / zeta;
+    }
+    const double d_fc = d_fc_[windows * j + static_cast<std::size_t>(bond.window)];
+    const double pair = to_j.repulsion - order * to_j.attraction;
+    const double along =
+        0.5 * (d_fc * pair + fc * (bond.lambda2 * order * to_j.attraction - bond.lambda1 * to_j.repulsion));
+    for (int a = 0; a < 3; ++a) to_j.slope[a] += along * to_j.unit[a];
+    const double d_zeta = -0.5 * fc * to_j.attraction * d_order;  // dE / dzeta
+    if (d_zeta != 0)
+      for (std::size_t k = begin; k < end; ++k) {
+        if (k == j || angles_[k - begin].cosine == 2.0) continue;
+        Edge& to_k = edges_[k];
+        const Angle& angle = angles_[k - begin];
+        const double turn = d_zeta * angle.d_cosine, turn_j = turn * to_j.inverse_r, turn_k = turn * to_k.inverse_r;
+        const double stretch_j = d_zeta * angle.d_rij - turn_j * angle.cosine,
+                     stretch_k = d_zeta * angle.d_rik - turn_k * angle.cosine;
+        for (int a = 0; a < 3; ++a) {
+          to_j.slope[a] += turn_j * to_k.unit[a] + stretch_j * to_j.unit[a];
+          to_k.slope[a] += turn_k * to_j.unit[a] + stretch_k * to_k.unit[a];
+        }
+      }
+    return 0.5 * fc * pair;
+  }
+
+  const Species types_;
+  const TersoffTables tables_;
+  std::vector<std::size_t> start_, next_;
+  std::vector<Edge> edges_;
+  std::vector<Angle> angles_;
+  std::vector<double> fc_, d_fc_;  // (edge, window)
+};
+
+// Entries are ordered by these.
+std::array<std::int32_t, 3> species_of(const Tersoff::Entry& entry) { return {entry.first, entry.second, entry.third}; }
+
+// Numbers of a pair (i, j) that all its triplets share.
+struct TersoffSet {
+  std::int32_t first, second;
+  double c, d, h, n, beta, lambda2, B, R, D, lambda1, A;
+};
+// m = 3, gamma = 1, lambda3 = 0 in all of them, and the triplets (i, j, k) of a pair have equal numbers for every k.
+
+// J. Tersoff, Phys. Rev. Lett. 61, 2879 (1988); SiC_1989.tersoff of LAMMPS has the same numbers.
+constexpr TersoffSet kCarbon[] = {
+    {6, 6, 3.8049e4, 4.3484, -0.57058, 0.72751, 1.5724e-7, 2.2119, 346.74, 1.95, 0.15, 3.4879, 1393.6},
+};
+// L. Lindsay, D. A. Broido, Phys. Rev. B 81, 205441 (2010), fitted to phonons and velocities of graphene.
+constexpr TersoffSet kCarbon2010[] = {
+    {6, 6, 3.8049e4, 4.3484, -0.93, 0.72751, 1.5724e-7, 2.2119, 430.0, 1.95, 0.15, 3.4879, 1393.6},
+};
+// J. H. Los, J. M. H. Kroes, K. Albe, R. M. Gordillo, M. I. Katsnelson, A. Fasolino, Phys. Rev. B 96, 184108 (2017);
+// the three-body part of LAMMPS' BN.extep. Its corrections F_ij are left out: zero between threefold coordinated (hBN)
+// and between fourfold coordinated (cBN) B and N, at most 0.13 in the bond order elsewhere.
+constexpr TersoffSet kBoronNitride[] = {
+    {5, 5, 26617.3, 141.2, -0.13, 1.142247, 0.01498959, 2.521182, 2768.7363631, 2.0, 0.2, 2.6857244, 3376.3350735},
+    {7, 7, 23.5, 3.75, -0.4, 0.665, 0.019251, 2.6272721, 2563.5603417, 2.0, 0.2, 2.8293093, 2978.9527928},
+    {5, 7, 306.586555205, 10.0, -0.7218, 0.6576543657, 0.0027024851, 2.69335, 2595.6860833266, 2.0, 0.2, 2.95,
+     3330.0655849887},
+    {7, 5, 306.586555205, 10.0, -0.7218, 0.6576543657, 0.0027024851, 2.69335, 2595.6860833266, 2.0, 0.2, 2.95,
+     3330.0655849887},
+};
+// A. Kinaci, J. B. Haskins, C. Sevik, T. Cagin, Phys. Rev. B 86, 115410 (2012), with C-C of Lindsay and Broido; B-N
+// from C. Sevik et al., Phys. Rev. B 84, 085409 (2011); LAMMPS' BNC.tersoff. As published, A and B of B-B and N-N are
+// the D0 / (S - 1) and S D0 / (S - 1) of K. Albe, W. Moeller, Comput. Mater. Sci. 10, 111 (1998), without the factors
+// e^(lambda r0) that belong to them (compare N-N above: 2978.95 = 128.869 e^(2.8293 x 1.11)), so such pairs attract
+// each other down to zero distance. Sheets never bring them together.
+constexpr TersoffSet kBoronNitrideCarbon[] = {
+    {5, 5, 0.52629, 0.001587, 0.5, 3.9929061, 1.6e-6, 2.0774982, 43.132016, 2.0, 0.1, 2.2372578, 40.0520156},
+    {7, 7, 17.7959, 5.9484, 0.0, 0.6184432, 0.019251, 2.6272721, 138.77866, 2.0, 0.1, 2.8293093, 128.86866},
+    {5, 7, 2.5e4, 4.3484, -0.89, 0.72751, 1.25724e-7, 2.199, 340.0, 1.95, 0.05, 3.568, 1380.0},
+    {7, 5, 2.5e4, 4.3484, -0.89, 0.72751, 1.25724e-7, 2.199, 340.0, 1.95, 0.05, 3.568, 1380.0},
+    {6, 6, 3.8049e4, 4.3484, -0.93, 0.72751, 1.5724e-7, 2.2119, 430.0, 1.95, 0.15, 3.4879, 1393.6},
+    {6, 5, 3.8049e4, 4.3484, -0.93, 0.72751, 1.5724e-7, 2.2054, 339.06891, 1.95, 0.1, 3.5279, 1386.78},
+    {6, 7, 3.8049e4, 4.3484, -0.93, 0.72751, 1.5724e-7, 2.2054, 387.575152, 1.95, 0.1, 3.5279, 1386.78},
+    {5, 6, 2.5e4, 4.3484, -0.89, 0.72751, 1.25724e-7, 2.2054, 339.06891, 1.95, 0.1, 3.5279, 1386.78},
+    {7, 6, 2.5e4, 4.3484, -0.89, 0.72751, 1.25724e-7, 2.2054, 387.575152, 1.95, 0.1, 3.5279, 1386.78},
+};
+struct TersoffName {
+  const char* name;
+  std::span<const TersoffSet> pairs;
+};
+constexpr TersoffName kTersoffNames[] = {
+    {"C", kCarbon}, {"C-2010", kCarbon2010}, {"BN", kBoronNitride}, {"BNC", kBoronNitrideCarbon}};
+
 // ---- pair priors
 // -----------------------------------------------------------------------------------------------------
 
@@ -509,6 +775,116 @@ LennardJones::LennardJones(const Settings& settings) : settings_(settings) {
 
 std::unique_ptr<Evaluator> LennardJones::evaluator(const BatchView& batch) const {
   return std::make_unique<LennardJonesEvaluator>(batch, settings_);
+}
+
+std::vector<std::string> Tersoff::names() {
+  std::vector<std::string> out;
+  for (const TersoffName& set : kTersoffNames) out.emplace_back(set.name);
+  return out;
+}
+
+std::vector<Tersoff::Entry> Tersoff::published(const std::string& name) {
+  std::string known;
+  for (const TersoffName& set : kTersoffNames) {
+    known += (known.empty() ? "'" : ", '") + std::string(set.name) + "'";
+    if (name != set.name) continue;
+    std::vector<Entry> out;
+    for (const TersoffSet& p : set.pairs)
+      for (const TersoffSet& other : set.pairs)
+        if (other.first == other.second)  // every species once
+          out.push_back({p.first, p.second, other.first, 3.0, 1.0, 0.0, p.c, p.d, p.h, p.n, p.beta, p.lambda2, p.B, p.R,
+                         p.D, p.lambda1, p.A});
+    return out;
+  }
+  throw Error("Tersoff has no published parameters named '" + name + "'; it knows " + known);
+}
+
+Tersoff::Tersoff(std::vector<Entry> entries) : entries_(std::move(entries)) {
+  if (entries_.empty()) throw Error("Tersoff needs parameters, but there is no entry");
+  std::sort(entries_.begin(), entries_.end(),
+            [](const Entry& a, const Entry& b) { return species_of(a) < species_of(b); });
+  for (std::size_t k = 0; k < entries_.size(); ++k) {
+    const Entry& e = entries_[k];
+    std::string owner = "Tersoff";
+    for (const std::int32_t z : species_of(e)) {
+      covalent_radius(z);  // throws for what is no element
+      owner += owner == "Tersoff" ? ' ' : '-';
+      owner += chemical_symbol(z);
+    }
+    if (k > 0 && species_of(entries_[k - 1]) == species_of(e)) throw Error(owner + " comes twice; give it once");
+    if (e.m != 1 && e.m != 3) throw Error(owner + " needs m = 1 or m = 3, but it is " + std::to_string(e.m));
+    if (!std::isfinite(e.h)) throw Error(owner + " needs a finite h");
+    expect_positive(e.d, owner.c_str(), "d");
+    const std::pair<double, const char*> rest[] = {{e.gamma, "gamma"}, {e.lambda3, "lambda3"}, {e.c, "c"}, {e.n, "n"},
+                                                   {e.beta, "beta"},   {e.lambda2, "lambda2"}, {e.B, "B"}, {e.R, "R"},
+                                                   {e.D, "D"},         {e.lambda1, "lambda1"}, {e.A, "A"}};
+    for (const auto& [value, name] : rest) expect_not_negative(value, owner.c_str(), name);
+    if (e.D > e.R)
+      throw Error(owner + " needs D <= R, but D is " + std::to_string(e.D) + " and R is " + std::to_string(e.R));
+    // only (i, j, j) describes a bond: files have zeros elsewhere
+    if (e.second == e.third && e.B > 0 && e.beta > 0) expect_positive(e.n, owner.c_str(), "n");
+  }
+}
+
+std::unique_ptr<Evaluator> Tersoff::evaluator(const BatchView& batch) const {
+  batch.check();
+  const Species types(batch);
+  const std::size_t count = types.numbers.size();
+  std::vector<const Entry*> table(count * count * count, nullptr);
+  for (std::size_t a = 0; a < count; ++a)
+    for (std::size_t b = 0; b < count; ++b)
+      for (std::size_t c = 0; c < count; ++c) {
+        const std::array<std::int32_t, 3> species = {types.numbers[a], types.numbers[b], types.numbers[c]};
+        const auto at = std::lower_bound(entries_.begin(), entries_.end(), species,
+                                         [](const Entry& e, const auto& key) { return species_of(e) < key; });
+        if (at != entries_.end() && species_of(*at) == species) table[(a * count + b) * count + c] = &*at;
+      }
+
+  // Cutoffs of each row's own species, so that a row's sums do not depend on the others.
+  std::vector<double> cutoffs;
+  std::vector<bool> present(count);
+  for (std::size_t row = 0; row < batch.size(); ++row) {
+    present.assign(count, false);
+    for (std::int64_t atom = batch.offsets[row]; atom < batch.offsets[row + 1]; ++atom)
+      present[static_cast<std::size_t>(types.of_atom[static_cast<std::size_t>(atom)])] = true;
+    double longest = 0;
+    for (std::size_t t = 0; t < table.size(); ++t) {
+      const std::size_t a = t / (count * count), b = t / count % count, c = t % count;
+      if (!present[a] || !present[b] || !present[c]) continue;
+      if (!table[t])
+        throw Error("Tersoff has no entry for " + std::string(chemical_symbol(types.numbers[a])) + "-" +
+                    chemical_symbol(types.numbers[b]) + "-" + chemical_symbol(types.numbers[c]) +
+                    "; its parameters do not cover these species");
+      longest = std::max(longest, table[t]->R + table[t]->D);
+    }
+    cutoffs.push_back(longest > 0 ? longest : 1.0);  // a structure without atoms
+  }
+
+  TersoffTables tables;
+  const auto window = [&](const Entry& e) {
+    for (std::size_t w = 0; w < tables.windows.size(); ++w)
+      if (tables.windows[w].R == e.R && tables.windows[w].D == e.D) return static_cast<int>(w);
+    tables.windows.push_back({e.R, e.D});
+    return static_cast<int>(tables.windows.size() - 1);
+  };
+  for (const Entry* e : table) {
+    const Entry absent;  // of species that never meet
+    if (!e) e = &absent;
+    const double d2 = e->d * e->d;
+    tables.triplets.push_back({e->gamma, e->h, 1.0 / d2, e->c * e->c / d2,
+                               e->m == 3 ? e->lambda3 * e->lambda3 * e->lambda3 : e->lambda3, e->m == 3, window(*e)});
+  }
+  for (std::size_t a = 0; a < count; ++a)
+    for (std::size_t b = 0; b < count; ++b) {
+      const Entry absent;
+      const Entry *e = table[(a * count + b) * count + b], *back = table[(b * count + a) * count + a];
+      if (!e) e = &absent;
+      if (!back) back = &absent;
+      tables.bonds.push_back({e->A, e->lambda1, e->B, e->lambda2, e->beta, e->n, window(*e),
+                              e->A == back->A && e->lambda1 == back->lambda1 && e->B == back->B &&
+                                  e->lambda2 == back->lambda2 && e->R == back->R && e->D == back->D});
+    }
+  return std::make_unique<TersoffEvaluator>(batch, std::move(cutoffs), types, std::move(tables));
 }
 
 PairPrior::PairPrior(const Settings& settings) : settings_(settings) {

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 #include <limits>
 
 #include "minitest.hpp"
@@ -68,6 +69,19 @@ std::vector<MorsePrior::Pair> every_pair() {
   return pairs;
 }
 
+// Every triplet of the species below with numbers of its own; bonds of metals, all parts of the formula at work.
+std::vector<Tersoff::Entry> every_triplet() {
+  std::vector<Tersoff::Entry> entries;
+  const std::int32_t species[] = {1, 8, 13, 28, 29, 46, 47, 78, 79};
+  for (const std::int32_t a : species)
+    for (const std::int32_t b : species)
+      for (const std::int32_t c : species)
+        entries.push_back({c, a, b, (a + b + c) % 2 ? 1.0 : 3.0, 0.9 + 0.01 * (a % 5), 0.1 * (b % 4), 30.0 + a % 7, 5.0,
+                           -0.5 + 0.01 * (c % 11), 0.7 + 0.02 * (b % 9), 0.02, 1.4 + 0.01 * (a % 6), 100.0 + c,
+                           2.8 + 0.02 * (a % 3), 0.3 + 0.01 * (b % 3), 2.2, 500.0 + a});
+  return entries;
+}
+
 std::vector<std::unique_ptr<Landscape>> landscapes() {
   std::vector<std::unique_ptr<Landscape>> out;
   out.push_back(std::make_unique<Emt>());
@@ -77,6 +91,7 @@ std::vector<std::unique_ptr<Landscape>> landscapes() {
   repulsive.form = PairPrior::Form::repulsive;
   out.push_back(std::make_unique<PairPrior>(repulsive));
   out.push_back(std::make_unique<MorsePrior>(every_pair()));
+  out.push_back(std::make_unique<Tersoff>(every_triplet()));
   return out;
 }
 
@@ -235,6 +250,149 @@ TEST(morse_prior_refuses_what_makes_no_sense) {
   std::vector<double> none;
   const MorsePrior prior(every_pair());
   THROWS(prior.derivatives(s.view(), none, none, none, none), "energies must hold");
+}
+
+namespace {
+
+// The formula in potentials.hpp for an open cluster, triplet by triplet.
+double tersoff_formula(const std::vector<Tersoff::Entry>& entries, const Structures& s) {
+  const auto entry = [&](std::size_t i, std::size_t j, std::size_t k) {
+    for (const Tersoff::Entry& e : entries)
+      if (e.first == s.numbers[i] && e.second == s.numbers[j] && e.third == s.numbers[k]) return e;
+    return Tersoff::Entry{};
+  };
+  const auto dot = [&](std::size_t i, std::size_t j, std::size_t k) {
+    double sum = 0;
+    for (std::size_t x = 0; x < 3; ++x)
+      sum += (s.positions[3 * j + x] - s.positions[3 * i + x]) * (s.positions[3 * k + x] - s.positions[3 * i + x]);
+    return sum;
+  };
+  const auto cut = [](double r, const Tersoff::Entry& e) {
+    return r < e.R - e.D ? 1 : r > e.R + e.D ? 0 : 0.5 - 0.5 * std::sin(M_PI * (r - e.R) / (2 * e.D));
+  };
+  double energy = 0;
+  for (std::size_t i = 0; i < s.numbers.size(); ++i)
+    for (std::size_t j = 0; j < s.numbers.size(); ++j) {
+      if (i == j) continue;
+      const Tersoff::Entry e = entry(i, j, j);
+      const double r = std::sqrt(dot(i, j, j));
+      double zeta = 0;
+      for (std::size_t k = 0; k < s.numbers.size(); ++k) {
+        if (k == i || k == j) continue;
+        const Tersoff::Entry t = entry(i, j, k);
+        const double rk = std::sqrt(dot(i, k, k)), x = t.h - dot(i, j, k) / (r * rk);
+        zeta += cut(rk, t) * t.gamma * (1 + t.c * t.c / (t.d * t.d) - t.c * t.c / (t.d * t.d + x * x)) *
+                std::exp(std::pow(t.lambda3 * (r - rk), t.m));
+      }
+      const double order = std::pow(1 + std::pow(e.beta * zeta, e.n), -1 / (2 * e.n));
+      energy += 0.5 * cut(r, e) * (e.A * std::exp(-e.lambda1 * r) - order * e.B * std::exp(-e.lambda2 * r));
+    }
+  return energy;
+}
+
+}  // namespace
+
+TEST(tersoff_equals_its_formula) {
+  for (const std::size_t n : {1ul, 2ul, 3ul, 9ul, 30ul}) {
+    const double edge = 1.9 * std::cbrt(static_cast<double>(n)) + 0.5;
+    Structures metals, carbon, nitride;
+    std::vector<std::int32_t> species;
+    for (std::size_t k = 0; k < n; ++k) species.push_back(std::array{79, 28, 13, 8}[k % 4]);
+    metals.add(species, n, edge, 1.2, 0);
+    carbon.add(std::vector<std::int32_t>(n, 6), n, edge, 1.1, 0);
+    for (std::size_t k = 0; k < n; ++k) species[k] = std::array{5, 7, 6}[k % 3];
+    nitride.add(species, n, edge, 1.1, 0);
+    const auto check = [](const std::vector<Tersoff::Entry>& entries, const Structures& s) {
+      const double expected = tersoff_formula(entries, s);
+      CLOSE(run(Tersoff(entries), s.view()).energies[0], expected, 1e-11 * std::max(1.0, std::abs(expected)));
+    };
+    check(every_triplet(), metals);
+    check(Tersoff::published("C"), carbon);
+    check(Tersoff::published("C-2010"), carbon);
+    check(Tersoff::published("BNC"), nitride);
+  }
+}
+
+TEST(tersoff_sheets_have_their_known_energies) {
+  const auto sheet = [](const char* name, std::int32_t one, std::int32_t other, double bond) {
+    Structures s;
+    s.numbers = {one, other};
+    s.offsets = {0, 2};
+    s.positions = {0, 0, 0, bond, 0, 0};
+    s.cells = {1.5 * bond, std::sqrt(0.75) * bond, 0, 1.5 * bond, -std::sqrt(0.75) * bond, 0, 0, 0, 12};
+    s.pbc = {1, 1, 0};
+    return run(Tersoff(Tersoff::published(name)), s.view()).energies[0] / 2;
+  };
+  // eV/atom, angstrom; hBN as Los et al. give it
+  const struct {
+    const char* name;
+    std::int32_t one, other;
+    double energy, bond;
+  } cases[] = {{"C", 6, 6, -7.3955, 1.4605},
+               {"C-2010", 6, 6, -7.9777, 1.4388},
+               {"BN", 5, 7, -6.6900, 1.4457},
+               {"BNC", 5, 7, -7.5069, 1.4421}};
+  for (const auto& c : cases) {
+    CLOSE(sheet(c.name, c.one, c.other, c.bond), c.energy, 1e-4);
+    CHECK(sheet(c.name, c.one, c.other, c.bond - 1e-3) > sheet(c.name, c.one, c.other, c.bond));
+    CHECK(sheet(c.name, c.one, c.other, c.bond + 1e-3) > sheet(c.name, c.one, c.other, c.bond));
+  }
+}
+
+TEST(tersoff_ends_smoothly_at_its_cutoff) {
+  // an atom that leaves a trimer: energy and force have no jump; the force changes like distance^0.455 (2n - 1)
+  for (const double angle : {0.6, 1.1, 2.1}) {
+    Structures s;
+    s.add({6, 6, 6}, 1, 4.0, 0.5, 0);
+    const Tersoff carbon(Tersoff::published("C"));
+    const auto at = [&](double r) {
+      s.positions = {0, 0, 0, 1.45, 0, 0, r * std::cos(angle), r * std::sin(angle), 0};
+      return run(carbon, s.view());
+    };
+    for (const double end : {1.8, 2.1}) {
+      const Result below = at(end - 1e-13), above = at(end + 1e-13);
+      CLOSE(below.energies[0], above.energies[0], 1e-10);
+      for (std::size_t k = 0; k < 9; ++k) CLOSE(below.forces[k], above.forces[k], 1e-3);
+    }
+  }
+  Structures gone;
+  gone.add({6, 6, 6}, 1, 4.0, 0.5, 0);
+  gone.positions = {0, 0, 0, 1.45, 0, 0, -2.1, 0, 0};
+  for (std::size_t k = 6; k < 9; ++k) CHECK(run(Tersoff(Tersoff::published("C")), gone.view()).forces[k] == 0.0);
+}
+
+TEST(tersoff_refuses_what_makes_no_sense) {
+  const Structures s = mixture();
+  THROWS(run(Tersoff(Tersoff::published("C")), s.view()), "Tersoff has no entry for");
+  THROWS(Tersoff::published("D"), "it knows 'C', 'C-2010', 'BN', 'BNC'");
+  THROWS(Tersoff({}), "there is no entry");
+  const auto with = [](auto change) {
+    std::vector<Tersoff::Entry> entries = Tersoff::published("C");
+    change(entries[0]);
+    return entries;
+  };
+  THROWS(Tersoff(with([](Tersoff::Entry& e) { e.m = 2; })), "m = 1 or m = 3");
+  THROWS(Tersoff(with([](Tersoff::Entry& e) { e.d = 0; })), "Tersoff C-C-C needs a positive, finite d");
+  THROWS(Tersoff(with([](Tersoff::Entry& e) { e.n = 0; })), "n");
+  THROWS(Tersoff(with([](Tersoff::Entry& e) { e.h = std::nan(""); })), "finite h");
+  THROWS(Tersoff(with([](Tersoff::Entry& e) { e.D = 2.5; })), "D <= R");
+  THROWS(Tersoff(with([](Tersoff::Entry& e) { e.A = -1; })), "A of at least 0");
+  std::vector<Tersoff::Entry> twice = Tersoff::published("C");
+  twice.push_back(twice[0]);
+  THROWS(Tersoff(twice), "comes twice");
+}
+
+TEST(tersoff_atoms_on_one_point_are_not_a_number_in_their_row_alone) {
+  Structures s;
+  for (std::uint64_t seed = 1; seed < 4; ++seed) s.add({6, 6, 6, 6}, seed, 4.0, 1.2, seed == 3 ? 7 : 0);
+  const Tersoff carbon(Tersoff::published("C"));
+  const Result before = run(carbon, s.view());
+  std::copy_n(s.positions.begin() + 12, 3, s.positions.begin() + 15);
+  const Result after = run(carbon, s.view());
+  CHECK(std::isnan(after.energies[1]));
+  for (std::size_t k = 0; k < 36; ++k)
+    CHECK(k >= 12 && k < 24 ? std::isnan(after.forces[k]) : after.forces[k] == before.forces[k]);
+  CHECK(after.energies[0] == before.energies[0] && after.energies[2] == before.energies[2]);
 }
 
 TEST(rows_do_not_depend_on_threads_or_company_or_history) {

@@ -47,6 +47,25 @@ py::dict exponent_dict(const ManyBodyPrior& prior) {
   return table;
 }
 
+// {(number, number, number): m, gamma, lambda3, c, d, h, n, beta, lambda2, B, R, D, lambda1, A}, as in LAMMPS' files
+using TersoffTable = std::map<std::array<std::int32_t, 3>, std::array<double, 14>>;
+
+py::dict tersoff_table(const std::vector<Tersoff::Entry>& entries) {
+  py::dict table;
+  for (const Tersoff::Entry& e : entries)
+    table[py::make_tuple(e.first, e.second, e.third)] =
+        py::make_tuple(e.m, e.gamma, e.lambda3, e.c, e.d, e.h, e.n, e.beta, e.lambda2, e.B, e.R, e.D, e.lambda1, e.A);
+  return table;
+}
+
+std::vector<Tersoff::Entry> entries_of(const TersoffTable& table) {
+  std::vector<Tersoff::Entry> entries;
+  for (const auto& [species, v] : table)
+    entries.push_back({species[0], species[1], species[2], v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9],
+                       v[10], v[11], v[12], v[13]});
+  return entries;
+}
+
 py::tuple neighbor_pairs(const py::object& batch, double cutoff) {
   const BatchArrays arrays(batch);
   if (arrays.view().size() != 1)
@@ -85,6 +104,23 @@ void bind_potentials(py::module_& m) {
         return py::str("LennardJones(sigma={}, epsilon={}, rc={}, ro={}, smooth={})")
             .format(s.sigma, s.epsilon, s.rc, s.ro, s.smooth);
       });
+
+  py::class_<Tersoff, Landscape, std::shared_ptr<Tersoff>>(
+      m, "Tersoff",
+      "Tersoff's bond-order potential: {(number, number, number): (m, gamma, lambda3, c, d, h, n, beta, lambda2, B, R, "
+      "D, lambda1, A)} as in LAMMPS' files, or the name of a published set; eV, angstrom.")
+      .def(py::init([](const TersoffTable& entries) { return std::make_shared<Tersoff>(entries_of(entries)); }),
+           py::arg("entries"))
+      .def(py::init([](const std::string& name) { return std::make_shared<Tersoff>(Tersoff::published(name)); }),
+           py::arg("name"))
+      .def_property_readonly(
+          "entries", [](const Tersoff& self) { return tersoff_table(self.entries()); },
+          "{(number, number, number): (m, gamma, lambda3, c, d, h, n, beta, lambda2, B, R, D, lambda1, A)}, in rising "
+          "order.")
+      .def_static("names", &Tersoff::names, "Names of the published sets.")
+      // A store compares these texts to tell whether it was written by the same search.
+      .def("__repr__",
+           [](const Tersoff& self) { return "Tersoff(" + std::string(py::str(tersoff_table(self.entries()))) + ")"; });
 
   py::class_<PairPrior, Landscape, std::shared_ptr<PairPrior>>(
       m, "PairPrior",

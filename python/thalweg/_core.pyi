@@ -25,6 +25,7 @@ __all__: list[str] = [
     "Tilted",
     "PairPrior",
     "Surrogate",
+    "Tersoff",
     "active_isa",
     "closest_contacts",
     "covalent_radius",
@@ -90,6 +91,28 @@ class ManyBodyPrior(Landscape):
         """
         {number: exponent}, in rising order.
         """
+
+class Tersoff(Landscape):
+    """
+    Tersoff's bond-order potential: {(number, number, number): (m, gamma, lambda3, c, d, h, n, beta, lambda2, B, R, D, lambda1, A)} as in LAMMPS' files, or the name of a published set; eV, angstrom.
+    """
+    @typing.overload
+    def __init__(
+        self, entries: collections.abc.Mapping[tuple[int, int, int], collections.abc.Sequence[float]]
+    ) -> None: ...
+    @typing.overload
+    def __init__(self, name: str) -> None: ...
+    @property
+    def entries(self) -> dict[tuple[int, int, int], tuple[float, ...]]:
+        """
+        {(number, number, number): (m, gamma, lambda3, c, d, h, n, beta, lambda2, B, R, D, lambda1, A)}, in rising order.
+        """
+    @staticmethod
+    def names() -> list[str]:
+        """
+        Names of the published sets.
+        """
+    def __repr__(self) -> str: ...
 
 class PairPrior(Landscape):
     """

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
+import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,11 +24,12 @@ from ase.calculators.calculator import (
     get_calculator_class,
 )
 from ase.calculators.calculator import names as ase_names
+from ase.data import atomic_numbers
 
 from thalweg import _core
 from thalweg.errors import ConfigurationError, nearest
 
-__all__ = ["EMT", "LennardJones", "landscape_of", "make_calculator"]
+__all__ = ["EMT", "LennardJones", "Tersoff", "landscape_of", "make_calculator", "read_tersoff"]
 
 
 class _Builtin(Calculator):
@@ -116,14 +120,170 @@ def _lennard_jones(parameters: Mapping[str, Any]) -> _core.Landscape:
     )
 
 
+class Tersoff(_Builtin):
+    """Tersoff's bond-order potential, for carbon, boron nitride and whatever a LAMMPS file describes.
+
+    parameters names a published set, or a file in the format of LAMMPS' `pair_style tersoff`, or is what `read_tersoff`
+    returns:
+
+    - "C": carbon (Tersoff, PRL 61, 2879 (1988))
+    - "C-2010": carbon, refitted to graphene's phonons (Lindsay, Broido, PRB 81, 205441 (2010))
+    - "BN": boron and nitrogen (Los et al., PRB 96, 184108 (2017)) without its corrections for coordination, which are
+      zero in hBN and cBN
+    - "BNC": boron, nitrogen and carbon (Kinaci et al., PRB 86, 115410 (2012)), the numbers of LAMMPS' BNC.tersoff. For
+      sheets that stay sheets: in this set B-B and N-N attract each other down to zero distance, so a search falls there.
+
+    The values of ASE's `Tersoff` (which fails where a bond has no third atom near and n < 1), and of LAMMPS (see
+    `thalweg::Tersoff` for where the two differ). `landscape` is the `_core.Landscape` behind it. Raises
+    ConfigurationError for an unknown set, a file that cannot be read and, when it first computes, for species that the
+    parameters do not cover.
+    """
+
+    default_parameters = {"parameters": "C"}  # noqa: RUF012
+
+    def set(self, **parameters: Any) -> dict[str, Any]:
+        # ASE's own set() takes "parameters" for the name of a file of settings
+        _check_arguments(type(self).__name__, parameters, self.default_parameters)
+        changed = {name: value for name, value in parameters.items() if value != self.parameters.get(name)}
+        before = dict(self.parameters)
+        self.parameters.update(changed)
+        if changed and hasattr(self, "landscape"):
+            try:
+                self.landscape = self._make_landscape()
+            except ConfigurationError:
+                self.parameters.update(before)
+                raise
+            self.reset()
+        return changed
+
+    def describe(self) -> dict[str, Any]:
+        """What a store compares: the name of a published set, or the numbers of a file."""
+        given = self.parameters["parameters"]
+        known = isinstance(given, str) and given in _core.Tersoff.names()
+        return {"Tersoff": {"parameters": given if known else repr(self.landscape)}}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # with the numbers: the file may be out of reach where this arrives
+        assert isinstance(self.landscape, _core.Tersoff)
+        return {**super().__getstate__(), "_entries": self.landscape.entries}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        entries = state.pop("_entries")
+        self.__dict__.update(state)
+        self.landscape = _core.Tersoff(entries)
+
+    def _make_landscape(self) -> _core.Tersoff:
+        given = self.parameters["parameters"]
+        if isinstance(given, Mapping):
+            return _tersoff(given)
+        if not isinstance(given, (str, os.PathLike)):
+            raise ConfigurationError(f"Tersoff's parameters must be a name, a file or a table, but they are {given!r}")
+        if isinstance(given, str) and given in _core.Tersoff.names():
+            return _core.Tersoff(given)
+        if not Path(given).exists():
+            names = _core.Tersoff.names()
+            listed = ", ".join(f"'{name}'" for name in names)
+            raise ConfigurationError(
+                f"Tersoff has no parameters named '{given}', and there is no such file here.{nearest(str(given), names)} "
+                f"Published sets are {listed}."
+            )
+        return _tersoff(read_tersoff(given))
+
+
+_TERSOFF_NUMBERS = ("m", "gamma", "lambda3", "c", "d", "h", "n", "beta", "lambda2", "B", "R", "D", "lambda1", "A")
+_LARGEST_TERSOFF_FILE = 10_000_000  # bytes; the largest that LAMMPS brings has 60 kB
+
+
+def read_tersoff(path: str | os.PathLike[str]) -> dict[tuple[str, str, str], tuple[float, ...]]:
+    """The entries of a LAMMPS file of `pair_style tersoff`: {("B", "N", "B"): (m, gamma, lambda3, c, d, h, n, beta,
+    lambda2, B, R, D, lambda1, A), ...} in eV and angstrom.
+
+    `#` starts a comment; an entry has 17 words over as many lines as it likes. Raises ConfigurationError, with the line,
+    for what is no such file: units other than metal, a label that is no chemical symbol, a word that is no finite number,
+    an entry that comes twice or is not complete.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise ConfigurationError(f"'{path}' is not a file of Tersoff parameters")
+        if path.stat().st_size > _LARGEST_TERSOFF_FILE:
+            raise ConfigurationError(
+                f"{path}: {path.stat().st_size} bytes are too many for a file of Tersoff parameters"
+            )
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"cannot read '{path}': {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{path}: not a text file") from None
+    lines = text.splitlines()
+    header = lines[0].split() if lines else []
+    if header[:1] == ["#"] and "UNITS:" in header[:-1] and header[header.index("UNITS:") + 1] != "metal":
+        raise ConfigurationError(
+            f"{path}, line 1: units are '{header[header.index('UNITS:') + 1]}', only metal (eV, angstrom) is read"
+        )
+    words = [(word, number) for number, line in enumerate(lines, 1) for word in line.split("#")[0].split()]
+    entries: dict[tuple[str, str, str], tuple[float, ...]] = {}
+    for first in range(0, len(words), 17):
+        block = words[first : first + 17]
+        where = f"{path}, line {block[0][1]}"
+        for word, number in block[:3]:
+            if word not in atomic_numbers or word == "X":
+                raise ConfigurationError(
+                    f"{path}, line {number}: an entry starts with three chemical symbols, but '{word}' is none (labels "
+                    "such as Si(D) must be renamed)"
+                )
+        if len(block) < 17:
+            raise ConfigurationError(f"{where}: an entry has three symbols and 14 numbers, this has {len(block)} words")
+        values = tuple(_tersoff_number(word, f"{path}, line {number}") for word, number in block[3:])
+        species = (block[0][0], block[1][0], block[2][0])
+        if species in entries:
+            raise ConfigurationError(f"{where}: the entry {' '.join(species)} comes twice")
+        entries[species] = values
+    if not entries:
+        raise ConfigurationError(f"{path}: no Tersoff parameters in this file")
+    try:
+        _tersoff(entries)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {error}") from None
+    return entries
+
+
+def _tersoff_number(word: str, where: str) -> float:
+    try:
+        value = float(word.replace("d", "e").replace("D", "e"))  # LAMMPS' own files have Fortran's 0.2d0
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigurationError(f"{where}: expected a number, got '{word}'")
+    return value
+
+
+def _tersoff(entries: Mapping[Any, Any]) -> _core.Tersoff:
+    """From {(symbol, symbol, symbol): 14 numbers}. Raises ConfigurationError."""
+    table: dict[tuple[int, int, int], tuple[float, ...]] = {}
+    for species, values in entries.items():
+        try:
+            first, second, third = (atomic_numbers[symbol] for symbol in species)
+            numbers = tuple(float(value) for value in values)
+        except (KeyError, TypeError, ValueError):
+            numbers = ()
+        if len(numbers) != len(_TERSOFF_NUMBERS):
+            raise ConfigurationError(
+                f"an entry of Tersoff is three symbols and the numbers {', '.join(_TERSOFF_NUMBERS)}, but one is "
+                f"{species!r}: {values!r}"
+            )
+        table[first, second, third] = numbers
+    return _core.Tersoff(table)
+
+
 def landscape_of(calculator: Any) -> _core.Landscape | None:
     """The landscape of the compiled core that gives the same numbers as an ASE calculator, or None.
 
-    Known are the calculators of this module and ASE's own `EMT` (without `asap_cutoff`) and `LennardJones`.
+    Known are the calculators of this module and ASE's own `EMT` (without `asap_cutoff`), `LennardJones` and `Tersoff`.
     Subclasses are not: they may compute anything.
     """
     kind = type(calculator)
-    if kind in (EMT, LennardJones):
+    if kind in (EMT, LennardJones, Tersoff):
         return calculator.landscape
     # ASE's own are only loaded if somebody uses them: they bring half of SciPy along
     if kind is _loaded("ase.calculators.emt", "EMT") and not calculator.parameters.asap_cutoff:
@@ -133,6 +293,16 @@ def landscape_of(calculator: Any) -> _core.Landscape | None:
             return _lennard_jones(calculator.parameters)
         except ConfigurationError:  # settings that ASE accepts and the core does not
             return None
+    if kind is _loaded("ase.calculators.tersoff", "Tersoff"):
+        try:
+            return _tersoff(
+                {
+                    species: [getattr(values, name) for name in _TERSOFF_NUMBERS]
+                    for species, values in calculator.parameters.items()
+                }
+            )
+        except ConfigurationError:
+            return None
     return None
 
 
@@ -141,13 +311,14 @@ def _loaded(module: str, name: str) -> Any:
     return getattr(sys.modules.get(module), name, None)
 
 
-_BUILTIN = {"emt": EMT, "lj": LennardJones}
+_BUILTIN = {"emt": EMT, "lj": LennardJones, "tersoff": Tersoff}
 _XTB = {"gfn1-xtb": "GFN1-xTB", "gfn2-xtb": "GFN2-xTB"}
 _BASE_ARGUMENTS = ("restart", "ignore_bad_restart_file", "label", "atoms", "directory")
 
 
 def make_calculator(name: str, **arguments: Any) -> Any:
-    """A calculator by name: "emt", "lj", "gfn1-xtb", "gfn2-xtb", "tblite", any name that ASE knows, or "module:factory".
+    """A calculator by name: "emt", "lj", "tersoff", "gfn1-xtb", "gfn2-xtb", "tblite", any name that ASE knows, or
+    "module:factory".
 
     arguments go to the calculator or the factory. Raises ConfigurationError, with the nearest valid name, for
     an unknown name or argument, a module or factory that is not there, or a calculator that cannot be set up.
@@ -164,8 +335,8 @@ def make_calculator(name: str, **arguments: Any) -> Any:
     if name not in ase_names:
         options = sorted({*_BUILTIN, "tblite", *_XTB, *ase_names})
         raise ConfigurationError(
-            f"there is no calculator named '{name}'.{nearest(name, options)} Valid are 'emt', 'lj', 'gfn1-xtb', "
-            "'gfn2-xtb', 'tblite', the names of ASE's calculators, and 'module:factory'."
+            f"there is no calculator named '{name}'.{nearest(name, options)} Valid are 'emt', 'lj', 'tersoff', "
+            "'gfn1-xtb', 'gfn2-xtb', 'tblite', the names of ASE's calculators, and 'module:factory'."
         )
     try:
         factory = get_calculator_class(name)

@@ -282,8 +282,8 @@ def info() -> None:
     print(", ".join(packages))
     print(f"instruction set {_core.active_isa()}, {_core.default_threads()} threads")
     print(
-        "calculators: emt, lj (built in), gfn1-xtb, gfn2-xtb (extra xtb), any calculator of ASE by its name, your own by "
-        '"module:factory"'
+        "calculators: emt, lj, tersoff (built in), gfn1-xtb, gfn2-xtb (extra xtb), any calculator of ASE by its name, your "
+        'own by "module:factory"'
     )
     for name, recipe in RECIPES.items():
         first = (inspect.getdoc(recipe) or "").splitlines()[0]

@@ -1,7 +1,7 @@
 """Configuration files: TOML in, checked and resolved, TOML out.
 
     [problem]     symbols, cell, pbc, box, template, c1, c2
-    [calculator]  name = "emt" | "lj" | ... | an ASE calculator | "module:factory", and its arguments;
+    [calculator]  name = "emt" | "lj" | "tersoff" | ... | an ASE calculator | "module:factory", and its arguments;
                   workers, timeout, retries, scratch run it in processes of its own
     [search]      method, iterations, restarts, seed, max_evaluations, target, workers,
                   stop_when_agree, and the method's own options

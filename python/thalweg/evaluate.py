@@ -55,7 +55,7 @@ class Evaluate:
     Parameters
     ----------
     calculator : ASE calculator
-        Built-in ones (`thalweg.calculators`, ASE's EMT and LennardJones) run in the compiled core. One that has
+        Built-in ones (`thalweg.calculators`, ASE's EMT, LennardJones and Tersoff) run in the compiled core. One that has
         `calculate_many` (`thalweg.pool.Guarded`) gets all candidates of an iteration at once when `steps` is 0.
     steps : int
         Relaxation steps in the true potential after the first point; 0 is a single point, a large number the full

@@ -1,10 +1,12 @@
 // Built-in potentials and pair priors as landscapes. A structure with a position that is not finite (or beyond 1e9
-// angstrom) has energy and forces NaN; atoms on top of each other give an energy (Lennard-Jones) or forces that are not
-// finite. Neither throws.
+// angstrom) has energy and forces NaN; atoms on top of each other give an energy (Lennard-Jones, Tersoff) or forces
+// that are not finite. Neither throws.
 #pragma once
 
+#include <array>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "thalweg/landscape.hpp"
@@ -36,6 +38,51 @@ class LennardJones : public Landscape {
 
  private:
   Settings settings_;
+};
+
+/// Tersoff's bond-order potential in the general three-species form (J. Tersoff, Phys. Rev. B 37, 6991 (1988); 39, 5566
+/// (1989)) and with the numbering of LAMMPS' `pair_style tersoff`. For every ordered pair i, j (images included):
+///   E      = 1/2 sum_ij fc(r_ij) [A e^(-lambda1 r_ij) - b_ij B e^(-lambda2 r_ij)]                  numbers of (i, j,
+///   j) b_ij   = (1 + (beta zeta_ij)^n)^(-1/2n)                                                        numbers of (i,
+///   j, j) zeta_ij = sum_k fc(r_ik) g(cos theta_ijk) e^(lambda3^m (r_ij - r_ik)^m)                         numbers of
+///   (i, j, k) g(x)   = gamma (1 + c^2/d^2 - c^2 / (d^2 + (h - x)^2)) fc(r)  = 1 below R - D, 0 above R + D, 1/2 - 1/2
+///   sin(pi (r - R) / 2D) between
+/// Energy and forces are continuous; the second derivative is not at the ends of fc, and has no bound where the last k
+/// leaves with n < 1. Values of ASE's `Tersoff`, and of LAMMPS wherever A, lambda1, R and D of (i, j, j) and (j, i, i)
+/// agree, as in every published set: LAMMPS takes the repulsion of a pair from one of the two, chosen by the order of
+/// the atoms, and here each gives half. Atoms on one point: energy and forces of that structure are NaN.
+class Tersoff : public Landscape {
+ public:
+  /// In the order of a line of a LAMMPS file.
+  struct Entry {
+    std::int32_t first = 0, second = 0, third = 0;  // atomic numbers: i, j, k
+    double m = 3.0;                                 // 1 or 3
+    double gamma = 1.0;
+    double lambda3 = 0.0;  // 1/angstrom
+    double c = 0.0, d = 1.0, h = 0.0;
+    double n = 1.0, beta = 0.0;
+    double lambda2 = 0.0, B = 0.0;  // 1/angstrom, eV
+    double R = 0.0, D = 0.0;        // angstrom, D <= R
+    double lambda1 = 0.0, A = 0.0;  // 1/angstrom, eV
+  };
+  /// Throws Error if there is no entry, one comes twice, or a number makes no sense.
+  explicit Tersoff(std::vector<Entry> entries);
+  /// Throws Error when a structure of the batch has species i, j, k without an entry (i, j, k).
+  std::unique_ptr<Evaluator> evaluator(const BatchView& batch) const override;
+  /// In rising order of (i, j, k).
+  const std::vector<Entry>& entries() const { return entries_; }
+
+  /// Published sets: names, and the entries of one. Sources stand beside the numbers in potentials.cpp.
+  ///   "C"       carbon (Tersoff 1988)
+  ///   "C-2010"  carbon, refitted to graphene's phonons (Lindsay, Broido 2010)
+  ///   "BN"      boron and nitrogen (Los et al. 2017) without its corrections for coordination, which vanish in hBN,
+  ///   cBN "BNC"     boron, nitrogen, carbon (Kinaci et al. 2012): for sheets; B-B and N-N attract down to zero
+  ///   distance
+  static std::vector<std::string> names();
+  static std::vector<Entry> published(const std::string& name);
+
+ private:
+  std::vector<Entry> entries_;
 };
 
 /// Pair prior of a surrogate, from covalent radii alone; defined for every species with a covalent radius. Every pair,
