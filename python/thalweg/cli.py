@@ -1,7 +1,7 @@
 """The command `thalweg`.
 
-Exit codes: 0 done, or stopped in good order and ready to be resumed; 1 a restart failed; 2 an error in the input or on
-the disk; 130 killed by a second Ctrl-C.
+Exit codes: 0 done, or stopped in good order and ready to be resumed (--stopped-exit-code gives that case another); 1 a
+restart failed; 2 an error in the input or on the disk; 70 a mistake of this program; 130 killed by a second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -473,10 +473,14 @@ def main() -> NoReturn:
     except Exception as problem:
         from thalweg.errors import ThalwegError
 
-        if not isinstance(problem, ThalwegError) or os.environ.get("THALWEG_DEBUG") not in (None, "", "0"):
+        if os.environ.get("THALWEG_DEBUG") not in (None, "", "0"):
             raise
-        _complain(str(problem))
-        sys.exit(2)
+        if isinstance(problem, ThalwegError):
+            _complain(str(problem))
+            sys.exit(2)
+        text = " ".join(str(problem).split())[:300]
+        _complain(f"unexpected {type(problem).__name__}: {text} (`thalweg --debug ...` shows where; please report it)")
+        sys.exit(70)
     sys.exit(0)
 
 

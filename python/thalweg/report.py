@@ -46,6 +46,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "lines.solid_capstyle": "butt",
     "svg.fonttype": "path",
+    "text.parse_math": False,  # a folder's name may have dollars
     "svg.hashsalt": "thalweg",
 }
 
