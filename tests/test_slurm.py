@@ -114,6 +114,7 @@ def test_job_script_submits_gives_up_and_obeys_scancel(cluster):
     ]
     assert cluster("case.toml").wait(20) == 2
     Path("calls").unlink()
+    Path("case.toml").write_text(Path("case.toml").read_text().replace("iterations = 3", "iterations = 30"))
     code, err = stop_in_between(cluster("case.toml", "runs", "2", **task(0, SLURM_RESTART_COUNT="100")), 0)
     assert code == 1 and "giving up" in err and not calls()
     code, err = stop_in_between(cluster("case.toml", "runs", "2", **task(0, THALWEG_MOST_REQUEUES="0")), 0)

@@ -50,6 +50,7 @@ void append(LocalGpr& self, const py::object& batch, const Array<double>& energi
 }
 
 py::tuple predict(const LocalSurrogate& self, const py::object& batch, bool forces, bool atoms, int threads) {
+  check_threads(threads);
   const BatchArrays arrays(batch);
   const py::ssize_t n = length(arrays.view().size()), m = length(arrays.view().atoms()), f = forces ? m : 0;
   py::array_t<double> energies(n), sigmas(n), atom_sigmas(atoms ? m : 0), out({f, py::ssize_t{3}}),
