@@ -437,7 +437,9 @@ def run_gpaw(tmp_path, monkeypatch, command: str) -> Guarded:
     (tmp_path / "gpaw_parallel.py").write_text(code.replace("h=0.2, xc", "h=0.25, xc"))
     monkeypatch.syspath_prepend(tmp_path)
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    return Guarded("gpaw_parallel:Parallel", {"command": command}, timeout=300, environment=environment, keep_failed=True)
+    return Guarded(
+        "gpaw_parallel:Parallel", {"command": command}, timeout=300, environment=environment, keep_failed=True
+    )
 
 
 @pytest.mark.skipif(not (HERE.parent / "docs").is_dir(), reason="the documents are not beside the tests")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import math
 import os
 import sys
 import types
@@ -416,7 +415,8 @@ def recipe_options(method: str, given: Mapping[str, Any] | None = None) -> dict[
         annotation = hints.get(name, Any)
         if _is_absurd(value):
             mistakes.append(
-                f"search.{name}: whole numbers may be at most {MOST_OF_ANYTHING}, others {LARGEST_NUMBER:g}, got {_shown(value)}"
+                f"search.{name}: whole numbers may be at most {MOST_OF_ANYTHING}, others {LARGEST_NUMBER:g}, "
+                f"got {_shown(value)}"
             )
             continue
         try:
@@ -443,7 +443,7 @@ def recipe_options(method: str, given: Mapping[str, Any] | None = None) -> dict[
         if parameter.default is parameter.empty and name not in (given or {}):
             mistakes.append(f"search.{name}: the method '{method}' needs this key ({described(hints.get(name, Any))})")
     if mistakes:
-        raise ConfigurationError("\n".join(mistakes))
+        raise ConfigurationError("\n".join(mistakes[:20]))
     return values
 
 
@@ -550,7 +550,8 @@ def _listed(names: Iterable[str]) -> str:
 
 def _raise_if(mistakes: list[str], source: str) -> None:
     if mistakes:
-        raise ConfigurationError("\n".join(f"{source}: {mistake}" for mistake in mistakes))
+        lines = [mistake if len(mistake) <= 600 else f"{mistake[:600]}..." for mistake in mistakes[:20]]
+        raise ConfigurationError("\n".join(f"{source}: {line}" for line in lines))
 
 
 def _checked(model: type[BaseModel], data: Mapping[str, Any], section: str, mistakes: list[str]) -> Any:

@@ -45,8 +45,8 @@ def _array(raw: bytes) -> np.ndarray:
         raise ValueError(f"an array of {dtype}")
     if math.prod(shape) * dtype.itemsize != len(raw) - file.tell():
         raise ValueError(f"an array of {dtype}, {shape} in {len(raw)} bytes")
-    order = "F" if in_columns else "C"
-    return np.frombuffer(raw, dtype, offset=file.tell()).reshape(shape, order=order).copy(order="C")
+    flat = np.frombuffer(raw, dtype, offset=file.tell())
+    return (flat.reshape(shape[::-1]).T if in_columns else flat.reshape(shape)).copy(order="C")
 
 
 @contextlib.contextmanager

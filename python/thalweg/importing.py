@@ -150,7 +150,8 @@ def _plain(atoms: Atoms, where: str, *, strict: bool) -> Atoms:
         fixed = Batch.from_ase(Atoms(atoms.numbers, atoms.positions, constraint=atoms.constraints)).fixed
     except Exception as problem:  # indices out of range, masks of the wrong shape, ...
         if strict:
-            raise ConfigurationError(f"{where}: its constraints cannot be used here: {_one_line(problem)}") from problem
+            text = str(problem) if isinstance(problem, ConfigurationError) else _one_line(problem)
+            raise ConfigurationError(f"{where}: its constraints cannot be used here: {text}") from problem
         fixed = np.zeros((len(atoms), 3), bool)
     if fixed.any():
         plain.set_constraint(replace(Batch.from_ase(plain), fixed=fixed).to_ase()[0].constraints)
@@ -164,9 +165,10 @@ def _plain(atoms: Atoms, where: str, *, strict: bool) -> Atoms:
             if forces.shape == (len(atoms), 3) and np.isfinite(forces).all():
                 results["forces"] = forces
         plain.calc = SinglePointCalculator(plain, **results)
+    simple = {name: value.item() if isinstance(value, np.generic) else value for name, value in atoms.info.items()}
     plain.info = {
         name: value
-        for name, value in atoms.info.items()
+        for name, value in simple.items()
         if isinstance(name, str)
         and (isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)))
     }
@@ -247,15 +249,16 @@ def _answer(path: str, kind: str, all_of_them: str, memory: str) -> None:
     """The process's own program: the structures on standard output, in the encoding of the store."""
     import resource
 
-    import ase.db
-    import ase.io  # before memory is bounded
-
     from thalweg.records import Batch
     from thalweg.store import encode
 
     output = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # readers may print
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE") if os.path.exists("/proc") else 0
+    used = (
+        int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
+        if os.path.exists("/proc")
+        else 0
+    )
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (used + int(memory), used + int(memory)))
     answer: dict[str, Any]
@@ -293,7 +296,7 @@ def _opened(path: Path) -> Any:
         with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
             database.execute("PRAGMA trusted_schema = OFF")
             yield database
-    except sqlite3.Error as problem:
+    except (sqlite3.Error, UnicodeDecodeError, OverflowError, MemoryError) as problem:
         raise ConfigurationError(f"'{path}' cannot be read as a database: {problem}") from problem
 
 

@@ -389,9 +389,9 @@ class FittedLocalGPR:
             model = LocalGPR(**json.loads(str(arrays["settings"])))
             if "batch_positions" not in arrays:
                 return model.restore(Batch.empty(), arrays)
-            batch = Batch(
-                *(arrays[f"batch_{name}"] for name in ("positions", "numbers", "offsets", "cells", "pbc", "fixed"))
-            ).with_columns(energy=arrays["batch_energy"])
+            names = ("positions", "numbers", "offsets", "cells", "pbc", "fixed")
+            parts: dict[str, Any] = {name: arrays[f"batch_{name}"] for name in names}
+            batch = Batch(**parts).with_columns(energy=arrays["batch_energy"])
             if "batch_forces" in arrays:
                 batch = batch.with_atom_columns(forces=arrays["batch_forces"])
             return model.restore(batch, arrays)

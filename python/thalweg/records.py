@@ -392,7 +392,9 @@ def parse_symbols(symbols: str | Mapping[str, int] | Sequence[str]) -> dict[str,
         if not symbols or not re.fullmatch(r"([A-Z][a-z]?\d*)+", symbols):
             raise ConfigurationError(f"symbols must be a chemical formula such as 'Au8Ni8', but it is '{symbols[:60]}'")
         if re.search(r"\d{10}", symbols):  # before numbers are made of digits, which takes long where there are many
-            raise ConfigurationError(f"a problem may have at most {MOST_ATOMS} atoms to place, but it is '{symbols[:60]}'")
+            raise ConfigurationError(
+                f"a problem may have at most {MOST_ATOMS} atoms to place, but it is '{symbols[:60]}'"
+            )
         pairs = [(name, int(count or 1)) for name, count in re.findall(r"([A-Z][a-z]?)(\d*)", symbols)]
     elif isinstance(symbols, Mapping):
         pairs = [(str(name), int(count)) for name, count in symbols.items()]
@@ -526,7 +528,9 @@ class Problem:
             radii = np.array([_core.covalent_radius(int(z)) for z in self.placed_numbers])
             edge = float(box) if box is not None else float(np.cbrt(np.sum((2.3 * radii) ** 3)))
             if not 0 < edge <= LONGEST:
-                raise ConfigurationError(f"box must be a positive edge length in angstrom, at most {LONGEST:g}, got {box}")
+                raise ConfigurationError(
+                    f"box must be a positive edge length in angstrom, at most {LONGEST:g}, got {box}"
+                )
             vectors = np.eye(3) * edge
             corner = self.cell.sum(axis=0) / 2 - edge / 2
         else:

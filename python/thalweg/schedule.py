@@ -27,6 +27,6 @@ def check_schedule(value: Schedule[Number], what: str, *, least: float = 0, most
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) and least <= v <= most for v in values)
     if not numbers or not all(isinstance(first, int) for first in firsts) or min(firsts, default=1) != 0:
         raise ConfigurationError(
-            f"{what} must be a number of at least {least} (at most {most:g}), or {{first iteration: number}} beginning at 0, "
-            f"got {str(value)[:100]}"
+            f"{what} must be a number of at least {least} (at most {most:g}), or {{first iteration: number}} beginning at "
+            f"0, got {str(value)[:100]}"
         )

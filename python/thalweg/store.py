@@ -619,7 +619,9 @@ def check_row(row: Batch) -> None:
         raise StoreError(f"an evaluation is of one structure, not of {len(row)} with {row.atoms} atoms")
     for name, kinds in wanted.items():
         if row.columns[name].shape != (1,) or row.columns[name].dtype.kind not in kinds:
-            raise StoreError(f"the column {name} of an evaluation is {row.columns[name].dtype}, {row.columns[name].shape}")
+            raise StoreError(
+                f"the column {name} of an evaluation is {row.columns[name].dtype}, {row.columns[name].shape}"
+            )
     if not (np.isfinite(row.positions).all() and np.isfinite(row.cells).all()):
         raise StoreError("positions and cell of an evaluation must be finite")
     if np.any((row.numbers < 1) | (row.numbers > 118)):
