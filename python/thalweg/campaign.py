@@ -927,6 +927,8 @@ def export(structures: Sequence[Any], out: Path) -> None:
         os.replace(temporary, out)
     except OSError as problem:
         raise _disk_error(out, problem) from problem
+    except ase.io.formats.UnknownFileTypeError:
+        raise ThalwegError(f"cannot write {out}: ASE has no format '{out.suffix}'; use .extxyz, .db or .traj") from None
     except Exception as problem:
         raise ThalwegError(f"cannot write {out}: {problem}") from problem
     finally:

@@ -53,6 +53,13 @@ MaxSeconds = Annotated[
 ]
 
 
+def _recipes(incomplete: str) -> list[str]:
+    """For completion on the command line."""
+    from thalweg.recipes import RECIPES
+
+    return [name for name in RECIPES if name.startswith(incomplete)]
+
+
 @app.callback()
 def _options(
     debug: Annotated[
@@ -90,7 +97,9 @@ def demo(
 
 @app.command()
 def new(
-    recipe: Annotated[str, typer.Argument(metavar="[RECIPE]", help="A method; `thalweg info` lists them.")] = "gofee",
+    recipe: Annotated[
+        str, typer.Argument(metavar="[RECIPE]", help="A method; `thalweg info` lists them.", autocompletion=_recipes)
+    ] = "gofee",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The file; - for the screen. Default: RECIPE.toml.")
     ] = None,
@@ -453,6 +462,9 @@ def _finish(outcome: Outcome, results: Results, stopped_exit_code: int = 0) -> N
     if outcome.stopped is not None:
         print(f"stopped ({outcome.stopped}); go on with: thalweg resume {folder.path}")
     if outcome.failed:
+        raise typer.Exit(1)
+    if reasons and best is None and outcome.stopped is None:
+        _complain("not one evaluation has succeeded")
         raise typer.Exit(1)
     if outcome.stopped is not None and not all(entry.get("finished") for entry in outcome.results.values()):
         raise typer.Exit(stopped_exit_code)

@@ -165,7 +165,9 @@ def _plain(atoms: Atoms, where: str, *, strict: bool) -> Atoms:
             if forces.shape == (len(atoms), 3) and np.isfinite(forces).all():
                 results["forces"] = forces
         plain.calc = SinglePointCalculator(plain, **results)
-    simple = {name: value.item() if isinstance(value, np.generic) else value for name, value in atoms.info.items()}
+    told = atoms.info.get("key_value_pairs")  # how ASE hands on what its databases hold
+    info = {**atoms.info, **(told if isinstance(told, dict) else {})}
+    simple = {name: value.item() if isinstance(value, np.generic) else value for name, value in info.items()}
     plain.info = {
         name: value
         for name, value in simple.items()
