@@ -198,7 +198,7 @@ void bind_gpr(py::module_& m) {
                  std::move(fingerprint), std::move(gpr), std::move(prior),
                  std::vector<std::pair<std::int32_t, double>>(atom_energies.begin(), atom_energies.end()), kappa);
            }),
-           py::arg("fingerprint"), py::arg("gpr"), py::kw_only(), py::arg("prior") = py::none(),
+           py::arg("fingerprint").none(false), py::arg("gpr").none(false), py::kw_only(), py::arg("prior") = py::none(),
            py::arg("atom_energies") = std::map<std::int32_t, double>(), py::arg("kappa") = 0.0)
       .def("predict", &predict_batch, py::arg("batch"), py::kw_only(), py::arg("forces") = false,
            py::arg("threads") = 0,

@@ -103,7 +103,7 @@ void bind_local_gpr(py::module_& m) {
              return std::make_shared<LocalGpr>(std::move(environments),
                                                LocalSettings{noise_energy, noise_force, tolerance, max_inducing});
            }),
-           py::arg("environments"), py::kw_only(), py::arg("noise_energy") = defaults.noise_energy,
+           py::arg("environments").none(false), py::kw_only(), py::arg("noise_energy") = defaults.noise_energy,
            py::arg("noise_force") = defaults.noise_force, py::arg("tolerance") = defaults.tolerance,
            py::arg("max_inducing") = defaults.max_inducing)
       .def(
@@ -142,7 +142,7 @@ void bind_local_gpr(py::module_& m) {
                  std::move(gpr), std::move(prior),
                  std::vector<std::pair<std::int32_t, double>>(atom_energies.begin(), atom_energies.end()), kappa);
            }),
-           py::arg("gpr"), py::kw_only(), py::arg("prior") = py::none(),
+           py::arg("gpr").none(false), py::kw_only(), py::arg("prior") = py::none(),
            py::arg("atom_energies") = std::map<std::int32_t, double>(), py::arg("kappa") = 0.0)
       .def("predict", &predict, py::arg("batch"), py::kw_only(), py::arg("forces") = false, py::arg("atoms") = false,
            py::arg("threads") = 0,

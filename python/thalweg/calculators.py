@@ -242,5 +242,5 @@ def _check_arguments(owner: str, arguments: Mapping[str, Any], known: Any) -> No
         if argument not in known:
             takes = ", ".join(sorted(known)) or "none"
             raise ConfigurationError(
-                f"'{owner}' takes no argument named '{argument}'.{nearest(argument, known)} It takes: {takes}."
+                f"'{owner}' takes no argument named '{argument[:60]}'.{nearest(argument, known)} It takes: {takes}."
             )

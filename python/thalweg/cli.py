@@ -474,7 +474,7 @@ def _complain(message: str) -> None:
     """Red lines on stderr."""
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     for line in message.splitlines():
-        text = f"error: {line}"
+        text = f"error: {line if len(line) <= 2000 else line[:2000] + '...'}"
         print(f"\x1b[31m{text}\x1b[0m" if colour else text, file=sys.stderr)
 
 
