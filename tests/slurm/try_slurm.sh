@@ -1,12 +1,13 @@
 #!/bin/bash
-# docs/slurm_array.sh on a real SLURM: one node, its daemons in a temporary folder, ended afterwards. Ten minutes; not a
-# part of CI. Needs slurmctld, slurmd, munged (Debian: apt-get install slurm-wlm munge) and thalweg with its test extra:
+# docs/slurm_array.sh on a real SLURM: one node, its daemons in a temporary folder, ended afterwards. A quarter of an hour;
+# not a part of CI. Needs slurmctld, slurmd, munged (Debian: apt-get install slurm-wlm munge) and thalweg with its test extra:
 #
 #     bash tests/slurm/try_slurm.sh [FOLDER]        FOLDER keeps everything; default: a new one under /tmp
 #
 # What is tried: restarts that outlast a walltime of one minute get SIGTERM before it, go back into the queue and end with
 # the rows of a run in one go; so does one whose processes got SIGKILL and that somebody requeues; a task that somebody
-# cancelled stays away, and submitting again goes on with it. Prints one line for each and a verdict.
+# cancelled stays away, and submitting again goes on with it; where tasks may not requeue themselves, arrays in a row do the
+# same; a calculator that starts its program with srun, and a program that hangs. Prints one line for each and a verdict.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 script=$here/../../docs/slurm_array.sh
@@ -204,6 +205,58 @@ submit "--time=10" kills.toml kills > /dev/null
 until_true 300 queue_is_empty
 say "the rows are those of runs in one go" same_as_straight kills.toml kills 0 1 2
 say "the last job wrote the report" test -s kills/report.html
+
+echo "== no requeues: arrays in a row"
+export THALWEG_MOST_REQUEUES=0 THALWEG_ROUNDS=6
+submit "$limit" walltime.toml rounds > /dev/null
+until_true 900 queue_is_empty
+unset THALWEG_MOST_REQUEUES THALWEG_ROUNDS
+say "it took more than one array" test "$(grep -l 'stopped (SIGTERM)' $(grep -l 'run folder: rounds' thalweg-*.log) | wc -l)" -ge 3
+say "the rows are those of runs in one go" same_as_straight walltime.toml rounds 0 1 2
+
+echo "== a program under srun, once it hangs"
+cp "$here"/../poor_calculators.py "$here"/../toys.py .
+cat > program.py << END
+$(cd "$here/.." && python -c "import poor_calculators; print(poor_calculators.PROGRAM)")
+try:
+    os.close(os.open("$work/hung", os.O_CREAT | os.O_EXCL))
+except FileExistsError:
+    pass
+else:
+    import time
+    time.sleep(1000)
+END
+cat > srun.toml << END
+[problem]
+symbols = "Au2Ni2"
+cell = 12.0
+box = 5.0
+[calculator]
+name = "poor_calculators:with_files"
+program = "$work/program.py"
+launcher = "srun --exact -n 1"
+timeout = 20
+scratch = "$work/scratch"
+[search]
+method = "random_search"
+iterations = 2
+restarts = 3
+steps = 2
+END
+submit "--time=10" srun.toml srun > /dev/null
+until_true 600 queue_is_empty
+count() { # count STATUS: evaluations of all restarts that have it
+    python - "$1" << 'END'
+import sys
+from thalweg.campaign import load_results
+print(sum(int((h.rows.columns["status"] == int(sys.argv[1])).sum()) for h in load_results("srun").histories.values()))
+END
+}
+say "one evaluation failed" [ "$(count 1)" = 1 ]
+say "the others did not ($(count 0))" [ "$(count 0)" -ge 10 ]
+say "the reason is the timeout" grep -q "timeout of 20 s" thalweg-*.log
+say "nothing is left of the program that hung" bash -c "! pgrep -f '$work/program.py'"
+say "no scratch folder is left" bash -c "! ls scratch | grep -q ."
 
 if [ "$wrong" = 0 ]; then echo "verdict: all right"; else echo "verdict: WRONG"; fi
 exit "$wrong"
