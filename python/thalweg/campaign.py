@@ -913,7 +913,11 @@ def export(structures: Sequence[Any], out: Path) -> None:
     import ase.io
 
     if out.suffix in (".xyz", ".extxyz"):
-        write_atomically(out, _extxyz(structures))
+        try:
+            content = _extxyz(structures)
+        except Exception as problem:
+            raise ThalwegError(f"cannot write {out}: {type(problem).__name__}: {problem}") from problem
+        write_atomically(out, content)
         return
     # ASE chooses the format by the ending, so the part that is not whole yet keeps it
     temporary = out.with_name(f".part-{os.getpid()}-{out.name}")

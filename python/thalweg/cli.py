@@ -453,7 +453,7 @@ def _finish(outcome: Outcome, results: Results, stopped_exit_code: int = 0) -> N
             print(f"{words[name]}: {describe_median(curve)}")
     if outcome.agreed is not None:
         print(f"{outcome.agreed}: no more restarts are needed")
-    if folder.best.exists():
+    if folder.best.exists() and best is not None:
         print(f"best structures: {folder.best}")
     if folder.report.exists():
         print(f"report: {folder.report}")

@@ -122,7 +122,7 @@ def _read_with_ase(path: Path, kind: str, all_of_them: bool) -> list[Atoms]:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
             if kind == "db":
-                found = ase.io.read(str(path.absolute()), index=index, format=kind, do_not_split_by_at_sign=True)
+                found = _read_database(path, all_of_them)
             else:  # an open file: to ASE a name may mean more, such as patterns and addresses of databases
                 with open(path, "rb") if ioformats[kind].isbinary else open(path, encoding="utf-8") as file:
                     found = ase.io.read(file, index=index, format=kind)
@@ -138,9 +138,22 @@ def _read_with_ase(path: Path, kind: str, all_of_them: bool) -> list[Atoms]:
     return structures
 
 
+def _read_database(path: Path, all_of_them: bool) -> list[Atoms]:
+    import ase.db
+
+    found = []
+    database = ase.db.connect(str(path.absolute()), type="db", use_lock_file=False)
+    for row in database.select() if all_of_them else database.select(sort="-id", limit=1):
+        atoms = row.toatoms()
+        atoms.info |= row.key_value_pairs
+        found.append(atoms)
+    return found
+
+
 def _plain(atoms: Atoms, where: str, *, strict: bool) -> Atoms:
     """What is used here of a structure, and nothing else that a file may have put into it."""
     from ase import Atoms
+    from ase.calculators.calculator import all_properties
     from ase.calculators.singlepoint import SinglePointCalculator
 
     from thalweg.records import Batch
@@ -165,9 +178,9 @@ def _plain(atoms: Atoms, where: str, *, strict: bool) -> Atoms:
             if forces.shape == (len(atoms), 3) and np.isfinite(forces).all():
                 results["forces"] = forces
         plain.calc = SinglePointCalculator(plain, **results)
-    told = atoms.info.get("key_value_pairs")  # how ASE hands on what its databases hold
-    info = {**atoms.info, **(told if isinstance(told, dict) else {})}
-    simple = {name: value.item() if isinstance(value, np.generic) else value for name, value in info.items()}
+    simple = {name: value.item() if isinstance(value, np.generic) else value for name, value in atoms.info.items()}
+    for name in (*all_properties, "Lattice", "Properties", "pbc"):  # in an extxyz file these mean something else
+        simple.pop(name, None)
     plain.info = {
         name: value
         for name, value in simple.items()
