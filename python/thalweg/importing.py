@@ -118,6 +118,7 @@ def _read_with_ase(path: Path, kind: str, all_of_them: bool) -> list[Atoms]:
     from ase.io.formats import ioformats
 
     index = ":" if all_of_them else -1
+    found: Any
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
