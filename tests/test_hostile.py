@@ -25,7 +25,7 @@ from thalweg.config import Configuration
 from thalweg.errors import ConfigurationError, StoreError
 from thalweg.importing import FORMATS, read_file, read_structures
 from thalweg.local_model import FittedLocalGPR
-from thalweg.store import _MAGIC, read
+from thalweg.store import _MAGIC, Store, read
 
 HERE = Path(__file__).parent
 
@@ -183,6 +183,19 @@ def test_a_journal_that_claims_a_large_record_is_read_as_cut_off(tmp_path):
     path.write_bytes(hostile.journal_of([struct.pack("<I", len(body)) + body]))
     with pytest.raises(StoreError, match="malformed"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"host " + b"9" * 5000, b"\xff\xfe\x00 x y", b"host -3 1", b"host 1 " + b"x" * 10**6]
+)
+def test_a_lock_that_nobody_has_written(tmp_path, content):
+    lock = tmp_path / "store.journal.lock"
+    lock.write_bytes(content)
+    os.utime(lock, (1, 1))  # no heartbeat
+    with Store(tmp_path / "store.journal", {"problem": "x"}) as store:
+        assert lock.read_text() != content
+        store.append("asked", 0, {})
+    assert not lock.exists()
 
 
 def test_a_small_archive_does_not_become_a_large_one(tmp_path):

@@ -207,11 +207,11 @@ class _Lock:
     def _owner(self) -> tuple[str, int, str] | None:
         for _ in range(50):
             try:
-                words = self.path.read_text(errors="replace").split()
+                owner = _owner_in(self.path)
             except FileNotFoundError:
                 return None
-            if len(words) >= 2 and words[1].isdecimal():
-                return words[0], int(words[1]), words[2] if len(words) > 2 else ""
+            if owner is not None:
+                return owner
             time.sleep(0.02)  # another process is between creating and writing it
         return (
             "?",
@@ -249,8 +249,8 @@ class _Lock:
         aside = self.path.with_name(f"{self.path.name}.stale.{os.getpid()}")
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.path, aside)
-            text = aside.read_text(errors="replace").split()
-            if text[:2] != [owner[0], str(owner[1])] and len(text) >= 2:
+            moved = _owner_in(aside)
+            if moved is not None and moved[:2] != owner[:2]:
                 with contextlib.suppress(FileExistsError):  # somebody fresh came in between: give it back
                     os.link(aside, self.path)
             aside.unlink()
@@ -265,6 +265,15 @@ class _Lock:
         with contextlib.suppress(OSError):
             if self.path.read_text(errors="replace") == self.mine:
                 self.path.unlink()
+
+
+def _owner_in(path: Path) -> tuple[str, int, str] | None:
+    """Host, process and its start as a lock file names them; None if it does not."""
+    with open(path, errors="replace") as file:
+        words = file.read(1000).split()
+    if len(words) < 2 or not words[1].isdecimal() or len(words[1]) > 12:
+        return None
+    return words[0], int(words[1]), words[2] if len(words) > 2 else ""
 
 
 def _process_start(pid: int) -> str:
