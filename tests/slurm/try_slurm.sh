@@ -255,7 +255,7 @@ END
 say "one evaluation failed" [ "$(count 1)" = 1 ]
 say "the others did not ($(count 0))" [ "$(count 0)" -ge 10 ]
 say "the reason is the timeout" grep -q "timeout of 20 s" thalweg-*.log
-say "nothing is left of the program that hung" bash -c "! pgrep -f '$work/program.py'"
+say "nothing is left of the program that hung" [ -z "$(pgrep -f "python.*$work/program.py")" ]
 say "no scratch folder is left" bash -c "! ls scratch | grep -q ."
 
 if [ "$wrong" = 0 ]; then echo "verdict: all right"; else echo "verdict: WRONG"; fi
