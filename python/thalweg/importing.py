@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "read_file", "read_structures"]
 
-# Endings (and beginnings of names without one) -> ASE's name of the format.
+# Endings -> ASE's name of the format; VASP's files have names instead.
 FORMATS = {".extxyz": "extxyz", ".xyz": "extxyz", ".traj": "traj", ".db": "db", ".cif": "cif", ".vasp": "vasp"}
-NAMES = {"POSCAR": "vasp", "CONTCAR": "vasp"}
+NAMES = ("POSCAR", "CONTCAR")
 
 # What reading a file in a process of its own may take: memory beyond what the program itself needs, seconds.
 MEMORY, MEMORY_PER_BYTE = 1 << 30, 100
@@ -101,9 +101,9 @@ def read_file(path: Path, *, all_of_them: bool = False) -> list[Atoms]:
 
 
 def _format_of(path: Path) -> str:
-    kind = FORMATS.get(path.suffix.lower()) or NAMES.get(path.stem.upper() if path.suffix else path.name.upper())
-    if kind is None:
-        kind = next((kind for name, kind in NAMES.items() if path.name.upper().startswith(name)), None)
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None and path.name.upper().startswith(tuple(NAMES)):  # POSCAR.relaxed
+        kind = "vasp"
     if kind is None:
         raise ConfigurationError(
             f"'{path}' is in none of the formats that are read here ({', '.join(FORMATS)}, {', '.join(NAMES)}); convert it, "
