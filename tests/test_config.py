@@ -220,7 +220,7 @@ def test_template_with_constraints(tmp_path):
     message = str(caught.value)
     assert "problem.template" in message and "Did you mean 'slab.traj'?" in message
     (tmp_path / "broken.xyz").write_text("nonsense")
-    with pytest.raises(ConfigurationError, match="cannot read"):
+    with pytest.raises(ConfigurationError, match="expected a number of atoms"):
         Configuration.load(write(tmp_path, text.replace("slab.traj", "broken.xyz"))).make_problem()
 
 

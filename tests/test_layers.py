@@ -18,7 +18,7 @@ SOURCE = Path(__file__).parents[1]
 PYTHON = [
     {"_core"},
     {"errors", "elements"},
-    {"randomness", "schedule", "descriptors", "calculators", "pool", "statistics", "priors"},
+    {"files", "randomness", "schedule", "descriptors", "calculators", "pool", "statistics", "priors"},
     {"records"},
     {"generators", "select", "refine", "evaluate", "models", "local_model", "callbacks", "stagnation"},
     {"search", "store"},

@@ -101,15 +101,27 @@ def test_job_array_goes_on_after_its_walltime(cluster):
 
 def test_job_script_submits_gives_up_and_obeys_scancel(cluster):
     submit = cluster("case.toml", "runs", "2", THALWEG_SBATCH="--partition=short")
-    assert submit.wait(20) == 0
-    assert calls() == [
-        f"sbatch --parsable --partition=short --array=0-1 {SCRIPT} case.toml runs 2",
-        f"sbatch --partition=short --dependency=afterany:7 {SCRIPT} case.toml runs 2",
+    assert submit.communicate(timeout=20)[0] == "restarts 0 to 1: job 7, then the report: job 7\n"
+    first = f"sbatch --parsable --partition=short --array=0-1 {SCRIPT} case.toml runs 2"
+    last = "sbatch --parsable --partition=short --dependency=afterany:7 --output=thalweg-%j-report.log"
+    assert calls() == [first, f"{last} {SCRIPT} case.toml runs 2"]
+    Path("calls").unlink()
+    assert cluster("case.toml", "runs", "2", THALWEG_ROUNDS="2").wait(20) == 0
+    assert [line.split(f" {SCRIPT}")[0] for line in calls()] == [
+        "sbatch --parsable --array=0-1",
+        "sbatch --parsable --dependency=afterany:7 --array=0-1",
+        "sbatch --parsable --dependency=afterany:7 --output=thalweg-%j-report.log",
     ]
     assert cluster("case.toml").wait(20) == 2
     Path("calls").unlink()
+    Path("case.toml").write_text(Path("case.toml").read_text().replace("iterations = 3", "iterations = 30"))
     code, err = stop_in_between(cluster("case.toml", "runs", "2", **task(0, SLURM_RESTART_COUNT="100")), 0)
     assert code == 1 and "giving up" in err and not calls()
+    code, err = stop_in_between(cluster("case.toml", "runs", "2", **task(0, THALWEG_MOST_REQUEUES="0")), 0)
+    assert code == 75 and not calls()
+    Path("bin/scontrol").write_text("#!/bin/bash\nexit 1\n")  # a cluster that does not let tasks requeue themselves
+    code, err = stop_in_between(cluster("case.toml", "runs", "2", **task(0)), 0)
+    assert code == 75 and "submit again to go on" in err
     Path("state").write_text("COMPLETING\n")  # cancelled by its owner
     code, _ = stop_in_between(cluster("case.toml", "runs", "2", **task(0)), 0)
     assert code == 75 and not calls()

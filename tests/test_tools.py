@@ -263,3 +263,51 @@ def test_completion_is_offered_and_loads_nothing_heavy(tmp_path):
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=20)
     assert told.stdout.split() == ["report"], told.stderr
     assert told.stderr.strip() == "[]"
+
+
+def test_bash_completes_commands_options_and_recipes():
+    """What a press of TAB gives in bash, by the script that users install."""
+    bash, command = shutil.which("bash"), Path(sys.executable).with_name("thalweg")
+    if bash is None or not command.exists():
+        pytest.skip("there is no bash, or the command is not beside the interpreter")
+    script = """
+source <(env _THALWEG_COMPLETE=source_bash thalweg)
+complete -p thalweg > /dev/null || exit 1
+for line in "re" "run --restart-" "new b"; do
+    COMP_WORDS=(thalweg $line)
+    COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+    _thalweg_completion thalweg
+    echo "${COMPREPLY[*]}"
+done
+"""
+    path = {"PATH": f"{command.parent}:{os.environ['PATH']}"}
+    done = subprocess.run([bash, "-c", script], env={**os.environ, **path}, capture_output=True, text=True, timeout=60)
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert lines[-1] == "basin_hopping" and lines[0].split() == ["resume", "report"], done.stdout + done.stderr
+
+
+def test_export_to_a_format_that_nobody_knows(finished, tmp_path, capsys):
+    code, _, err = call(capsys, "export", finished, "-o", tmp_path / "a.foo")
+    assert code == 2 and "ASE has no format '.foo'" in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_database_keeps_what_its_entries_are_called(finished, tmp_path, capsys):
+    assert call(capsys, "export", finished, "-o", tmp_path / "a.db", "--best")[0] == 0
+    assert call(capsys, "import", tmp_path / "a.db", "-o", tmp_path / "b.extxyz")[0] == 0
+    assert [atoms.info["restart"] for atoms in ase.io.read(tmp_path / "b.extxyz", ":")] == [0, 1, 2]
+    one = ase.io.read(tmp_path / "b.extxyz")
+    one.info |= {"natoms": 4, "id": 3, "5": "no name", "text": "12"}  # names and values that ASE's databases refuse
+    one.write(tmp_path / "c.extxyz")
+    assert call(capsys, "import", tmp_path / "c.extxyz", "-o", tmp_path / "c.db")[0] == 0
+
+
+def test_a_search_without_one_success_is_a_failure(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("broken_calculator.py").write_text(
+        "from ase.calculators.emt import EMT\n\n\nclass Broken(EMT):\n"
+        "    def calculate(self, *arguments, **options):\n        raise RuntimeError('no licence')\n"
+    )
+    Path("case.toml").write_text(CASE.replace('"emt"', '"broken_calculator:Broken"'))
+    code, _, err = call(capsys, "run", "case.toml", "--restarts", "1")
+    assert code == 1 and "not one evaluation has succeeded" in err

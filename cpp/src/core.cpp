@@ -115,8 +115,9 @@ bool force_isa(const char* name) noexcept {
 int default_threads() {
   if (const char* text = std::getenv("THALWEG_NUM_THREADS")) {
     const int wanted = std::atoi(text);
-    if (wanted >= 1) return wanted;
-    throw Error(std::string("THALWEG_NUM_THREADS must be a whole number of at least 1, but it is '") + text + "'");
+    if (wanted >= 1 && wanted <= kMostThreads) return wanted;
+    throw Error("THALWEG_NUM_THREADS must be a whole number from 1 to " + std::to_string(kMostThreads) +
+                ", but it is '" + text + "'");
   }
   // Affinity and quota are set before a program starts; reading them again costs 40 us.
   static const int cores = available_cores();

@@ -44,7 +44,12 @@ void bind_build(py::module_& m) {
         expect_shape(pbc, "pbc", {3});
         expect_shape(template_numbers, "template_numbers", {-1});
         expect_shape(template_positions, "template_positions", {template_numbers.shape(0), 3});
+        check_threads(threads);
         if (count < 0) throw Error("count must be at least 0, but it is " + std::to_string(count));
+        constexpr py::ssize_t most = 100'000'000;  // atoms in all: 2.4 GB of positions
+        if (count > most / std::max<py::ssize_t>(1, template_numbers.size() + numbers.size()))
+          throw Error("structures of at most " + std::to_string(most) +
+                      " atoms in all can be made at once, but count is " + std::to_string(count));
         StructureView frame;
         frame.n = static_cast<std::size_t>(template_numbers.shape(0));
         frame.positions = template_positions.data();
@@ -77,6 +82,7 @@ template and the box's centre. Raises ConfigurationError if the box or cell is t
       "rattle",
       [](const py::object& batch, const py::object& box, double amplitude, double moved, const py::object& key,
          std::uint64_t first_row, double c1, double c2, int tries_per_atom, int tries_per_structure, int threads) {
+        check_threads(threads);
         const BatchArrays parents(batch);
         const BuildSettings settings = build_settings(box, c1, c2, tries_per_atom, tries_per_structure);
         const Key stream = key_of(key);
@@ -99,6 +105,7 @@ parent. Raises ConfigurationError without a box.)");
   m.def(
       "permute",
       [](const py::object& batch, double again, const py::object& key, std::uint64_t first_row, int threads) {
+        check_threads(threads);
         const BatchArrays parents(batch);
         const Key stream = key_of(key);
         BuildResult result;
@@ -118,6 +125,7 @@ pair exists.)");
   m.def(
       "closest_contacts",
       [](const py::object& batch, int threads) {
+        check_threads(threads);
         const BatchArrays arrays_of(batch);
         std::vector<double> out;
         {
@@ -134,6 +142,7 @@ Pairs of atoms that are both fixed in all coordinates do not count; infinity whe
   m.def(
       "fragments",
       [](const py::object& batch, double c2, int threads) {
+        check_threads(threads);
         const BatchArrays arrays_of(batch);
         std::vector<std::int32_t> out;
         {

@@ -45,6 +45,12 @@ void expect_shape(const A& a, const char* name, std::initializer_list<py::ssize_
               text(a.shape(), a.shape() + a.ndim()));
 }
 
+/// Throws Error for more threads than any machine has: starting them would end the process.
+inline void check_threads(int threads) {
+  if (threads > kMostThreads)
+    throw Error("threads must be at most " + std::to_string(kMostThreads) + ", but it is " + std::to_string(threads));
+}
+
 /// The arrays of a Python object with the attributes of `Batch`, kept alive for as long as this lives.
 class BatchArrays {
  public:

@@ -12,6 +12,7 @@ namespace {
 /// its own. The error of the first structure that has one is thrown in the end.
 template <class Work>
 void for_each_structure(const Fingerprint& fingerprint, const BatchView& batch, int threads, const Work& work) {
+  check_threads(threads);
   if (threads < 0)
     throw Error("threads must be 0 (as many as there are cores) or more, but it is " + std::to_string(threads));
   const auto n = static_cast<std::int64_t>(batch.size());

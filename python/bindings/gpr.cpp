@@ -18,6 +18,7 @@ py::array_t<double> array_of(std::span<const double> values) {
 std::shared_ptr<Gpr> copy_of(const Gpr& self) { return std::make_shared<Gpr>(self); }
 
 void fit(Gpr& self, const Array<double>& features, const Array<double>& targets, int threads) {
+  check_threads(threads);
   expect_shape(targets, "targets", {-1});
   expect_shape(features, "features", {targets.shape(0), length(self.features())});
   py::gil_scoped_release release;
@@ -100,6 +101,7 @@ py::tuple predict(const Gpr& self, const Array<double>& features, double kappa, 
 }
 
 py::tuple predict_batch(const Surrogate& self, const py::object& batch, bool forces, int threads) {
+  check_threads(threads);
   const BatchArrays arrays(batch);
   const py::ssize_t n = length(arrays.view().size()), m = forces ? length(arrays.view().atoms()) : 0;
   py::array_t<double> energies(n), sigmas(n), f({m, py::ssize_t{3}}), sigma_forces({m, py::ssize_t{3}});
@@ -196,7 +198,7 @@ void bind_gpr(py::module_& m) {
                  std::move(fingerprint), std::move(gpr), std::move(prior),
                  std::vector<std::pair<std::int32_t, double>>(atom_energies.begin(), atom_energies.end()), kappa);
            }),
-           py::arg("fingerprint"), py::arg("gpr"), py::kw_only(), py::arg("prior") = py::none(),
+           py::arg("fingerprint").none(false), py::arg("gpr").none(false), py::kw_only(), py::arg("prior") = py::none(),
            py::arg("atom_energies") = std::map<std::int32_t, double>(), py::arg("kappa") = 0.0)
       .def("predict", &predict_batch, py::arg("batch"), py::kw_only(), py::arg("forces") = false,
            py::arg("threads") = 0,

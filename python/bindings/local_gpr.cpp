@@ -50,6 +50,7 @@ void append(LocalGpr& self, const py::object& batch, const Array<double>& energi
 }
 
 py::tuple predict(const LocalSurrogate& self, const py::object& batch, bool forces, bool atoms, int threads) {
+  check_threads(threads);
   const BatchArrays arrays(batch);
   const py::ssize_t n = length(arrays.view().size()), m = length(arrays.view().atoms()), f = forces ? m : 0;
   py::array_t<double> energies(n), sigmas(n), atom_sigmas(atoms ? m : 0), out({f, py::ssize_t{3}}),
@@ -102,7 +103,7 @@ void bind_local_gpr(py::module_& m) {
              return std::make_shared<LocalGpr>(std::move(environments),
                                                LocalSettings{noise_energy, noise_force, tolerance, max_inducing});
            }),
-           py::arg("environments"), py::kw_only(), py::arg("noise_energy") = defaults.noise_energy,
+           py::arg("environments").none(false), py::kw_only(), py::arg("noise_energy") = defaults.noise_energy,
            py::arg("noise_force") = defaults.noise_force, py::arg("tolerance") = defaults.tolerance,
            py::arg("max_inducing") = defaults.max_inducing)
       .def(
@@ -141,7 +142,7 @@ void bind_local_gpr(py::module_& m) {
                  std::move(gpr), std::move(prior),
                  std::vector<std::pair<std::int32_t, double>>(atom_energies.begin(), atom_energies.end()), kappa);
            }),
-           py::arg("gpr"), py::kw_only(), py::arg("prior") = py::none(),
+           py::arg("gpr").none(false), py::kw_only(), py::arg("prior") = py::none(),
            py::arg("atom_energies") = std::map<std::int32_t, double>(), py::arg("kappa") = 0.0)
       .def("predict", &predict, py::arg("batch"), py::kw_only(), py::arg("forces") = false, py::arg("atoms") = false,
            py::arg("threads") = 0,

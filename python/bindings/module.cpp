@@ -17,7 +17,7 @@ PYBIND11_MODULE(_core, m) {
     }
   });
   m.def("active_isa", &active_isa);
-  m.def("force_isa", &force_isa, py::arg("name"));
+  m.def("force_isa", &force_isa, py::arg("name").none(false));
   m.def("default_threads", &default_threads);
   m.def("covalent_radius", &covalent_radius, py::arg("number"));
   // Landscape is registered first: potentials, surrogates and relaxation all refer to it.

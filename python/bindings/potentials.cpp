@@ -19,6 +19,7 @@ PairPrior::Form prior_form(const std::string& name) {
 }
 
 py::tuple evaluate_batch(const Landscape& landscape, const py::object& batch, int threads) {
+  check_threads(threads);
   const BatchArrays arrays(batch);
   py::array_t<double> energies(static_cast<py::ssize_t>(arrays.view().size()));
   py::array_t<double> forces({static_cast<py::ssize_t>(arrays.view().atoms()), py::ssize_t{3}});

@@ -30,6 +30,7 @@ void bind_relax(py::module_& m) {
       "relax",
       [](const Landscape& landscape, const py::object& batch, int steps, double force_tolerance, double max_step,
          int memory, double first_curvature, const py::object& box, int threads) {
+        check_threads(threads);
         const BatchArrays arrays(batch);
         const RelaxSettings settings = relax_settings(steps, force_tolerance, max_step, memory, first_curvature);
         const Confinement confinement = confinement_of(box);

@@ -329,7 +329,8 @@ def make_calculator(name: str, **arguments: Any) -> Any:
         factory = _factory(name)
         return _call(name, factory, arguments)
     if name in _BUILTIN:
-        return _BUILTIN[name](**arguments)
+        _check_arguments(_BUILTIN[name].__name__, arguments, _BUILTIN[name].default_parameters)
+        return _call(name, _BUILTIN[name], arguments)
     if name == "tblite" or name in _XTB:
         return _tblite(name, arguments)
     if name not in ase_names:
@@ -385,6 +386,8 @@ def _call(name: str, factory: Any, arguments: dict[str, Any]) -> Any:
         _check_arguments(name, arguments, known)
     try:
         return factory(**arguments)
+    except ConfigurationError:
+        raise
     except Exception as error:  # anything may be wrong in an external program's set-up
         raise ConfigurationError(f"the calculator '{name}' cannot be made: {error}") from error
 
@@ -410,5 +413,5 @@ def _check_arguments(owner: str, arguments: Mapping[str, Any], known: Any) -> No
         if argument not in known:
             takes = ", ".join(sorted(known)) or "none"
             raise ConfigurationError(
-                f"'{owner}' takes no argument named '{argument}'.{nearest(argument, known)} It takes: {takes}."
+                f"'{owner}' takes no argument named '{argument[:60]}'.{nearest(argument, known)} It takes: {takes}."
             )

@@ -253,8 +253,13 @@ def _extxyz(structures: Sequence[Any]) -> bytes:
 # ---- one restart ---------------------------------------------------------------------------------------------
 
 
-def measure(configuration: Configuration, folder: RunFolder, index: int, history: History) -> dict[str, Any]:
+def measure(
+    configuration: Configuration, folder: RunFolder, index: int, history: History, *, trusted: bool = False
+) -> dict[str, Any]:
     """The entry of one restart in summary.json, from its store; what an earlier call relaxed is not relaxed again.
+
+    trusted: the calculator may be made to find out whether it has a batched landscape, and making it may run any program;
+    otherwise only the built-in ones are. A report of somebody else's folder runs nothing.
 
     delivered_evaluation: first evaluation (1-based, failed ones count) whose own energy reaches the target.
     success_evaluation: first evaluated structure whose relaxation in the true potential reaches it; None where the
@@ -282,7 +287,9 @@ def measure(configuration: Configuration, folder: RunFolder, index: int, history
         result["delivered_evaluation"] = first_reaching(energies, target.threshold)
         same = previous is not None and previous.get("target") == result["target"]
         before = previous if same and previous is not None else {}
-        result |= _success(configuration, history, energies, before, target.threshold, result["delivered_evaluation"])
+        result |= _success(
+            configuration, history, energies, before, target.threshold, result["delivered_evaluation"], trusted
+        )
     # the last ticket of a run is its finishing touch; without it the iterations alone are not the whole
     result["closed"] = bool(history.finished)
     ended = why_ended(configuration, result)
@@ -310,18 +317,23 @@ def _success(
     before: dict[str, Any],
     threshold: float,
     delivered: int | None,
+    trusted: bool,
 ) -> dict[str, Any]:
     if before.get("success_evaluation") is not None:
         return {"success_evaluation": before["success_evaluation"], "checked": before["success_evaluation"]}
+    # what is delivered needs no relaxation, and nothing after it matters
+    end = len(energies) if delivered is None else delivered - 1
+    checked = int(before.get("checked", 0))
+    if not trusted and (configuration.calculator.name not in ("emt", "lj") or configuration.calculator.guard):
+        if "checked" not in before or checked < end:
+            return {"success_evaluation": None}
+        return {"success_evaluation": delivered, "checked": checked}
     from thalweg import _core
     from thalweg.calculators import landscape_of
 
     landscape = landscape_of(configuration.make_calculator())
     if landscape is None:
         return {"success_evaluation": None}
-    # what is delivered needs no relaxation, and nothing after it matters
-    end = len(energies) if delivered is None else delivered - 1
-    checked = int(before.get("checked", 0))
     while checked < end:
         stop = min(checked + RELAX_AT_ONCE, end)
         known = checked + np.flatnonzero(np.isfinite(energies[checked:stop]))
@@ -397,10 +409,28 @@ def _ended(entry: Mapping[str, Any]) -> bool:
 
 
 def _load_result(path: Path) -> dict[str, Any] | None:
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+    """A result.json, or None if there is none or it is none."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         found = json.loads(path.read_text())
-        return found if isinstance(found, dict) else None
+        if isinstance(found, dict) and all(_is_of(found.get(key), kind) for key, kind in RESULT.items()):
+            return found
     return None
+
+
+# What result.json holds. Every key may be missing or null, but for index and evaluations.
+RESULT: dict[str, type] = {
+    "index": int, "seed": int, "best_energy": float, "iterations": int, "evaluations": int, "seconds": float,
+    "success_evaluation": int, "delivered_evaluation": int, "checked": int, "finished": bool, "closed": bool, "reason": str,
+    "target": list,
+}  # fmt: skip
+
+
+def _is_of(value: Any, kind: type) -> bool:
+    if kind is float:
+        return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300)
+    if kind is int:
+        return value is None or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**62)
+    return value is None or isinstance(value, kind)
 
 
 def _search(configuration: Configuration, folder: RunFolder, index: int, link: _Link) -> str:
@@ -515,7 +545,7 @@ def _worker(connection: Connection, path: str) -> None:
             if not folder.store(index).is_file():
                 link.send("done", index, {"index": index, "finished": False, "reason": reason, "evaluations": 0})
                 continue
-            result = measure(configuration, folder, index, read(folder.store(index)))
+            result = measure(configuration, folder, index, read(folder.store(index)), trusted=True)
             if not result["finished"]:
                 result["reason"] = f"stopped: {reason}"
             write_atomically(folder.result(index), json.dumps(result, indent=1))
@@ -777,8 +807,8 @@ class Results:
         energies = [entry["best_energy"] for entry in self.restarts if entry.get("best_energy") is not None]
         summary = {
             "best_energy": min(energies) if energies else None,
-            "evaluations": sum(entry["evaluations"] for entry in self.restarts),
-            "seconds": round(sum(entry.get("seconds", 0.0) for entry in self.restarts), 3),
+            "evaluations": sum(entry["evaluations"] or 0 for entry in self.restarts),
+            "seconds": round(sum(entry.get("seconds") or 0.0 for entry in self.restarts), 3),
             "restarts": [{key: entry.get(key) for key in ENTRY} for entry in self.restarts],
         }
         if self.configuration.search.stop_when_agree is not None:
@@ -829,7 +859,7 @@ def load_results(folder: str | Path, *, indices: Sequence[int] | None = None) ->
                 continue
             lone = _load_result(path)
             if lone is not None and not (path.parent / "store.journal").exists():
-                entries.append(lone)
+                entries.append({"evaluations": 0, **lone, "index": int(path.parent.name)})
     entries.sort(key=lambda entry: entry["index"])
     return Results(run_folder, configuration, histories, entries, problems)
 
@@ -883,7 +913,11 @@ def export(structures: Sequence[Any], out: Path) -> None:
     import ase.io
 
     if out.suffix in (".xyz", ".extxyz"):
-        write_atomically(out, _extxyz(structures))
+        try:
+            content = _extxyz(structures)
+        except Exception as problem:
+            raise ThalwegError(f"cannot write {out}: {type(problem).__name__}: {problem}") from problem
+        write_atomically(out, content)
         return
     # ASE chooses the format by the ending, so the part that is not whole yet keeps it
     temporary = out.with_name(f".part-{os.getpid()}-{out.name}")
@@ -897,6 +931,8 @@ def export(structures: Sequence[Any], out: Path) -> None:
         os.replace(temporary, out)
     except OSError as problem:
         raise _disk_error(out, problem) from problem
+    except ase.io.formats.UnknownFileTypeError:
+        raise ThalwegError(f"cannot write {out}: ASE has no format '{out.suffix}'; use .extxyz, .db or .traj") from None
     except Exception as problem:
         raise ThalwegError(f"cannot write {out}: {problem}") from problem
     finally:
@@ -906,5 +942,12 @@ def export(structures: Sequence[Any], out: Path) -> None:
 
 
 def _database_keys(info: Mapping[str, Any]) -> dict[str, Any]:
-    """What ASE's databases take as key-value pairs: numbers and texts."""
-    return {key: value for key, value in info.items() if isinstance(value, (bool, int, float, str))}
+    """What ASE's databases take as key-value pairs: numbers and texts under names that they do not use themselves."""
+    from ase.db.core import check
+
+    kept = {}
+    for key, value in info.items():
+        with contextlib.suppress(ValueError, TypeError):
+            check({key: value})
+            kept[key] = value
+    return kept

@@ -1,7 +1,7 @@
 """The command `thalweg`.
 
-Exit codes: 0 done, or stopped in good order and ready to be resumed; 1 a restart failed; 2 an error in the input or on
-the disk; 130 killed by a second Ctrl-C.
+Exit codes: 0 done, or stopped in good order and ready to be resumed (--stopped-exit-code gives that case another); 1 a
+restart failed; 2 an error in the input or on the disk; 70 a mistake of this program; 130 killed by a second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -53,6 +53,13 @@ MaxSeconds = Annotated[
 ]
 
 
+def _recipes(incomplete: str) -> list[str]:
+    """For completion on the command line."""
+    from thalweg.recipes import RECIPES
+
+    return [name for name in RECIPES if name.startswith(incomplete)]
+
+
 @app.callback()
 def _options(
     debug: Annotated[
@@ -90,7 +97,9 @@ def demo(
 
 @app.command()
 def new(
-    recipe: Annotated[str, typer.Argument(metavar="[RECIPE]", help="A method; `thalweg info` lists them.")] = "gofee",
+    recipe: Annotated[
+        str, typer.Argument(metavar="[RECIPE]", help="A method; `thalweg info` lists them.", autocompletion=_recipes)
+    ] = "gofee",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The file; - for the screen. Default: RECIPE.toml.")
     ] = None,
@@ -444,7 +453,7 @@ def _finish(outcome: Outcome, results: Results, stopped_exit_code: int = 0) -> N
             print(f"{words[name]}: {describe_median(curve)}")
     if outcome.agreed is not None:
         print(f"{outcome.agreed}: no more restarts are needed")
-    if folder.best.exists():
+    if folder.best.exists() and best is not None:
         print(f"best structures: {folder.best}")
     if folder.report.exists():
         print(f"report: {folder.report}")
@@ -454,6 +463,9 @@ def _finish(outcome: Outcome, results: Results, stopped_exit_code: int = 0) -> N
         print(f"stopped ({outcome.stopped}); go on with: thalweg resume {folder.path}")
     if outcome.failed:
         raise typer.Exit(1)
+    if reasons and best is None and outcome.stopped is None:
+        _complain("not one evaluation has succeeded")
+        raise typer.Exit(1)
     if outcome.stopped is not None and not all(entry.get("finished") for entry in outcome.results.values()):
         raise typer.Exit(stopped_exit_code)
 
@@ -462,7 +474,7 @@ def _complain(message: str) -> None:
     """Red lines on stderr."""
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     for line in message.splitlines():
-        text = f"error: {line}"
+        text = f"error: {line if len(line) <= 2000 else line[:2000] + '...'}"
         print(f"\x1b[31m{text}\x1b[0m" if colour else text, file=sys.stderr)
 
 
@@ -473,10 +485,14 @@ def main() -> NoReturn:
     except Exception as problem:
         from thalweg.errors import ThalwegError
 
-        if not isinstance(problem, ThalwegError) or os.environ.get("THALWEG_DEBUG") not in (None, "", "0"):
+        if os.environ.get("THALWEG_DEBUG") not in (None, "", "0"):
             raise
-        _complain(str(problem))
-        sys.exit(2)
+        if isinstance(problem, ThalwegError):
+            _complain(str(problem))
+            sys.exit(2)
+        text = " ".join(str(problem).split())[:300]
+        _complain(f"unexpected {type(problem).__name__}: {text} (`thalweg --debug ...` shows where; please report it)")
+        sys.exit(70)
     sys.exit(0)
 
 

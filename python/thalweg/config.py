@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import math
 import os
 import sys
 import types
@@ -59,11 +58,18 @@ FALLBACK_ITERATIONS = 100
 RESERVED = ("problem", "calculator", "store", "seed", "callbacks")
 
 
+# No configuration is larger [bytes]; nobody runs more restarts or iterations.
+LARGEST_FILE = 10_000_000
+MOST_RESTARTS, MOST_ITERATIONS = 100_000, 1_000_000_000
+# Of a method's options: whole numbers count something that takes memory or time, others are energies or lengths.
+MOST_OF_ANYTHING, LARGEST_NUMBER = 1_000_000, 1e12
+
+
 # ---- checks of single values ---------------------------------------------------------------------------------
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
 
 
 def _is_vector(value: Any) -> bool:
@@ -115,7 +121,7 @@ def _box(value: Any) -> Any:
 
 # ---- sections ------------------------------------------------------------------------------------------------
 
-_STRICT = ConfigDict(extra="forbid", strict=True, validate_default=False)
+_STRICT = ConfigDict(extra="forbid", strict=True, validate_default=False, allow_inf_nan=False)
 
 
 class ProblemSection(BaseModel):
@@ -171,9 +177,9 @@ class SearchSection(BaseModel):
 
     model_config = _STRICT
     method: str = "gofee"
-    iterations: int = Field(FALLBACK_ITERATIONS, ge=1)
-    restarts: int = Field(1, ge=1)
-    seed: int = Field(0, ge=0)
+    iterations: int = Field(FALLBACK_ITERATIONS, ge=1, le=MOST_ITERATIONS)
+    restarts: int = Field(1, ge=1, le=MOST_RESTARTS)
+    seed: int = Field(0, ge=0, lt=2**63)
     max_evaluations: int | None = Field(None, ge=1)
     target: TargetSection | None = None
     workers: int | None = Field(None, ge=1)
@@ -209,7 +215,10 @@ class Configuration:
         path = Path(path)
         try:
             with open(path, "rb") as file:
-                data = tomllib.load(file)
+                raw = file.read(LARGEST_FILE + 1)
+            if len(raw) > LARGEST_FILE:
+                raise ConfigurationError(f"'{path}' is larger than {LARGEST_FILE} bytes; it is no configuration")
+            data = tomllib.loads(raw.decode())
         except FileNotFoundError:
             others = [other.name for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
             raise ConfigurationError(f"there is no file '{path}'.{nearest(path.name, others)}") from None
@@ -219,8 +228,12 @@ class Configuration:
             ) from None
         except OSError as problem:
             raise ConfigurationError(f"cannot read '{path}': {problem.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-            raise ConfigurationError(f"{path}: not valid TOML: {problem}") from None
+        except ConfigurationError:
+            raise
+        except RecursionError:
+            raise ConfigurationError(f"{path}: not valid TOML: it is nested too deeply") from None
+        except ValueError as problem:  # syntax, encoding, numbers of thousands of digits
+            raise ConfigurationError(f"{path}: not valid TOML: {_first_line(problem)}") from None
         for override in overrides:
             data = _merged(data, parse_override(override))
         return cls.from_dict(data, folder=path.parent, source=str(path))
@@ -400,6 +413,12 @@ def recipe_options(method: str, given: Mapping[str, Any] | None = None) -> dict[
             mistakes.append(f"search.{name}: unknown key.{guess}")
             continue
         annotation = hints.get(name, Any)
+        if _is_absurd(value):
+            mistakes.append(
+                f"search.{name}: whole numbers may be at most {MOST_OF_ANYTHING}, others {LARGEST_NUMBER:g}, "
+                f"got {_shown(value)}"
+            )
+            continue
         try:
             _typed(annotation, value)
             values[name] = value
@@ -424,8 +443,18 @@ def recipe_options(method: str, given: Mapping[str, Any] | None = None) -> dict[
         if parameter.default is parameter.empty and name not in (given or {}):
             mistakes.append(f"search.{name}: the method '{method}' needs this key ({described(hints.get(name, Any))})")
     if mistakes:
-        raise ConfigurationError("\n".join(mistakes))
+        raise ConfigurationError("\n".join(mistakes[:20]))
     return values
+
+
+def _is_absurd(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float, list, tuple, Mapping)):
+        return False
+    if isinstance(value, int):
+        return abs(value) > MOST_OF_ANYTHING
+    if isinstance(value, float):
+        return not abs(value) <= LARGEST_NUMBER
+    return any(map(_is_absurd, value.values() if isinstance(value, Mapping) else value))
 
 
 def typed_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -502,8 +531,17 @@ def described(annotation: Any) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    text = json.dumps(value, default=str) if not isinstance(value, float) else repr(value)
+    if isinstance(value, int) and abs(value) >= 10**60:
+        return "a number of more than 60 digits"
+    try:
+        text = json.dumps(value, default=str) if not isinstance(value, float) else repr(value)
+    except ValueError:  # numbers of thousands of digits
+        text = type(value).__name__
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _first_line(problem: BaseException) -> str:
+    return str(problem).splitlines()[0][:200] if str(problem) else type(problem).__name__
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -512,7 +550,8 @@ def _listed(names: Iterable[str]) -> str:
 
 def _raise_if(mistakes: list[str], source: str) -> None:
     if mistakes:
-        raise ConfigurationError("\n".join(f"{source}: {mistake}" for mistake in mistakes))
+        lines = [mistake if len(mistake) <= 600 else f"{mistake[:600]}..." for mistake in mistakes[:20]]
+        raise ConfigurationError("\n".join(f"{source}: {line}" for line in lines))
 
 
 def _checked(model: type[BaseModel], data: Mapping[str, Any], section: str, mistakes: list[str]) -> Any:
@@ -554,6 +593,8 @@ def _line(model: type[BaseModel], section: str, error: Any) -> str:
         "model_type": "expected a table such as {energy = 7.8049, tolerance = 0.001}",
         "greater_than": f"must be greater than {error.get('ctx', {}).get('gt')}",
         "greater_than_equal": f"must be at least {error.get('ctx', {}).get('ge')}",
+        "less_than": f"must be less than {error.get('ctx', {}).get('lt')}",
+        "less_than_equal": f"must be at most {error.get('ctx', {}).get('le')}",
         "finite_number": "expected a finite number",
     }
     return f"{key}: {words.get(kind, error['msg'])}, got {_shown(value)}"

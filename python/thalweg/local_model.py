@@ -16,6 +16,7 @@ import numpy as np
 
 from thalweg import _core
 from thalweg.errors import ConfigurationError
+from thalweg.files import read_arrays, senseless_is_an_error
 from thalweg.models import _atom_energies, _fitted_prior, _prior, _sum_of_atom_energies
 
 if TYPE_CHECKING:
@@ -375,22 +376,25 @@ class FittedLocalGPR:
 
     @staticmethod
     def load(path: str | Path) -> FittedLocalGPR:
-        """What `save` wrote, the same model bit for bit (within one build on one instruction set)."""
+        """What `save` wrote, the same model bit for bit (within one build on one instruction set).
+
+        Raises ConfigurationError for any other file.
+        """
         from thalweg.records import Batch
 
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays = read_arrays(path)
         if "settings" not in arrays:
             raise ConfigurationError(f"{path} holds no local model: it has no settings")
-        model = LocalGPR(**json.loads(str(arrays["settings"])))
-        if "batch_positions" not in arrays:
-            return model.restore(Batch.empty(), arrays)
-        batch = Batch(
-            *(arrays[f"batch_{name}"] for name in ("positions", "numbers", "offsets", "cells", "pbc", "fixed"))
-        ).with_columns(energy=arrays["batch_energy"])
-        if "batch_forces" in arrays:
-            batch = batch.with_atom_columns(forces=arrays["batch_forces"])
-        return model.restore(batch, arrays)
+        with senseless_is_an_error(path):
+            model = LocalGPR(**json.loads(str(arrays["settings"])))
+            if "batch_positions" not in arrays:
+                return model.restore(Batch.empty(), arrays)
+            names = ("positions", "numbers", "offsets", "cells", "pbc", "fixed")
+            parts: dict[str, Any] = {name: arrays[f"batch_{name}"] for name in names}
+            batch = Batch(**parts).with_columns(energy=arrays["batch_energy"])
+            if "batch_forces" in arrays:
+                batch = batch.with_atom_columns(forces=arrays["batch_forces"])
+            return model.restore(batch, arrays)
 
     def _surrogate(self, kappa: float) -> _core.LocalSurrogate:
         assert self._gpr is not None, "only a model with data is a surrogate"

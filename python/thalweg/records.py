@@ -46,6 +46,9 @@ Array = np.ndarray
 # What a calculation gives: energy [eV], forces (n, 3), and why it failed ("" if it did not).
 Measured = tuple[float, np.ndarray, str]
 
+# Larger problems and cells than these are mistakes, and would only fill the memory.
+MOST_ATOMS, LONGEST = 100_000, 1e5
+
 # Values of the column `status`.
 OK, FAILED, REJECTED = 0, 1, 2
 
@@ -387,7 +390,11 @@ def parse_symbols(symbols: str | Mapping[str, int] | Sequence[str]) -> dict[str,
 
     if isinstance(symbols, str):
         if not symbols or not re.fullmatch(r"([A-Z][a-z]?\d*)+", symbols):
-            raise ConfigurationError(f"symbols must be a chemical formula such as 'Au8Ni8', but it is '{symbols}'")
+            raise ConfigurationError(f"symbols must be a chemical formula such as 'Au8Ni8', but it is '{symbols[:60]}'")
+        if re.search(r"\d{10}", symbols):  # before numbers are made of digits, which takes long where there are many
+            raise ConfigurationError(
+                f"a problem may have at most {MOST_ATOMS} atoms to place, but it is '{symbols[:60]}'"
+            )
         pairs = [(name, int(count or 1)) for name, count in re.findall(r"([A-Z][a-z]?)(\d*)", symbols)]
     elif isinstance(symbols, Mapping):
         pairs = [(str(name), int(count)) for name, count in symbols.items()]
@@ -402,18 +409,26 @@ def parse_symbols(symbols: str | Mapping[str, int] | Sequence[str]) -> dict[str,
         counts[name] = counts.get(name, 0) + count
     if not counts:
         raise ConfigurationError("a problem needs at least one atom to place")
+    if sum(counts.values()) > MOST_ATOMS:
+        raise ConfigurationError(
+            f"a problem may have at most {MOST_ATOMS} atoms to place, but it has {sum(counts.values())}"
+        )
     return counts
 
 
 def _as_cell(cell: Any) -> Array:
-    values = np.asarray(cell, float)
+    try:
+        values = np.asarray(cell, float)
+    except (TypeError, ValueError, OverflowError):
+        values = np.empty(0)
     if values.shape == ():
         values = np.eye(3) * values
     elif values.shape == (3,):
         values = np.diag(values)
-    if values.shape != (3, 3) or not np.all(np.isfinite(values)) or abs(np.linalg.det(values)) < 1e-6:
+    if values.shape != (3, 3) or not np.all(np.abs(values) <= LONGEST) or abs(np.linalg.det(values)) < 1e-6:
         raise ConfigurationError(
-            f"cell must be an edge length, three lengths or three lattice vectors that span a volume (angstrom), got {cell}"
+            "cell must be an edge length, three lengths or three lattice vectors that span a volume (angstrom, at most "
+            f"{LONGEST:g}), got {str(cell)[:100]}"
         )
     return values
 
@@ -512,8 +527,10 @@ class Problem:
         elif box is None or isinstance(box, (int, float, np.number)):
             radii = np.array([_core.covalent_radius(int(z)) for z in self.placed_numbers])
             edge = float(box) if box is not None else float(np.cbrt(np.sum((2.3 * radii) ** 3)))
-            if not edge > 0:
-                raise ConfigurationError(f"box must be a positive edge length in angstrom, got {box}")
+            if not 0 < edge <= LONGEST:
+                raise ConfigurationError(
+                    f"box must be a positive edge length in angstrom, at most {LONGEST:g}, got {box}"
+                )
             vectors = np.eye(3) * edge
             corner = self.cell.sum(axis=0) / 2 - edge / 2
         else:
@@ -521,9 +538,11 @@ class Problem:
                 first, second = box
                 corner = np.asarray(first, float).reshape(3)
                 vectors = _as_cell(second)
-            except (TypeError, ValueError) as problem:
+                if not np.all(np.abs(corner) <= LONGEST):
+                    raise ValueError("too far away")
+            except (TypeError, ValueError, OverflowError) as problem:
                 raise ConfigurationError(
-                    f"box must be an edge length or (corner, vectors), in angstrom, got {box!r}"
+                    f"box must be an edge length or (corner, vectors), in angstrom, got {str(box)[:200]}"
                 ) from problem
         # No walls along a periodic lattice vector that the box spans whole.
         opened = np.zeros(3, bool)

@@ -46,6 +46,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "lines.solid_capstyle": "butt",
     "svg.fonttype": "path",
+    "text.parse_math": False,  # a folder's name may have dollars
     "svg.hashsalt": "thalweg",
 }
 
@@ -420,8 +421,8 @@ def _structures(named: Sequence[tuple[str, Results]]) -> str:
             "structure": [{"bonds": True, "spaceFilling": False, "unitCell": periodic, "axes": "off"}],
         },
     )
-    # "</" could end the script element early; "<\/" is the same text to JSON
-    dataset = json.dumps(data, allow_nan=False).replace("</", "<\\/")
+    # "</" could end the script element early and "<!--" keep it from ending; the escape is the same text to JSON
+    dataset = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     library = script.read_text(encoding="utf-8").replace("</script", "<\\/script")
     return f"""
 <p>Click a point to see its structure; drag to turn it. Structure 0 is the lowest found.</p>

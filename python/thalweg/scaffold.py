@@ -41,9 +41,9 @@ pbc = false
 # {{ corner = [0, 0, 7.2], vectors = [[11.5, 0, 0], [0, 12.5, 0], [0, 0, 4.5]] }}.
 box = 6.0
 
-# Atoms that are there already (a slab, a support): any file that ASE reads, relative to this one. It brings its own
-# cell and pbc (remove the keys above) and needs a box of the second form. Without constraints in the file all of it
-# stays; with FixAtoms, FixedPlane or FixedLine exactly what they say.
+# Atoms that are there already (a slab, a support): an extxyz, .traj, .cif, .db or POSCAR file, relative to this one. It
+# brings its own cell and pbc (remove the keys above) and needs a box of the second form. Without constraints in the
+# file all of it stays; with FixAtoms, FixedPlane or FixedLine exactly what they say.
 # template = "slab.extxyz"
 
 # Allowed bond lengths when atoms are placed, in units of the sum of two covalent radii: none shorter than c1, each atom

@@ -20,12 +20,13 @@ def scheduled(value: Schedule[Number], iteration: int) -> Number:
     return value[max(first for first in value if int(first) <= iteration)]
 
 
-def check_schedule(value: Schedule[Number], what: str, *, least: float = 0) -> None:
-    """Raises ConfigurationError unless it is a number of at least `least`, or a mapping that begins at iteration 0."""
+def check_schedule(value: Schedule[Number], what: str, *, least: float = 0, most: float = 1e6) -> None:
+    """Raises ConfigurationError unless it is a number from `least` to `most`, or a mapping that begins at iteration 0."""
     values = list(value.values()) if isinstance(value, Mapping) else [value]
     firsts: list[int] = list(value) if isinstance(value, Mapping) else [0]
-    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) and v >= least for v in values)
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) and least <= v <= most for v in values)
     if not numbers or not all(isinstance(first, int) for first in firsts) or min(firsts, default=1) != 0:
         raise ConfigurationError(
-            f"{what} must be a number of at least {least}, or {{first iteration: number}} beginning at 0, got {value!r}"
+            f"{what} must be a number of at least {least} (at most {most:g}), or {{first iteration: number}} beginning at "
+            f"0, got {str(value)[:100]}"
         )

@@ -20,7 +20,7 @@ from thalweg import _core
 from thalweg.errors import ConfigurationError, Stop, StoreError, ThalwegError
 from thalweg.randomness import Key
 from thalweg.records import FAILED, OK, Asked, Batch, Context, Measured, Problem, Step
-from thalweg.store import Store
+from thalweg.store import Store, check_row
 
 __all__ = ["Found", "Search"]
 
@@ -136,6 +136,15 @@ class Search:
         self._store = store if isinstance(store, Store) else Store(store, self._meta())
         try:
             self._resume()
+        except ThalwegError:
+            self._store.close()
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as problem:
+            self._store.close()
+            raise StoreError(
+                f"{self._store.path or 'the store'} cannot be continued: it does not hold what this search writes "
+                f"({type(problem).__name__}: {problem})"
+            ) from problem
         except BaseException:
             self._store.close()
             raise
@@ -585,6 +594,7 @@ class Search:
                 if body["kind"] == "search":
                     state, horizon = body["models"], body["horizon"]
             elif record.kind == "evaluation":
+                check_row(body["row"])
                 self._journal.setdefault(record.ticket, []).append(body["row"])
                 self.evaluations += 1
                 self._last_reason = str(body["reason"]) or self._last_reason

@@ -43,7 +43,7 @@ from typing import Any
 
 import numpy as np
 
-from thalweg.errors import StoreError
+from thalweg.errors import StoreError, ThalwegError
 from thalweg.records import FAILED, Batch, Problem
 
 __all__ = ["History", "Record", "Store", "open_runs", "read"]
@@ -107,6 +107,11 @@ def encode(values: Mapping[str, Any]) -> bytes:
 
 _JSON = json.JSONEncoder(separators=(",", ":"), check_circular=False)
 _DTYPE_NAMES: dict[np.dtype, str] = {}
+
+# What reading senseless content may raise.
+_MALFORMED = (
+    struct.error, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError, RecursionError,
+)  # fmt: skip
 _LITTLE = sys.byteorder == "little"
 
 
@@ -144,16 +149,7 @@ def decode(body: bytes) -> dict[str, Any]:
             return {name: convert(item) for name, item in value["map"].items()}
 
         return {name: convert(value) for name, value in header["values"].items()}
-    except (
-        struct.error,
-        KeyError,
-        IndexError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-        MemoryError,
-    ) as problem:
+    except _MALFORMED as problem:
         raise StoreError(f"a record of the store is malformed ({problem})") from problem
 
 
@@ -211,11 +207,11 @@ class _Lock:
     def _owner(self) -> tuple[str, int, str] | None:
         for _ in range(50):
             try:
-                words = self.path.read_text(errors="replace").split()
+                owner = _owner_in(self.path)
             except FileNotFoundError:
                 return None
-            if len(words) >= 2 and words[1].isdecimal():
-                return words[0], int(words[1]), words[2] if len(words) > 2 else ""
+            if owner is not None:
+                return owner
             time.sleep(0.02)  # another process is between creating and writing it
         return (
             "?",
@@ -253,8 +249,8 @@ class _Lock:
         aside = self.path.with_name(f"{self.path.name}.stale.{os.getpid()}")
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.path, aside)
-            text = aside.read_text(errors="replace").split()
-            if text[:2] != [owner[0], str(owner[1])] and len(text) >= 2:
+            moved = _owner_in(aside)
+            if moved is not None and moved[:2] != owner[:2]:
                 with contextlib.suppress(FileExistsError):  # somebody fresh came in between: give it back
                     os.link(aside, self.path)
             aside.unlink()
@@ -269,6 +265,15 @@ class _Lock:
         with contextlib.suppress(OSError):
             if self.path.read_text(errors="replace") == self.mine:
                 self.path.unlink()
+
+
+def _owner_in(path: Path) -> tuple[str, int, str] | None:
+    """Host, process and its start as a lock file names them; None if it does not."""
+    with open(path, errors="replace") as file:
+        words = file.read(1000).split()
+    if len(words) < 2 or not words[1].isdecimal() or len(words[1]) > 12:
+        return None
+    return words[0], int(words[1]), words[2] if len(words) > 2 else ""
 
 
 def _process_start(pid: int) -> str:
@@ -350,7 +355,7 @@ class Store:
     def _open(self, path: Path) -> None:
         with _explained(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
-            raw = path.read_bytes()
+        raw = _content(path)
         records, self._end = _parse(raw, path)
         if not records:
             if raw[: len(_MAGIC)] != _MAGIC[: len(raw)]:
@@ -451,6 +456,14 @@ class Store:
         self.close()
 
 
+def _content(path: Path) -> bytes:
+    with _explained(path):
+        try:
+            return path.read_bytes()
+        except MemoryError:
+            raise StoreError(f"{path} does not fit into memory; it is hardly a thalweg store") from None
+
+
 def _packed(values: Mapping[str, Any]) -> bytes:
     body = encode(values)
     head = struct.pack("<II", len(body), zlib.crc32(body))
@@ -493,7 +506,7 @@ def _parse(raw: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
 def _meta(records: list[dict[str, Any]], path: Path) -> dict[str, str]:
     try:
         return {str(name): str(value) for name, value in records[0]["meta"].items()}
-    except (IndexError, KeyError, AttributeError) as problem:
+    except _MALFORMED as problem:
         raise StoreError(f"{path} does not begin with what defines the search; it is no thalweg store") from problem
 
 
@@ -506,7 +519,7 @@ def _record(values: Mapping[str, Any], path: Path) -> Record:
             values["timing"],
             values["body"],
         )
-    except (KeyError, TypeError, ValueError) as problem:
+    except _MALFORMED as problem:
         raise StoreError(f"a record of {path} is malformed ({problem})") from problem
 
 
@@ -567,9 +580,7 @@ def read(path: str | Path) -> History:
     path = Path(path)
     if not path.is_file():
         raise StoreError(f"there is no store at {path}")
-    with _explained(path):
-        raw = path.read_bytes()
-    records, _ = _parse(raw, path)
+    records, _ = _parse(_content(path), path)
     meta = _meta(records, path)
     return history([_record(values, path) for values in records[1:]], meta, path)
 
@@ -587,6 +598,7 @@ def history(records: list[Record], meta: Mapping[str, str], path: Path | None = 
                 stage_seconds[name] = stage_seconds.get(name, 0.0) + float(value)
             if record.kind == "evaluation":
                 row: Batch = record.body["row"]
+                check_row(row)
                 if row.columns["status"][0] == FAILED:
                     reasons[len(rows)] = str(record.body.get("reason", ""))
                 rows.append(row)
@@ -603,9 +615,29 @@ def history(records: list[Record], meta: Mapping[str, str], path: Path | None = 
             together = Batch.concat([rows[k] for k in order]).with_columns(seconds=arrived)
             reasons = {place: reasons[k] for place, k in enumerate(order) if k in reasons}
         problem = Problem.from_json(meta["problem"])
-    except (KeyError, TypeError, AttributeError) as trouble:
-        raise StoreError(f"{path} lacks something that every store has ({trouble})") from trouble
+    except _MALFORMED as trouble:
+        text = f"{type(trouble).__name__}: {trouble}" if not isinstance(trouble, ThalwegError) else str(trouble)
+        raise StoreError(f"{path} does not hold what every store has ({text})") from trouble
     return History(path, together, problem, meta, iterations, finished, stage_seconds, reasons)
+
+
+def check_row(row: Batch) -> None:
+    """An evaluation as `Search` writes it, as far as readers rely on it; also against files that are none of ours."""
+    wanted = {"energy": "f", "status": "iu", "iteration": "iu", "ticket": "iu", "point": "iu"}
+    if len(row) != 1 or not row.atoms:
+        raise StoreError(f"an evaluation is of one structure, not of {len(row)} with {row.atoms} atoms")
+    for name, kinds in wanted.items():
+        if row.columns[name].shape != (1,) or row.columns[name].dtype.kind not in kinds:
+            raise StoreError(
+                f"the column {name} of an evaluation is {row.columns[name].dtype}, {row.columns[name].shape}"
+            )
+    if not (np.isfinite(row.positions).all() and np.isfinite(row.cells).all()):
+        raise StoreError("positions and cell of an evaluation must be finite")
+    if np.any((row.numbers < 1) | (row.numbers > 118)):
+        raise StoreError("an evaluation holds something that is not an element")
+    forces = row.atom_columns.get("forces")
+    if forces is not None and (forces.shape != row.positions.shape or forces.dtype.kind != "f"):
+        raise StoreError(f"the forces of an evaluation are {forces.dtype}, {forces.shape}")
 
 
 def _in_order(rows: list[Batch]) -> list[int]:

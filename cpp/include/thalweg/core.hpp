@@ -77,5 +77,7 @@ bool force_isa(const char* name) noexcept;
 /// Threads a call uses when its `threads` argument is 0: THALWEG_NUM_THREADS if set, else the cores that affinity and
 /// cgroup quota leave to this process.
 int default_threads();
+/// More threads than this are a mistake; where they cannot be started, OpenMP ends the process.
+inline constexpr int kMostThreads = 1024;
 
 }  // namespace thalweg
