@@ -46,6 +46,7 @@ def gofee(
     polish_steps: int = 40,
     polish_last: int = 1,
     noise: float = 1e-5,
+    use_forces: bool = False,
     threads: int = 0,
 ) -> Search:
     """Global optimisation with first-principles energy expressions (GOFEE; Bisbo, Hammer, PRL 124, 086102 (2020)).
@@ -94,6 +95,8 @@ def gofee(
         Structures polished when a run ends.
     noise : float
         Variance [eV^2] on the diagonal of the global Gaussian process.
+    use_forces : bool
+        Teach the forces to the global Gaussian process, too (see `GPR`); the local one always learns them.
     threads : int
         Threads of one search; 0: as many as there are cores. Results do not depend on it.
     """
@@ -125,7 +128,7 @@ def gofee(
     samplers: dict[str, Any] = {"kmeans": KMeans, "similarity": KernelSimilarity, "novelty": Novelty}
     acquisitions: dict[str, Any] = {"lcb": lambda: lcb, "ei": ExpectedImprovement, "thompson": Thompson}
     mean = None if isinstance(prior, str) and prior == "none" else prior
-    learner: Any = LocalGPR(prior=mean) if model == "local" else GPR(prior=mean, noise=noise)
+    learner: Any = LocalGPR(prior=mean) if model == "local" else GPR(prior=mean, noise=noise, use_forces=use_forces)
     gauges = [Evaluate(
         calculator, true_steps, polish_every=polish_every, polish_steps=polish_steps, polish_last=polish_last
     )]  # fmt: skip
