@@ -806,6 +806,12 @@ void GprTile::predict(const Gpr& gpr, int lanes, double kappa, Wanted wanted) {
   }
 }
 
+template <int lanes>
+static void differences(std::size_t dimension, const double* f, const double* x, double* out) {
+  for (std::size_t d = 0; d < dimension; ++d)
+    for (std::size_t lane = 0; lane < lanes; ++lane) out[d * lanes + lane] = f[d * lanes + lane] - x[d];
+}
+
 // d k(row)/df is slope (x - f) for a value and slope t - bend (t.r) r for a slope, r = f - x (top of gpr.hpp).
 void GprTile::predict_with_slopes(const Gpr& gpr, int lanes, double kappa, Wanted wanted) {
   const LinalgKernels& kernels = linalg_kernels();
@@ -824,9 +830,10 @@ void GprTile::predict_with_slopes(const Gpr& gpr, int lanes, double kappa, Wante
     const std::size_t count = gpr.slopes_of(i);
     std::fill_n(pull, width, 0.0);
     if (count == 0) continue;
-    for (std::size_t d = 0; d < dimension; ++d)
-      for (std::size_t lane = 0; lane < width; ++lane)
-        difference_[d * width + lane] = features_[d * width + lane] - x[i * dimension + d];
+    const double* here = x + i * dimension;
+    lanes == 8   ? differences<8>(dimension, features_, here, difference_)
+    : lanes == 4 ? differences<4>(dimension, features_, here, difference_)
+                 : differences<1>(dimension, features_, here, difference_);
     tile.products(1, dimension, gpr.pulls_.data() + i * dimension, difference_, pull);
     if (solve_sigma)
       tile.products(count, dimension, gpr.directions_of(i), difference_, along_ + (first_row[i] + 1) * width);

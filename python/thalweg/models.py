@@ -16,8 +16,8 @@ import numpy as np
 
 from thalweg import _core
 from thalweg.descriptors import Fingerprint
-from thalweg.errors import ConfigurationError
-from thalweg.priors import FittedPrior
+from thalweg.errors import ConfigurationError, nearest
+from thalweg.priors import CalculatorPrior, FittedPrior
 
 if TYPE_CHECKING:
     from thalweg.records import Batch
@@ -48,10 +48,11 @@ class GPR:
     Parameters
     ----------
     descriptor : Fingerprint
-    prior : "bonding", "fitted", "repulsive", None, a FittedPrior or a landscape of the compiled core
+    prior : "bonding", "fitted", "repulsive", None, a FittedPrior, a landscape of the compiled core or a calculator
         Mean function. "bonding": Morse wells at the sum of covalent radii (finds minima far sooner);
         "fitted": the same, their lengths and depths fitted to the data now and then (`FittedPrior`);
-        "repulsive": GOFEE's short-range repulsion.
+        "repulsive": GOFEE's short-range repulsion. An ASE calculator, or {"calculator": name, argument: value, ...}:
+        the model learns what it is off by (`CalculatorPrior`).
     noise : float
         Variance [eV^2]; 1e-5 is Paper III's (3.2e-3 eV)^2, AGOX uses 1e-2.
     kernel : Kernel or None
@@ -117,6 +118,7 @@ class GPR:
         }.items():  # fmt: skip
             if not getattr(self, name) >= least:
                 raise ConfigurationError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        object.__setattr__(self, "prior", CalculatorPrior.of(self.prior))
         _prior(self.prior)
         _atom_energies(self.atom_energies)
 
@@ -226,6 +228,8 @@ class GPR:
         if due:
             low, high = (factor * scale for factor in _LENGTH_RANGE)
             others = [self._initial_kernel(scale, spread, start) for start in _STARTS[(0 if known else 1) :]]
+            if known and len(taught):  # so many observations that the last kernel is a good start, and O(rows^3) a step
+                others = []
             gpr.optimise(
                 bounds={
                     "amplitude": (0.1 * spread, 1e5 * spread),
@@ -299,7 +303,7 @@ class GPR:
         usable = np.isfinite(energy)
         if "status" in columns:
             usable &= np.asarray(columns["status"]) == 0
-        rows = np.flatnonzero(usable).astype(np.int64)
+        rows = _with_prior(self.prior, data, np.flatnonzero(usable).astype(np.int64))
         if len(rows) > self.max_rows:
             rows = np.sort(rows[np.argsort(energy[rows], kind="stable")[: self.max_rows]])
         return rows
@@ -641,11 +645,22 @@ def _prior(prior: Any) -> _core.Landscape | None:
         return fitted_prior.guess()
     if prior is None or isinstance(prior, _core.Landscape):
         return prior
-    if prior in ("bonding", "repulsive"):
+    if isinstance(prior, CalculatorPrior):
+        return prior.landscape
+    if isinstance(prior, str) and prior in ("bonding", "repulsive"):
         return _core.PairPrior(prior)
     raise ConfigurationError(
-        f"prior must be 'bonding', 'fitted', 'repulsive', None, a FittedPrior or a landscape, got {prior!r}"
+        "prior must be 'bonding', 'fitted', 'repulsive', None, a FittedPrior, a landscape, a calculator or "
+        f'{{"calculator": name}}, got {prior!r}.{nearest(str(prior), ("bonding", "fitted", "repulsive"))}'
     )
+
+
+def _with_prior(prior: Any, data: Batch, rows: Array) -> Array:
+    """Those of these rows for which the prior has an energy; only a calculator may have none."""
+    if not isinstance(prior, CalculatorPrior) or len(rows) == 0:
+        return rows
+    energy, _ = _core.evaluate(prior.landscape, data.take(rows), threads=1)
+    return rows[np.isfinite(energy)]
 
 
 def _atom_energies(energies: Mapping[str, float] | None) -> dict[int, float]:

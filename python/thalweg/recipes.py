@@ -56,9 +56,9 @@ def gofee(
 
     Parameters
     ----------
-    prior : "bonding", "fitted", "repulsive", "none" or whatever `GPR` takes
-        Prior mean of the Gaussian process: Morse wells at covalent bond lengths, the same fitted to the data, or the
-        published repulsion.
+    prior : "bonding", "fitted", "repulsive", "none", {"calculator": name, ...} or whatever `GPR` takes
+        Prior mean of the Gaussian process: Morse wells at covalent bond lengths, the same fitted to the data, the
+        published repulsion, or a calculator (each relaxation step on the surrogate calls it: see docs/elements.md).
     model : "global" or "local"
         A Gaussian process on one fingerprint per structure, taught energies, or a sparse one on the surroundings of each
         atom, taught energies and forces (`LocalGPR`; not with a fitted prior).
