@@ -298,9 +298,7 @@ def test_forces_match_the_dense_formula():
     alpha = np.linalg.solve(k, targets)
     energy, sigma, forces, sigma_forces = fitted.predict(other, forces=True)
     none = np.zeros(x.shape[1])
-    at = [
-        np.array([covariance(f, none, points[j], directions[j]) for j in range(n)]) for f in descriptor.values(other)
-    ]
+    at = [np.array([covariance(f, none, points[j], directions[j]) for j in range(n)]) for f in descriptor.values(other)]
     base, base_forces = _core.evaluate(_core.PairPrior("repulsive"), other)
     np.testing.assert_allclose(energy, base + energies.mean() + np.array(at) @ alpha, rtol=1e-9)
     np.testing.assert_allclose(sigma, [np.sqrt(30.0 - row @ np.linalg.solve(k, row)) for row in at], rtol=1e-9)
@@ -312,9 +310,7 @@ def test_forces_match_the_dense_formula():
         scale = np.abs(expected).max()
         np.testing.assert_allclose(forces.reshape(3, 18)[i], expected, rtol=0, atol=1e-9 * scale)
         expected = -rows @ np.linalg.solve(k, at[i]) / sigma[i]
-        np.testing.assert_allclose(
-            sigma_forces.reshape(3, 18)[i], expected, rtol=0, atol=1e-8 * np.abs(expected).max()
-        )
+        np.testing.assert_allclose(sigma_forces.reshape(3, 18)[i], expected, rtol=0, atol=1e-8 * np.abs(expected).max())
     residual = np.array(targets) @ alpha
     likelihood = -0.5 * residual - 0.5 * np.linalg.slogdet(k)[1] - 0.5 * n * np.log(2 * np.pi)
     assert fitted.log_likelihood == pytest.approx(likelihood, rel=1e-9)

@@ -243,7 +243,9 @@ def test_a_search_with_a_calculator_as_prior_resumes(tmp_path):
     options = {"seed": 3, "candidates": 8, "surrogate_steps": 10, "polish_last": 0}
 
     def rows(steps, store=None, threads=1):
-        with recipes.gofee(problem, EMT(), prior=PairToy(fails=0.05), store=store, threads=threads, **options) as search:
+        with recipes.gofee(
+            problem, EMT(), prior=PairToy(fails=0.05), store=store, threads=threads, **options
+        ) as search:
             search.run(steps - search.iteration)
             return search.data
 
@@ -263,7 +265,7 @@ def test_calculators_by_name_and_mistakes(tmp_path):
             GPR(prior=prior)
     with pytest.raises(ConfigurationError, match="Did you mean 'gfn1-xtb'"):
         GPR(prior={"calculator": "gfn1-xtbb"})
-    with pytest.raises(ConfigurationError, match="names a calculator.*Did you mean 'calculator'"):
+    with pytest.raises(ConfigurationError, match=r"names a calculator.*Did you mean 'calculator'"):
         GPR(prior={"calculater": "emt"})
     with pytest.raises(ConfigurationError, match="Did you mean 'sigma'"):
         LocalGPR(prior={"calculator": "lj", "sigm": 2.0})

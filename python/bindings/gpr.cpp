@@ -198,7 +198,7 @@ void bind_gpr(py::module_& m) {
             py::gil_scoped_release release;
             self.set_targets(span(targets));
           },
-          py::arg("targets"), "New targets (n,) for the same points, O(n^2).")
+          py::arg("targets"), "New targets (rows,) for the same points, O(n^2).")
       .def("set_kernel", &Gpr::set_kernel, py::arg("kernel"), py::call_guard<py::gil_scoped_release>(),
            "New hyperparameters and a refit from the cached distances.")
       .def("likelihood", &likelihood, py::arg("kernel"),

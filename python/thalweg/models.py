@@ -239,7 +239,9 @@ class GPR:
                 starts=others[: self.starts - 1],
             )
             seen_at_optimisation = seen
-        return FittedGPR(self, fingerprint, gpr, rows, rows, _NO_ROWS, taught, learned, mean, seen, seen_at_optimisation)
+        return FittedGPR(
+            self, fingerprint, gpr, rows, rows, _NO_ROWS, taught, learned, mean, seen, seen_at_optimisation
+        )
 
     def _untaught(self) -> FittedGPR:
         return FittedGPR(
@@ -563,8 +565,8 @@ class FittedGPR:
         """(n,) energies [eV] of structures under one function drawn from the posterior, E + L z with L L^T = their
         posterior covariance and z = `normal` (n,) standard normal numbers; the constant mean counts as known.
 
-        The first k energies do not depend on the structures after them. Costs O(n (rows^2 + n^2)), rows = values and forces learned.
-        Without data every structure is drawn by itself.
+        The first k energies do not depend on the structures after them. Costs O(n (rows^2 + n^2)), rows = energies and
+        forces learned. Without data every structure is drawn by itself.
         """
         energy, sigma = self.predict(batch, threads=threads)
         if self._gpr is None or self._fingerprint is None or not len(batch):

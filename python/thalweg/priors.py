@@ -69,9 +69,9 @@ class CalculatorPrior:
             raise ConfigurationError("arguments go to a calculator given by name, but this one is made already")
         calculator = _without_memory(calculator)
         self._text = _described(calculator)
-        self._calculator = calculator
+        self._measure = _Measure(calculator, keep)
         found = landscape_of(calculator)
-        self.landscape: _core.Landscape = found or _core.PythonLandscape(_Measure(calculator, keep), repr(self))
+        self.landscape: _core.Landscape = found or _core.PythonLandscape(self._measure, repr(self))
 
     def __repr__(self) -> str:
         return f"CalculatorPrior({self._text})"
@@ -81,6 +81,11 @@ class CalculatorPrior:
 
     def __hash__(self) -> int:
         return hash(self._text)
+
+    @property
+    def calls(self) -> int:
+        """How many structures the calculator was asked for so far; 0 for a built-in one, whose calls cost nothing."""
+        return self._measure.calls
 
     @staticmethod
     def of(prior: Any) -> Any:
@@ -105,7 +110,7 @@ class _Measure:
     """Energy and forces of one structure by an ASE calculator, for the compiled core; results are kept."""
 
     def __init__(self, calculator: Any, keep: int):
-        self._calculator, self._keep = calculator, keep
+        self._calculator, self._keep, self.calls = calculator, keep, 0
         self._known: OrderedDict[bytes, tuple[float, Array]] = OrderedDict()
 
     def __call__(self, numbers: Array, positions: Array, cell: Array, pbc: Array) -> tuple[float, Array]:
@@ -125,6 +130,7 @@ class _Measure:
         unknown = np.nan, np.full(positions.shape, np.nan)
         if not np.isfinite(positions).all():
             return unknown
+        self.calls += 1
         try:
             if hasattr(self._calculator, "reset"):
                 self._calculator.reset()
