@@ -180,7 +180,7 @@ void bind_gpr(py::module_& m) {
                                         "Gaussian process regression on feature vectors (thesis (2.14)-(2.17)). Do not "
                                         "change one that a Surrogate uses: append to a copy().")
       .def(py::init<std::size_t, const Kernel&, double>(), py::arg("features"), py::arg("kernel"), py::kw_only(),
-           py::arg("noise_slope") = 0.05)
+           py::arg("noise_slope") = 0.3)
       .def("copy", &copy_of, py::call_guard<py::gil_scoped_release>())
       .def("fit", &fit, py::arg("features"), py::arg("targets"), py::kw_only(), py::arg("counts") = py::none(),
            py::arg("directions") = py::none(), py::arg("slopes") = py::none(), py::arg("threads") = 1,

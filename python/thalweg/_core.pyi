@@ -193,7 +193,7 @@ class Gpr:
     """
     Gaussian process regression on feature vectors (thesis (2.14)-(2.17)). Do not change one that a Surrogate uses: append to a copy().
     """
-    def __init__(self, features: int, kernel: Kernel, *, noise_slope: float = 0.05) -> None: ...
+    def __init__(self, features: int, kernel: Kernel, *, noise_slope: float = 0.3) -> None: ...
     def append(
         self,
         feature: typing.Annotated[numpy.typing.ArrayLike, numpy.float64],

@@ -73,7 +73,8 @@ class GPR:
         Learn the forces, too: derivatives of the Gaussian process at the data, exactly, through the Jacobian of the
         descriptor. Forces on fixed coordinates and NaN are left out.
     noise_force : float
-        Standard deviation of a force component [eV/angstrom].
+        Standard deviation of a force component [eV/angstrom]. Well above a calculator's own: it also stands for what a
+        kernel of two lengths cannot follow. Smaller values made searches on EMT clusters slower.
     max_force_rows : int
         Forces are learned of the structures of lowest energy, whole structures, until they are that many components (but
         of one structure always); the others give their energy only. A fit costs O(rows^3), a candidate's sigma
@@ -96,8 +97,8 @@ class GPR:
     growth: float = 0.2
     always_below: int = 10
     use_forces: bool = False
-    noise_force: float = 0.05
-    max_force_rows: int = 1000
+    noise_force: float = 0.3
+    max_force_rows: int = 500
     threads: int = field(default=0, repr=False)
     name: str = "gp"
 

@@ -68,7 +68,7 @@ struct Slopes {
 class Gpr {
  public:
   /// noise_slope: standard deviation of the slopes.
-  Gpr(std::size_t features, const Kernel& kernel, double noise_slope = 0.05);
+  Gpr(std::size_t features, const Kernel& kernel, double noise_slope = 0.3);
 
   /// Full factorisation; the mean is the average of the targets. features (n, D), targets (n). Throws Error if shapes
   /// disagree, a value is not finite, or K is not positive definite even after jitter has grown: 0, then 1e-12, 1e-11,
