@@ -363,6 +363,11 @@ def test_only_the_lowest_teach_forces_when_there_are_too_many():
         assert fitted.state["forces"].tolist() == sorted(lowest)
         assert fitted._gpr.rows == n + 18 * len(lowest)
     assert model.fit(data.with_atom_columns(forces=np.full((180, 3), np.nan))).state["forces"].size == 0
+    near = data.take([0, 1, 2, 0, 1, 2])
+    near = near.with_positions(near.positions + np.repeat([0.0, 1e-3], 18)[:, None])
+    near = near.with_columns(energy=np.array([-1.0, 3.0, 2.0, 1.0, -2.0, 2.5]))
+    near = near.with_atom_columns(forces=_core.evaluate(_core.Emt(), near)[1])
+    assert GPR(use_forces=True).fit(near).state["forces"].tolist() == [0, 2, 4]  # the lower of two near copies
     one = GPR(use_forces=True, max_force_rows=1).fit(data)
     assert one._gpr.rows == 30 + 18  # never none at all
 

@@ -32,6 +32,8 @@ _FEWEST_FOR_OPTIMISATION = 4
 _LENGTH_RANGE = (0.02, 30.0)
 # (long, short) lengths to start from, in the same unit; the first is the initial guess.
 _STARTS = ((1.0, 0.2), (3.0, 0.3), (0.4, 0.1), (10.0, 1.0), (1.0, 0.05), (0.2, 0.2))
+# Structures whose features differ by less than this part of their length have nearly the same forces to teach.
+_SAME = 0.02
 # So many structures are done before threads have woken up.
 _FEW = 100
 _NO_ROWS = np.zeros(0, np.int64)
@@ -76,8 +78,8 @@ class GPR:
         Standard deviation of a force component [eV/angstrom]. Well above a calculator's own: it also stands for what a
         kernel of two lengths cannot follow. Smaller values made searches on EMT clusters slower.
     max_force_rows : int
-        Forces are learned of the structures of lowest energy, whole structures, until they are that many components (but
-        of one structure always); the others give their energy only. A fit costs O(rows^3), a candidate's sigma
+        Forces are learned of the structures of lowest energy, whole structures and none that is nearly a copy of one
+        before, until they are that many components (but of one structure always); the others give their energy only. A fit costs O(rows^3), a candidate's sigma
         O(rows^2), with rows = structures + force components.
     threads : int
         Threads of the fit; 0: all that this process may use. Results do not depend on it.
@@ -318,10 +320,18 @@ class GPR:
         known = _known_forces(data)
         counts = np.add.reduceat(known.sum(axis=1), data.offsets[:-1])[rows]
         order = np.argsort(np.asarray(data.columns["energy"], float)[rows], kind="stable")
-        order = order[counts[order] > 0]
-        within = np.cumsum(counts[order]) <= self.max_force_rows
-        within[:1] = True
-        return np.sort(rows[order[within]])
+        features = self._bound(data, rows).values(data.take(rows), 1)
+        chosen: list[int] = []
+        left = self.max_force_rows
+        for k in order[counts[order] > 0]:
+            if counts[k] > left and chosen:
+                break
+            apart = np.square(features[chosen] - features[k]).sum(axis=1)
+            if np.any(apart < _SAME**2 * np.square(features[k]).sum()):
+                continue
+            chosen.append(int(k))
+            left -= counts[k]
+        return np.sort(rows[chosen])
 
     def _bound(self, data: Batch, rows: Array) -> _core.Fingerprint:
         first = data.offsets[rows[0]], data.offsets[rows[0] + 1]
