@@ -79,10 +79,8 @@ class GPR:
         kernel of two lengths cannot follow. Smaller values made searches on EMT clusters slower.
     max_force_rows : int
         Forces are learned of the structures of lowest energy, whole structures and none that is nearly a copy of one
-        before, until they are that many components (but of one structure always); the others give their energy only. A fit costs O(rows^3), a candidate's sigma
-        O(rows^2), with rows = structures + force components.
-    threads : int
-        Threads of the fit; 0: all that this process may use. Results do not depend on it.
+        before, until they are that many components (but of one structure always); the others give their energy only. A
+        fit costs O(rows^3), a candidate's sigma O(rows^2), with rows = structures + force components.
     """
 
     descriptor: Fingerprint = field(default_factory=Fingerprint)
