@@ -85,6 +85,34 @@ def test_killed_with_a_fitted_prior_and_resumed(tmp_path):
     assert same_rows(rows(40, store=path, prior="fitted"), rows(40, prior="fitted"))
 
 
+@pytest.mark.parametrize("cut", [1, 5, 13])
+def test_resumed_equals_straight_with_forces(tmp_path, cut):
+    """Which structures taught their forces is part of the state; so is the order in which they came."""
+    path, options = tmp_path / "a.journal", {"use_forces": True, "candidates": 8, "surrogate_steps": 20}
+    with recipes.gofee(PROBLEM, EMT(), seed=3, store=path, threads=1, **options) as search:
+        search.run(10, evaluations=cut)
+        assert search.evaluations == cut
+    straight = rows(10, **options)
+    assert same_rows(rows(10, store=path, threads=2, **options), straight)
+    assert len(straight) > 13 and not same_rows(rows(10, candidates=8, surrogate_steps=20), straight)
+
+
+def test_killed_with_forces_and_resumed(tmp_path):
+    path = tmp_path / "a.journal"
+    program = _RUN.replace("threads=1", "threads=1, use_forces=True, candidates=8, surrogate_steps=20")
+    program = program.replace("40 - search", "12 - search")
+    killed = 0
+    for wait in np.random.default_rng(13).uniform(0.0, 0.15, 5):
+        process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert killed >= 3
+    options = {"use_forces": True, "candidates": 8, "surrogate_steps": 20}
+    assert same_rows(rows(12, store=path, **options), rows(12, **options))
+
+
 def test_resumed_between_every_step_equals_straight(tmp_path):
     path = tmp_path / "a.journal"
     options = {"seed": 5, "threads": 1, "polish_last": 0}

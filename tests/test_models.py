@@ -1,5 +1,7 @@
 """The Gaussian process: against scikit-learn, its laws, and the model that a search uses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from thalweg import _core
@@ -106,23 +108,33 @@ def same_bits(a, b, batch):
         np.testing.assert_array_equal(values, b.state[name])
 
 
-@pytest.mark.parametrize(("max_rows", "prior"), [(500, "bonding"), (22, "bonding"), (500, "fitted"), (22, "fitted")])
-def test_restore_gives_the_same_bits(max_rows, prior):
+@pytest.mark.parametrize(
+    ("max_rows", "prior", "forces"),
+    [
+        (500, "bonding", {}),
+        (22, "bonding", {}),
+        (500, "fitted", {}),
+        (22, "fitted", {}),
+        (500, "bonding", {"use_forces": True}),
+        (22, "fitted", {"use_forces": True, "max_force_rows": 150}),
+    ],
+)
+def test_restore_gives_the_same_bits(max_rows, prior, forces):
     data, other = random_batch(40, 3), random_batch(7, 4)
     status = np.zeros(40, np.uint8)
     status[[3, 17]] = 1
     energy = data.columns["energy"].copy()
     energy[17] = np.nan
     data = data.with_columns(status=status, energy=energy)
-    model, fitted, sizes = GPR(max_rows=max_rows, prior=prior), None, []
+    model, fitted, sizes = GPR(max_rows=max_rows, prior=prior, **forces), None, []
     for n in [1, 2, 3, 5, 8, 12, 13, 15, 16, 17, 19, 21, 24, 26, 28, 29, 31, 32, 33, 34, 36, 37, 38, 40]:
         fitted = model.fit(data[:n], fitted)
         sizes.append(len(fitted.state["operations"]))
         same_bits(model.restore(data[: n + 2], fitted.state), fitted, other)
         assert 3 not in fitted.rows and 17 not in fitted.rows
         assert fitted.size == min(np.sum(data[:n].ok), max_rows)
-    assert max(sizes) > 2  # some were appended, not refitted
-    if max_rows == 22:
+    assert max(sizes) > 2 or forces.get("max_force_rows")  # some were appended, not refitted
+    if max_rows == 22 and not forces:
         assert np.any(fitted.state["operations"] < 0) or max(sizes) > 3
         assert data.columns["energy"][fitted.rows].max() <= np.sort(energy[np.isfinite(energy) & (status == 0)])[21]
     # A fit from the start of the restored model goes on as the straight one does.
@@ -224,10 +236,174 @@ def test_hyperparameters_never_collapse_to_a_constant():
     assert np.all(np.isfinite(sigma))
 
 
+# ---- forces -------------------------------------------------------------------------------------------------------
+
+
+def partly_known(count, seed):
+    """Clusters in which an atom and a coordinate are fixed, one force of structure 1 and all of structure 2 unknown."""
+    batch = random_batch(count, seed)
+    fixed = np.zeros_like(batch.fixed)
+    fixed[4::6] = True
+    fixed[1::6, 2] = True
+    forces = np.array(batch.atom_columns["forces"])
+    forces[7, 1] = np.nan
+    forces[12:18] = np.nan
+    return replace(batch, fixed=fixed).with_atom_columns(forces=forces)
+
+
+def test_forces_match_the_dense_formula():
+    data, other = partly_known(5, 21), random_batch(3, 22)
+    kernel = _core.Kernel(
+        amplitude=30.0, length_long=40.0, length_short=9.0, weight_long=0.8, weight_short=0.2, noise=1e-3
+    )
+    model = GPR(kernel=kernel, optimise=False, use_forces=True, noise_force=0.2, prior="repulsive")
+    fitted = model.fit(data)
+    assert fitted.state["forces"].tolist() == [0, 1, 3, 4]
+    descriptor = Fingerprint()
+    x, jacobian = descriptor.values(data), descriptor.jacobian(data)
+    prior, prior_forces = _core.evaluate(_core.PairPrior("repulsive"), data)
+    points, directions, targets = [], [], []  # direction 0: an energy
+    energies = data.columns["energy"] - prior
+    for i in range(5):
+        points.append(x[i])
+        directions.append(np.zeros(x.shape[1]))
+        targets.append(energies[i] - energies.mean())
+        for atom in range(6 * i, 6 * i + 6):
+            for axis in range(3):
+                force = data.atom_columns["forces"][atom, axis]
+                if data.fixed[atom, axis] or np.isnan(force):
+                    continue
+                points.append(x[i])
+                directions.append(-jacobian[atom, axis])
+                targets.append(force - prior_forces[atom, axis])
+    points, directions = np.array(points), np.array(directions)
+    assert len(points) == 5 + 3 * 14 + 13  # 14 free coordinates in each structure
+
+    def covariance(a, s, b, t):
+        r = a - b
+        value, slope, bend = 0.0, 0.0, 0.0
+        for weight, length in ((0.8, 40.0), (0.2, 9.0)):
+            e = 30.0 * weight * np.exp(-0.5 * (r @ r) / length**2)
+            value, slope, bend = value + e, slope + e / length**2, bend + e / length**4
+        s_value, t_value = not s.any(), not t.any()
+        if s_value and t_value:
+            return value
+        if s_value or t_value:
+            return slope * (t @ r) if s_value else -slope * (s @ r)
+        return slope * (s @ t) - bend * (s @ r) * (t @ r)
+
+    n = len(points)
+    k = np.array([[covariance(points[i], directions[i], points[j], directions[j]) for j in range(n)] for i in range(n)])
+    k += np.diag([0.2**2 if d.any() else 1e-3 for d in directions])
+    alpha = np.linalg.solve(k, targets)
+    energy, sigma, forces, sigma_forces = fitted.predict(other, forces=True)
+    none = np.zeros(x.shape[1])
+    at = [np.array([covariance(f, none, points[j], directions[j]) for j in range(n)]) for f in descriptor.values(other)]
+    base, base_forces = _core.evaluate(_core.PairPrior("repulsive"), other)
+    np.testing.assert_allclose(energy, base + energies.mean() + np.array(at) @ alpha, rtol=1e-9)
+    np.testing.assert_allclose(sigma, [np.sqrt(30.0 - row @ np.linalg.solve(k, row)) for row in at], rtol=1e-9)
+    # The covariance of a force is that of the slope along minus the Jacobian.
+    directions_there = -descriptor.jacobian(other).reshape(3, 18, -1)
+    for i, f in enumerate(descriptor.values(other)):
+        rows = np.array([[covariance(f, d, points[j], directions[j]) for j in range(n)] for d in directions_there[i]])
+        expected = rows @ alpha + base_forces.reshape(3, 18)[i]
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(forces.reshape(3, 18)[i], expected, rtol=0, atol=1e-9 * scale)
+        expected = -rows @ np.linalg.solve(k, at[i]) / sigma[i]
+        np.testing.assert_allclose(sigma_forces.reshape(3, 18)[i], expected, rtol=0, atol=1e-8 * np.abs(expected).max())
+    residual = np.array(targets) @ alpha
+    likelihood = -0.5 * residual - 0.5 * np.linalg.slogdet(k)[1] - 0.5 * n * np.log(2 * np.pi)
+    assert fitted.log_likelihood == pytest.approx(likelihood, rel=1e-9)
+
+
+def test_forces_of_a_model_with_forces_are_its_derivative():
+    data = random_batch(14, 23, periodic=True, numbers=(28, 28, 79, 79))
+    other = random_batch(2, 24, periodic=True, numbers=(28, 28, 79, 79))
+    landscape = GPR(use_forces=True).fit(data).landscape(1.5)
+    _, forces = _core.evaluate(landscape, other)
+    direction = np.random.default_rng(25).normal(size=other.positions.shape)
+
+    def energies(step):
+        return _core.evaluate(landscape, other.with_positions(other.positions + step * direction))[0]
+
+    h = 1e-4
+    slope = (8 * (energies(h) - energies(-h)) - (energies(2 * h) - energies(-2 * h))) / (12 * h)
+    expected = -(forces * direction).reshape(2, -1).sum(1)
+    np.testing.assert_allclose(slope, expected, rtol=0, atol=1e-8 * np.abs(forces).max() * np.abs(direction).sum())
+
+
+def test_appended_forces_equal_a_fresh_fit():
+    data, other = partly_known(20, 26), random_batch(6, 27)
+    kernel = _core.Kernel(amplitude=50.0, length_long=40.0, length_short=8.0, noise=1e-3)
+    model = GPR(kernel=kernel, optimise=False, use_forces=True)
+    grown = model.fit(data[:12])
+    for n in range(13, 21):
+        grown = model.fit(data[:n], grown)
+    assert grown.state["operations"].tolist() == list(range(12, 20))
+    fresh = model.fit(data)
+    for one, two in zip(grown.predict(other, forces=True), fresh.predict(other, forces=True), strict=True):
+        np.testing.assert_allclose(one, two, rtol=0, atol=1e-9 * np.abs(two).max())
+    assert grown.log_likelihood == pytest.approx(fresh.log_likelihood, rel=1e-9)
+    for threads in (1, 2):
+        np.testing.assert_array_equal(fresh.predict(other, threads=threads)[1], fresh.predict(other)[1])
+    np.testing.assert_array_equal(fresh.predict(other.take([4, 2]))[0], fresh.predict(other)[0][[4, 2]])
+    # A draw from the posterior has its mean and its spread.
+    draws = np.array([fresh.joint_draw(other, np.random.default_rng(k).normal(size=6)) for k in range(300)])
+    energy, sigma = fresh.predict(other)
+    assert np.all(np.abs(draws.mean(axis=0) - energy) < 4 * sigma / np.sqrt(300))
+    np.testing.assert_allclose(draws.std(axis=0), sigma, rtol=0.25)
+
+
+def test_only_the_lowest_teach_forces_when_there_are_too_many():
+    data = random_batch(30, 28)
+    model, fitted = GPR(use_forces=True, max_force_rows=100), None
+    for n in range(1, 31):
+        fitted = model.fit(data[:n], fitted)
+        lowest = np.argsort(data.columns["energy"][:n], kind="stable")[:5]  # 18 components each
+        assert fitted.state["forces"].tolist() == sorted(lowest)
+        assert fitted._gpr.rows == n + 18 * len(lowest)
+    assert model.fit(data.with_atom_columns(forces=np.full((180, 3), np.nan))).state["forces"].size == 0
+    near = data.take([0, 1, 2, 0, 1, 2])
+    near = near.with_positions(near.positions + np.repeat([0.0, 1e-3], 18)[:, None])
+    near = near.with_columns(energy=np.array([-1.0, 3.0, 2.0, 1.0, -2.0, 2.5]))
+    near = near.with_atom_columns(forces=_core.evaluate(_core.Emt(), near)[1])
+    assert GPR(use_forces=True).fit(near).state["forces"].tolist() == [0, 2, 4]  # the lower of two near copies
+    one = GPR(use_forces=True, max_force_rows=1).fit(data)
+    assert one._gpr.rows == 30 + 18  # never none at all
+
+
+def test_forces_lower_the_error_where_nothing_was_learned():
+    """Of energies and forces, on clusters around local minima, as a search sees them."""
+    start = random_batch(12, 29)
+    rng = np.random.default_rng(30)
+    positions, *_ = _core.relax(_core.Emt(), start, steps=60, force_tolerance=0.05)
+    near = start.take(np.repeat(np.arange(12), 3)).with_positions(
+        np.repeat(positions.reshape(12, 6, 3), 3, axis=0).reshape(-1, 3) + rng.normal(scale=0.15, size=(12 * 18, 3))
+    )
+    energy, forces = _core.evaluate(_core.Emt(), near)
+    near = near.with_columns(energy=energy).with_atom_columns(forces=forces)
+    train, test = near.take(np.flatnonzero(np.arange(36) % 3 > 0)), near.take(np.arange(0, 36, 3))
+    errors = {}
+    for use in (False, True):
+        found, _, slopes, _ = GPR(use_forces=use).fit(train).predict(test, forces=True)
+        errors[use] = [
+            np.sqrt(np.mean((found - test.columns["energy"]) ** 2)),
+            np.sqrt(np.mean((slopes - test.atom_columns["forces"]) ** 2)),
+        ]
+    print(f"energy and force errors: without forces {errors[False]}, with {errors[True]}")
+    assert errors[True][0] < 0.7 * errors[False][0] and errors[True][1] < 0.7 * errors[False][1]
+
+
 def test_bad_input():
     data = random_batch(3, 17)
     with pytest.raises(ConfigurationError, match="noise is a variance"):
         GPR(noise=0.0)
+    with pytest.raises(ConfigurationError, match="noise_force is a standard deviation"):
+        GPR(noise_force=0.0)
+    with pytest.raises(ConfigurationError, match="max_force_rows must be at least 1"):
+        GPR(max_force_rows=0)
+    with pytest.raises(ValueError, match="belong together"):
+        _core.Gpr(3, _core.Kernel()).fit(np.zeros((1, 3)), np.zeros(1), counts=np.array([1]))
     with pytest.raises(ConfigurationError, match="prior must be"):
         GPR(prior="morse")
     with pytest.raises(ConfigurationError, match="chemical symbols"):

@@ -1,11 +1,19 @@
-"""The fitted pair prior: against SciPy, what it recovers, its laws, and the model that carries it."""
+"""The fitted pair prior: against SciPy, what it recovers, its laws, and the model that carries it; calculators as
+priors."""
+
+import importlib.util
 
 import numpy as np
 import pytest
 from scipy.optimize import minimize
 from test_models import random_batch
-from thalweg import GPR, FittedPrior, _core
+from thalweg import GPR, CalculatorPrior, FittedPrior, LocalGPR, Problem, _core, recipes
+from thalweg.calculators import EMT, LennardJones
+from thalweg.config import Configuration
 from thalweg.errors import ConfigurationError
+from thalweg.evaluate import calculate
+from thalweg.records import Batch
+from toys import PairToy, same_rows
 
 
 def with_wells(batch, wells, shift=-12.0):
@@ -133,3 +141,169 @@ def test_bad_input():
         FittedPrior(growth=0.5)
     with pytest.raises(ConfigurationError, match="'fitted'"):
         GPR(prior="fited")
+
+
+# ---- calculators ----------------------------------------------------------------------------------------------------
+
+
+def test_a_builtin_calculator_is_its_landscape():
+    data, other = random_batch(8, 40), random_batch(3, 41)
+    ours, theirs = GPR(prior=EMT()).fit(data), GPR(prior=_core.Emt()).fit(data)
+    assert isinstance(CalculatorPrior("emt").landscape, _core.Emt)
+    for one, two in zip(ours.predict(other, forces=True), theirs.predict(other, forces=True), strict=True):
+        np.testing.assert_array_equal(one, two)
+    np.testing.assert_allclose(ours.predict(other)[0], other.columns["energy"], atol=1e-6)  # nothing is left to learn
+    learned = LocalGPR(prior=LennardJones(sigma=2.2, epsilon=0.3)).fit(data)
+    same = LocalGPR(prior=_core.LennardJones(2.2, 0.3)).fit(data)
+    np.testing.assert_array_equal(learned.predict(other)[0], same.predict(other)[0])
+
+
+def test_a_calculator_is_known_by_name_and_parameters():
+    """Never by where it lies in memory: a store compares the texts."""
+    texts = {repr(GPR(prior=PairToy(fails=fails))) for fails in (0.0, 0.0, 0.2)}
+    assert len(texts) == 2 and not any(" at 0x" in text for text in texts)
+    assert CalculatorPrior(PairToy()) == CalculatorPrior(PairToy()) != CalculatorPrior(PairToy(fails=0.1))
+    assert GPR(prior=PairToy()) == GPR(prior=PairToy())
+    assert GPR(prior={"calculator": "lj", "sigma": 2.0}) == GPR(prior=LennardJones(sigma=2.0))
+    # calculators made of others
+    from ase.calculators.mixing import SumCalculator
+
+    assert CalculatorPrior(SumCalculator([PairToy()])) != CalculatorPrior(SumCalculator([PairToy(fails=0.1)]))
+
+
+@pytest.mark.parametrize("model", [GPR, lambda **options: GPR(use_forces=True, **options), LocalGPR])
+def test_a_calculator_in_python_is_a_prior(model):
+    data, other = random_batch(14, 42), random_batch(9, 43)
+    toy = PairToy()
+    model = model(prior=toy)
+    fitted = model.fit(data)
+    landscape = model.prior.landscape
+    energy, forces = _core.evaluate(landscape, other, threads=1)
+    for i in range(len(other)):
+        expected = calculate(PairToy(), other[i])
+        assert energy[i] == expected[0]
+        np.testing.assert_array_equal(forces[6 * i : 6 * i + 6], expected[1])
+    for threads in (1, 2, 3):
+        for one, two in zip(
+            fitted.predict(other, forces=True, threads=threads), fitted.predict(other, forces=True), strict=True
+        ):
+            np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(fitted.predict(other.take([5, 2]))[0], fitted.predict(other)[0][[5, 2]])
+    before = toy.calls
+    fitted.predict(other)
+    assert toy.calls == before  # kept
+    restored = model.restore(data, fitted.state)
+    np.testing.assert_array_equal(restored.predict(other)[0], fitted.predict(other)[0])
+    one, *_ = _core.relax(fitted.landscape(2.0), other, steps=5, threads=1)
+    two, *_ = _core.relax(fitted.landscape(2.0), other, steps=5, threads=3)
+    np.testing.assert_array_equal(one, two)
+    # the landscape of model and prior together has forces that are its derivative
+    direction = np.random.default_rng(44).normal(size=other.positions.shape)
+    surface = fitted.landscape(1.0)
+    _, slope = _core.evaluate(surface, other)
+
+    def energies(step):
+        return _core.evaluate(surface, other.with_positions(other.positions + step * direction))[0]
+
+    h = 1e-4
+    numeric = (8 * (energies(h) - energies(-h)) - (energies(2 * h) - energies(-2 * h))) / (12 * h)
+    expected = -(slope * direction).reshape(len(other), -1).sum(1)
+    np.testing.assert_allclose(numeric, expected, rtol=0, atol=1e-7 * np.abs(slope).max() * np.abs(direction).sum())
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_structure_that_fails_in_the_prior_fails_alone(raises):
+    data, other = random_batch(30, 45), random_batch(20, 46)
+    model = GPR(prior=PairToy(fails=0.3, raises=raises))
+    known = np.isfinite(_core.evaluate(model.prior.landscape, data)[0])
+    assert 0 < known.sum() < 30
+    fitted = model.fit(data)
+    assert fitted.rows.tolist() == np.flatnonzero(known).tolist()
+    energy, sigma, forces, _ = fitted.predict(other, forces=True, threads=2)
+    there = np.isfinite(_core.evaluate(model.prior.landscape, other)[0])
+    np.testing.assert_array_equal(np.isfinite(energy), there)
+    np.testing.assert_array_equal(np.isfinite(forces).all(axis=1), np.repeat(there, 6))
+    good = np.flatnonzero(there)
+    np.testing.assert_array_equal(fitted.predict(other.take(good))[0], energy[good])
+    assert LocalGPR(prior=PairToy(fails=0.3, raises=raises)).fit(data).size == known.sum()
+    assert sigma[good].min() > 0
+
+
+def test_what_ends_a_program_is_no_failed_structure():
+    class Interrupted(PairToy):
+        def calculate(self, *arguments, **named):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _core.evaluate(CalculatorPrior(Interrupted()).landscape, random_batch(3, 47), threads=2)
+
+
+def test_a_search_with_a_calculator_as_prior_resumes(tmp_path):
+    problem, path = Problem("Au3Ni3", cell=12.0, box=5.0), tmp_path / "a.journal"
+    options = {"seed": 3, "candidates": 8, "surrogate_steps": 10, "polish_last": 0}
+
+    def rows(steps, store=None, threads=1):
+        with recipes.gofee(
+            problem, EMT(), prior=PairToy(fails=0.05), store=store, threads=threads, **options
+        ) as search:
+            search.run(steps - search.iteration)
+            return search.data
+
+    straight = rows(7)
+    rows(3, path)
+    assert same_rows(rows(7, path), straight)
+    assert same_rows(rows(7, threads=2), straight)
+
+
+def test_calculators_by_name_and_mistakes(tmp_path):
+    assert isinstance(GPR(prior={"calculator": "emt"}).prior.landscape, _core.Emt)
+    for prior, words in {
+        "bondng": "Did you mean 'bonding'",
+        "gfn1-xtb": 'a calculator or {"calculator": name}',
+    }.items():
+        with pytest.raises(ConfigurationError, match=words):
+            GPR(prior=prior)
+    with pytest.raises(ConfigurationError, match="Did you mean 'gfn1-xtb'"):
+        GPR(prior={"calculator": "gfn1-xtbb"})
+    with pytest.raises(ConfigurationError, match=r"names a calculator.*Did you mean 'calculator'"):
+        GPR(prior={"calculater": "emt"})
+    with pytest.raises(ConfigurationError, match="Did you mean 'sigma'"):
+        LocalGPR(prior={"calculator": "lj", "sigm": 2.0})
+    with pytest.raises(ConfigurationError, match="made already"):
+        CalculatorPrior(EMT(), {"sigma": 1.0})
+    text = '[problem]\nsymbols = "Au2Ni2"\nbox = 5.0\n[calculator]\nname = "emt"\n[search]\n'
+    text += 'prior = {calculator = "lj", sigma = 2.2}\n'
+    (tmp_path / "case.toml").write_text(text)
+    configuration = Configuration.load(tmp_path / "case.toml")
+    (tmp_path / "again.toml").write_text(configuration.to_toml())
+    assert Configuration.load(tmp_path / "again.toml") == configuration
+    search = configuration.make_search(seed=1, store=None)
+    assert search.models["gp"].prior == CalculatorPrior("lj", {"sigma": 2.2})
+
+
+def test_gfn1_xtb_as_prior_of_gfn2_xtb(capsys):
+    """Delta-learning: what GFN2 is beside GFN1 is easier to learn than GFN2."""
+    if importlib.util.find_spec("tblite") is None:
+        with capsys.disabled():
+            print('\nskipped: tblite is not installed (pip install "thalweg[xtb]")')
+        pytest.skip("tblite is not installed")
+    from ase.build import molecule
+
+    atoms = molecule("HCOOH")
+    atoms.set_cell(np.eye(3) * 10.0)
+    atoms.center()
+    batch = Batch.from_ase([atoms] * 24)
+    shaken = batch.positions + np.random.default_rng(48).normal(scale=0.08, size=batch.positions.shape)
+    batch = batch.with_positions(shaken)
+    true = CalculatorPrior("gfn2-xtb")
+    energy, forces = _core.evaluate(true.landscape, batch, threads=1)
+    again, _ = _core.evaluate(CalculatorPrior("gfn2-xtb").landscape, batch.take(np.arange(24)[::-1]), threads=2)
+    np.testing.assert_allclose(again[::-1], energy, rtol=0, atol=1e-9)  # no memory of the structures before
+    batch = batch.with_columns(energy=energy).with_atom_columns(forces=forces)
+    train, test = batch[:14], batch[14:]
+    errors = {}
+    for name, prior in (("bonding", "bonding"), ("gfn1", {"calculator": "gfn1-xtb"})):
+        found = GPR(prior=prior).fit(train).predict(test)[0]
+        errors[name] = float(np.sqrt(np.mean((found - test.columns["energy"]) ** 2)))
+    print(f"error of the energy of formic acid, eV: {errors}")
+    assert errors["gfn1"] < 0.5 * errors["bonding"]

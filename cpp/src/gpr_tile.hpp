@@ -30,6 +30,7 @@ class GprTile {
   const double* sigma() const { return sigma_; }                    // [lanes]
   const double* gradient() const { return gradient_; }              // [dimension][lanes], d(mean - kappa sigma)/df
   const double* gradient_sigma() const { return gradient_sigma_; }  // [dimension][lanes], d sigma/df
+  const double* solved() const { return solved_; }                  // [rows][lanes], L^-1 k if only sigma was wanted
 
   /// Lanes of the next tile when `left` candidates are still to be done; 4 lanes cost as much as two single ones.
   static int lanes_for(std::size_t left) { return left > 4 ? 8 : left > 1 ? 4 : 1; }
@@ -38,10 +39,15 @@ class GprTile {
   struct Free {
     void operator()(double* p) const { std::free(p); }
   };
+  void predict_with_slopes(const Gpr& gpr, int lanes, double kappa, Wanted wanted);
+
   std::size_t dimension_;
   std::unique_ptr<double[], Free> storage_;  // on 64-byte lines
   double *features_, *gradient_, *gradient_sigma_, *solved_, *slope_, *combined_, *mean_, *sigma_, *norm_,
       *coefficient_;
+  // With slopes only: k and its bend for each point, its pull along f - x, t . (f - x) and what multiplies t.
+  double *value_ = nullptr, *bend_ = nullptr, *pull_ = nullptr, *along_ = nullptr, *along_combined_ = nullptr;
+  double *difference_ = nullptr, *zero_ = nullptr, *part_ = nullptr;  // [dimension][lanes]
 };
 
 }  // namespace thalweg

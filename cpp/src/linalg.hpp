@@ -55,6 +55,8 @@ struct TileKernels {
   /// out[d][lane] = sum_i g[i][lane] (x_id - f[d][lane]).
   void (*gradient)(std::size_t n, std::size_t dimension, const double* x, const double* f, const double* g,
                    double* out);
+  /// out[i][lane] = x_i . f_lane.
+  void (*products)(std::size_t n, std::size_t dimension, const double* x, const double* f, double* out);
 };
 
 struct LinalgKernels {
@@ -74,6 +76,9 @@ struct LinalgKernels {
   void (*exponential)(std::size_t n, const double* x, double* y);
   /// out_j = k(d2_j).
   void (*kernel_row)(std::size_t n, const KernelTerms& terms, const double* d2, double* out);
+  /// k_j = k(d2_j), slope_j = -2 dk/d(d2) and bend_j = 4 d^2 k/d(d2)^2 there.
+  void (*kernel_derivatives)(std::size_t n, const KernelTerms& terms, const double* d2, double* k, double* slope,
+                             double* bend);
   /// Adds to sums[0..3] the sums over j of q_j e_long, q_j e_short, q_j e_long d2_j, q_j e_short d2_j, where
   /// q_j = weight_i weights_j - inverse_j.
   void (*likelihood_row)(std::size_t n, const KernelTerms& terms, const double* d2, double weight_i,

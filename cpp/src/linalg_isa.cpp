@@ -122,6 +122,26 @@ void kernel_row(std::size_t n, const KernelTerms& terms, const double* d2, doubl
   });
 }
 
+void kernel_derivatives(std::size_t n, const KernelTerms& terms, const double* d2, double* k, double* slope,
+                        double* bend) {
+  const KernelTerms t = terms;
+  const double rho_long = -2 * t.long_rate, rho_short = -2 * t.short_rate;
+  const double long_slope = rho_long * (1 - t.short_fraction), short_slope = rho_short * t.short_fraction;
+  const double long_bend = rho_long * long_slope, short_bend = rho_short * short_slope;
+  const double slope_scale = t.amplitude * (long_slope + short_slope),
+               slope_fraction = short_slope / (long_slope + short_slope);
+  const double bend_scale = t.amplitude * (long_bend + short_bend),
+               bend_fraction = short_bend / (long_bend + short_bend);
+  by_vectors(n, [=](std::size_t j, std::size_t count) {
+    const NativeType d = load_part(d2 + j, count);
+    const NativeType e_long = exponential<kWidth>(d * t.long_rate), e_short = exponential<kWidth>(d * t.short_rate);
+    const NativeType difference = e_short - e_long;
+    store_part(k + j, (difference * t.short_fraction + e_long) * t.amplitude, count);
+    store_part(slope + j, (difference * slope_fraction + e_long) * slope_scale, count);
+    store_part(bend + j, (difference * bend_fraction + e_long) * bend_scale, count);
+  });
+}
+
 void likelihood_row(std::size_t n, const KernelTerms& terms, const double* d2, double weight_i, const double* weights,
                     const double* inverse, double* sums) {
   const KernelTerms t = terms;
@@ -351,6 +371,31 @@ struct Tile {
     for (; i < n; ++i) distances_of<1>(dimension, x + i * dimension, f, out + i * lanes);
   }
 
+  template <int count>
+  THALWEG_INLINE void products_of(std::size_t dimension, const double* x, const double* f, double* out) {
+    T acc[count][parts] = {};
+    for (std::size_t d = 0; d < dimension; ++d) {
+      T fv[parts];
+#pragma GCC unroll 4
+      for (int v = 0; v < parts; ++v) fv[v] = V::load(f + d * lanes + v * width);
+#pragma GCC unroll 8
+      for (int r = 0; r < count; ++r) {
+        const T xr = V::broadcast(x[static_cast<std::size_t>(r) * dimension + d]);
+#pragma GCC unroll 4
+        for (int v = 0; v < parts; ++v) acc[r][v] += xr * fv[v];
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < count; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < parts; ++v) V::store(out + r * lanes + v * width, acc[r][v]);
+  }
+  static void products(std::size_t n, std::size_t dimension, const double* x, const double* f, double* out) {
+    std::size_t i = 0;
+    for (; i + rows <= n; i += rows) products_of<rows>(dimension, x + i * dimension, f, out + i * lanes);
+    for (; i < n; ++i) products_of<1>(dimension, x + i * dimension, f, out + i * lanes);
+  }
+
   template <bool with_slope>
   THALWEG_INLINE void evaluate_all(std::size_t n, const KernelTerms& terms, const double* weights, double* k,
                                    double* slope, double* mean) {
@@ -528,7 +573,9 @@ struct Tile {
     for (; i < n; ++i) gradient_of<1>(dimension, x + i * dimension, f, g + i * lanes, out);
   }
 
-  static constexpr TileKernels table() { return {squared_distances, evaluate, forward, backward, combine, gradient}; }
+  static constexpr TileKernels table() {
+    return {squared_distances, evaluate, forward, backward, combine, gradient, products};
+  }
 };
 
 // One candidate: the same operations in the same order as in a lane above, but the SIMD lanes are rows of the matrix
@@ -603,6 +650,26 @@ struct Single {
         const double difference = x[i * dimension + d] - f[d];
         acc = multiply_add(acc, difference, difference);
       }
+      out[i] = acc;
+    }
+  }
+
+  template <int count>
+  THALWEG_INLINE void products_of(std::size_t dimension, const double* x, const double* f, double* out) {
+    TurnType acc[count] = {};
+    by_columns<count>(dimension, x, dimension,
+                      [&](int g, TurnType column, std::size_t d)
+                          __attribute__((always_inline)) { acc[g] += column * f[d]; });
+#pragma GCC unroll 4
+    for (int g = 0; g < count; ++g) TurnVector::store(out + g * kTurn, acc[g]);
+  }
+  static void products(std::size_t n, std::size_t dimension, const double* x, const double* f, double* out) {
+    std::size_t i = 0;
+    for (; i + rows <= n; i += rows) products_of<groups>(dimension, x + i * dimension, f, out + i);
+    for (; i + kTurn <= n; i += kTurn) products_of<1>(dimension, x + i * dimension, f, out + i);
+    for (; i < n; ++i) {
+      double acc = 0;
+      for (std::size_t d = 0; d < dimension; ++d) acc = multiply_add(acc, x[i * dimension + d], f[d]);
       out[i] = acc;
     }
   }
@@ -726,7 +793,9 @@ struct Single {
       }
   }
 
-  static constexpr TileKernels table() { return {squared_distances, evaluate, forward, backward, combine, gradient}; }
+  static constexpr TileKernels table() {
+    return {squared_distances, evaluate, forward, backward, combine, gradient, products};
+  }
 };
 
 void solve_rows_block(std::size_t m, std::size_t n, const double* factor, std::size_t ld, double* x, std::size_t x_row,
@@ -884,9 +953,10 @@ const LinalgKernels& linalg_table() {
                                       cholesky_block,   solve_rows_block,
                                       invert_block,     forward_one,
                                       backward_one,     exponential_row,
-                                      kernel_row,       likelihood_row,
-                                      remove_row,       Tile<8>::table(),
-                                      Tile<4>::table(), Single::table()};
+                                      kernel_row,       kernel_derivatives,
+                                      likelihood_row,   remove_row,
+                                      Tile<8>::table(), Tile<4>::table(),
+                                      Single::table()};
   return table;
 }
 

@@ -177,7 +177,7 @@ void Surrogate::predict(const BatchView& batch, std::span<double> energies, std:
   if (threads == 0) threads = default_threads();
   const std::int64_t tiles = static_cast<std::int64_t>((n + kLargestTile - 1) / kLargestTile);
   // Threads that have less than a millisecond of work together cost more than they save.
-  const double points = static_cast<double>(gpr_->size()), features = static_cast<double>(gpr_->features());
+  const double points = static_cast<double>(gpr_->rows()), features = static_cast<double>(gpr_->features());
   const double seconds = static_cast<double>(n) * (1e-5 + points * (points + 2 * features) / 2e10);
   threads = seconds < 1e-3 ? 1 : static_cast<int>(std::clamp<std::int64_t>(tiles, 1, threads));
 

@@ -341,6 +341,260 @@ TEST(optimise_never_collapses) {
   CHECK(gpr.kernel().length_long > 0.5);
 }
 
+// ---- slopes ----------------------------------------------------------------------------------------------------
+namespace {
+
+// The smooth function above and its slopes along random directions: counts 0, 1, 2, 3, 0, ... at the points.
+struct SlopedData : Data {
+  std::vector<std::int64_t> counts;
+  std::vector<std::size_t> first;  // direction where each point begins
+  Matrix directions;
+  Eigen::VectorXd values;
+  Slopes slopes(std::size_t points) const {
+    return {{counts.data(), points},
+            {directions.data(), first[points] * static_cast<std::size_t>(x.cols())},
+            {values.data(), first[points]}};
+  }
+};
+
+SlopedData sloped_data(std::size_t n, std::size_t dimension, std::uint64_t seed, std::size_t most = 3) {
+  SlopedData data{smooth_data(n, dimension, seed), {}, {0}, {}, {}};
+  for (std::size_t i = 0; i < n; ++i) {
+    data.counts.push_back(static_cast<std::int64_t>(i % (most + 1)));
+    data.first.push_back(data.first.back() + i % (most + 1));
+  }
+  data.directions.resize(data.first.back(), dimension);
+  data.values.resize(data.first.back());
+  Random random({seed, 7}, 0);
+  for (std::size_t i = 0; i < n; ++i)
+    for (std::size_t c = data.first[i]; c < data.first[i + 1]; ++c) {
+      for (std::size_t d = 0; d < dimension; ++d) data.directions(c, d) = random.uniform(-2, 2);
+      data.values[c] = 10 * std::cos(2 * data.x(i, 0)) * data.directions(c, 0) +
+                       2 * data.x(i, 1 % dimension) * data.directions(c, 1 % dimension) + random.uniform(-0.01, 0.01);
+    }
+  return data;
+}
+
+constexpr double kNoiseSlope = 0.03;
+
+// One row of the dense kernel matrix: a value (direction = null) or a slope, at a point.
+struct Observation {
+  Eigen::VectorXd x, t;  // t empty: a value
+};
+
+double observed_covariance(const Kernel& k, const Observation& a, const Observation& b) {
+  const Eigen::VectorXd r = a.x - b.x;
+  double value = 0, slope = 0, bend = 0;
+  for (const auto& [weight, length] :
+       {std::pair{k.weight_long, k.length_long}, std::pair{k.weight_short, k.length_short}}) {
+    const double e = k.amplitude * weight * std::exp(-r.squaredNorm() / (2 * length * length));
+    value += e, slope += e / std::pow(length, 2), bend += e / std::pow(length, 4);
+  }
+  if (a.t.size() == 0) return b.t.size() == 0 ? value : slope * b.t.dot(r);
+  if (b.t.size() == 0) return -slope * a.t.dot(r);
+  return slope * a.t.dot(b.t) - bend * a.t.dot(r) * b.t.dot(r);
+}
+
+struct Dense {
+  std::vector<Observation> rows;
+  Eigen::VectorXd targets;
+  Matrix k;
+  Dense(const SlopedData& data, const Kernel& kernel) {
+    std::vector<double> y;
+    for (Eigen::Index i = 0; i < data.x.rows(); ++i) {
+      const std::size_t at = static_cast<std::size_t>(i);
+      rows.push_back({data.x.row(i).transpose(), {}});
+      y.push_back(data.y[i] - data.y.mean());
+      for (std::size_t c = data.first[at]; c < data.first[at + 1]; ++c) {
+        rows.push_back({data.x.row(i).transpose(), data.directions.row(static_cast<Eigen::Index>(c)).transpose()});
+        y.push_back(data.values[static_cast<Eigen::Index>(c)]);
+      }
+    }
+    const Eigen::Index size = static_cast<Eigen::Index>(rows.size());
+    targets = Eigen::Map<Eigen::VectorXd>(y.data(), size);
+    k.resize(size, size);
+    for (Eigen::Index i = 0; i < size; ++i)
+      for (Eigen::Index j = 0; j < size; ++j)
+        k(i, j) = observed_covariance(kernel, rows[static_cast<std::size_t>(i)], rows[static_cast<std::size_t>(j)]) +
+                  (i != j                                       ? 0
+                   : rows[static_cast<std::size_t>(i)].t.size() ? kNoiseSlope * kNoiseSlope
+                                                                : kernel.noise);
+  }
+};
+
+Gpr fitted(const SlopedData& data, const Kernel& kernel, std::size_t points, int threads = 1) {
+  Gpr gpr(static_cast<std::size_t>(data.x.cols()), kernel, kNoiseSlope);
+  gpr.fit(data.features(0, points), data.targets(0, points), data.slopes(points), threads);
+  return gpr;
+}
+
+}  // namespace
+
+TEST(slopes_match_dense_formulas) {
+  const std::size_t n = 31, dimension = 7;
+  const SlopedData data = sloped_data(n, dimension, 21, 10);
+  const Data other = smooth_data(5, dimension, 22);
+  const Kernel kernel = test_kernel(dimension);
+  const Gpr gpr = fitted(data, kernel, n);
+  const Dense dense(data, kernel);
+  CHECK(gpr.size() == n && gpr.rows() == dense.rows.size() && gpr.jitter() == 0);
+  const Eigen::LLT<Matrix> factor(dense.k);
+  const Eigen::VectorXd alpha = factor.solve(dense.targets);
+  const Prediction p = predict(gpr, other.features(0, 5), 0);
+  std::vector<double> whitened(5 * gpr.rows());
+  gpr.whitened(5, other.x.data(), whitened.data());
+  for (Eigen::Index c = 0; c < 5; ++c) {
+    const Observation here{other.x.row(c).transpose(), {}};
+    Eigen::VectorXd row(alpha.size());
+    for (Eigen::Index i = 0; i < row.size(); ++i)
+      row[i] = observed_covariance(kernel, here, dense.rows[static_cast<std::size_t>(i)]);
+    const std::size_t at = static_cast<std::size_t>(c);
+    CLOSE(p.mean[at], data.y.mean() + row.dot(alpha), 1e-9);
+    const Eigen::VectorXd solved = factor.matrixL().solve(row);
+    CLOSE(p.sigma[at], std::sqrt(kernel.amplitude - solved.squaredNorm()), 1e-8);
+    for (std::size_t i = 0; i < gpr.rows(); ++i)
+      CLOSE(whitened[at * gpr.rows() + i], solved[static_cast<Eigen::Index>(i)], 1e-9);
+  }
+  const double likelihood = -0.5 * dense.targets.dot(alpha) -
+                            0.5 * static_cast<double>(alpha.size()) * std::log(2 * M_PI) -
+                            factor.matrixLLT().diagonal().array().log().sum();
+  CLOSE(gpr.likelihood(kernel).value, likelihood, 1e-9 * std::abs(likelihood));
+  CLOSE(gpr.log_likelihood(), likelihood, 1e-9 * std::abs(likelihood));
+}
+
+TEST(gradients_with_slopes_are_the_derivatives) {
+  const std::size_t n = 40, dimension = 6;
+  const SlopedData data = sloped_data(n, dimension, 23);
+  const Data other = smooth_data(5, dimension, 24);
+  Kernel kernel = test_kernel(dimension);
+  kernel.noise = 1e-2;
+  const Gpr gpr = fitted(data, kernel, n);
+  const double h = 1e-3, kappa = 1.7;
+  const Prediction here = predict(gpr, other.features(0, 5), kappa);
+  double largest = 0;
+  for (const double g : here.gradient) largest = std::max(largest, std::abs(g));
+  for (std::size_t c = 0; c < 5; ++c)
+    for (std::size_t d = 0; d < dimension; ++d) {
+      const auto at = [&](double step) {
+        Eigen::VectorXd point = other.x.row(static_cast<Eigen::Index>(c)).transpose();
+        point[static_cast<Eigen::Index>(d)] += step;
+        return predict(gpr, {point.data(), dimension}, kappa);
+      };
+      const Prediction p1 = at(h), m1 = at(-h), p2 = at(2 * h), m2 = at(-2 * h);
+      const auto central = [&](auto value) {
+        return (8 * (value(p1) - value(m1)) - (value(p2) - value(m2))) / (12 * h);
+      };
+      CLOSE(here.gradient[c * dimension + d],
+            central([&](const Prediction& p) { return p.mean[0] - kappa * p.sigma[0]; }), 1e-8 * largest);
+      CLOSE(here.gradient_sigma[c * dimension + d], central([&](const Prediction& p) { return p.sigma[0]; }),
+            1e-8 * largest);
+    }
+  // The model meets the slopes that it was taught.
+  const Prediction at_data = predict(gpr, data.features(0, n), 0);
+  for (std::size_t i = 0; i < n; ++i)
+    for (std::size_t s = data.first[i]; s < data.first[i + 1]; ++s) {
+      double slope = 0;
+      for (std::size_t d = 0; d < dimension; ++d)
+        slope += at_data.gradient[i * dimension + d] *
+                 data.directions(static_cast<Eigen::Index>(s), static_cast<Eigen::Index>(d));
+      CLOSE(slope, data.values[static_cast<Eigen::Index>(s)], 5 * kNoiseSlope);
+    }
+
+  const Likelihood l = gpr.likelihood(kernel);
+  const auto central = [&](auto change) {
+    const auto at = [&](double step) {
+      Kernel k = kernel;
+      change(k, step);
+      return gpr.likelihood(k).value;
+    };
+    return (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h);
+  };
+  const double expected[5] = {
+      central([](Kernel& k, double t) { k.amplitude *= std::exp(t); }),
+      central([](Kernel& k, double t) { k.length_long *= std::exp(t); }),
+      central([](Kernel& k, double t) { k.length_short *= std::exp(t); }),
+      central([](Kernel& k, double t) { k.noise *= std::exp(t); }), central([](Kernel& k, double t) {
+        const double sum = k.weight_long + k.weight_short, ratio = k.weight_short / k.weight_long * std::exp(t);
+        k.weight_short = sum * ratio / (1 + ratio), k.weight_long = sum - k.weight_short;
+      })};
+  const double came[5] = {l.d_amplitude, l.d_length_long, l.d_length_short, l.d_noise, l.d_weight};
+  double most = 0;
+  for (const double e : expected) most = std::max(most, std::abs(e));
+  for (int k = 0; k < 5; ++k) CLOSE(came[k], expected[k], 1e-7 * most);
+}
+
+TEST(slopes_appended_and_removed_equal_a_refit) {
+  const std::size_t n = 37, dimension = 9;
+  const SlopedData data = sloped_data(n, dimension, 25, 12);
+  const Data other = smooth_data(5, dimension, 26);
+  const Kernel kernel = test_kernel(dimension);
+  const Gpr refit = fitted(data, kernel, n);
+  const auto grow = [&](Gpr& gpr, std::size_t from) {
+    for (std::size_t i = from; i < n; ++i) {
+      const std::size_t begin = data.first[i], count = data.first[i + 1] - begin;
+      gpr.append(data.features(i, 1), data.y[static_cast<Eigen::Index>(i)],
+                 {data.directions.data() + begin * dimension, count * dimension}, {data.values.data() + begin, count});
+    }
+  };
+  Gpr grown(dimension, kernel, kNoiseSlope);
+  grow(grown, 0);  // the first point has no slope, the second is the first that has
+  CHECK(grown.rows() == refit.rows());
+  CLOSE(relative(grown.weights(), refit.weights()), 0, 1e-9);
+  const Prediction a = predict(grown, other.features(0, 5), 1), b = predict(refit, other.features(0, 5), 1);
+  CLOSE(relative(a.mean, b.mean), 0, 1e-10);
+  CLOSE(relative(a.sigma, b.sigma), 0, 1e-9);
+  CLOSE(relative(a.gradient, b.gradient), 0, 1e-9);
+  CLOSE(grown.log_likelihood(), refit.log_likelihood(), 1e-9 * std::abs(refit.log_likelihood()));
+  grown.set_kernel(kernel);  // from the cached geometry: the same bits as that of the refit
+  CHECK(std::equal(grown.weights().begin(), grown.weights().end(), refit.weights().begin()));
+
+  // Without point 5, which has slopes, and back again at the end.
+  Gpr shorter = refit;
+  shorter.remove(5);
+  CHECK(shorter.size() == n - 1 && shorter.rows() == refit.rows() - 6);
+  shorter.append(data.features(5, 1), data.y[5], {data.directions.data() + data.first[5] * dimension, 5 * dimension},
+                 {data.values.data() + data.first[5], 5});
+  const Prediction c = predict(shorter, other.features(0, 5), 1);
+  CLOSE(relative(c.mean, b.mean), 0, 1e-10);
+  CLOSE(relative(c.sigma, b.sigma), 0, 1e-9);
+}
+
+TEST(results_with_slopes_do_not_depend_on_batch_or_threads) {
+  const std::size_t n = 60, dimension = 33;
+  const SlopedData data = sloped_data(n, dimension, 27, 19);
+  const Data other = smooth_data(13, dimension, 28);
+  const Gpr gpr = fitted(data, test_kernel(dimension), n, 1), threaded = fitted(data, test_kernel(dimension), n, 3);
+  CHECK(std::equal(gpr.weights().begin(), gpr.weights().end(), threaded.weights().begin()));
+  const Prediction all = predict(gpr, other.features(0, 13), 2);
+  for (const std::size_t count : {1u, 2u, 5u, 8u, 9u}) {
+    const std::size_t first = 13 - count;
+    const Prediction part = predict(gpr, other.features(first, count), 2);
+    for (std::size_t c = 0; c < count; ++c)
+      CHECK(part.mean[c] == all.mean[first + c] && part.sigma[c] == all.sigma[first + c]);
+    CHECK(std::equal(part.gradient.begin(), part.gradient.end(),
+                     all.gradient.begin() + static_cast<long>(first * dimension)));
+    CHECK(std::equal(part.gradient_sigma.begin(), part.gradient_sigma.end(),
+                     all.gradient_sigma.begin() + static_cast<long>(first * dimension)));
+  }
+}
+
+TEST(optimise_with_slopes_is_never_worse_than_before) {
+  const std::size_t n = 30, dimension = 5;
+  const SlopedData data = sloped_data(n, dimension, 29);
+  Gpr gpr = fitted(data, test_kernel(dimension), n);
+  const double before = gpr.log_likelihood();
+  const double best = gpr.optimise({}, {}, 60);
+  CHECK(best > before + 1);
+  CLOSE(gpr.log_likelihood(), best, 1e-7 * std::abs(best));
+  // Bounds that exclude what is better: all stays as it is.
+  const Kernel found = gpr.kernel();
+  KernelBounds narrow;
+  narrow.length_long[0] = narrow.length_short[0] = 50 * found.length_long;
+  narrow.length_long[1] = narrow.length_short[1] = 60 * found.length_long;
+  gpr.optimise(narrow, {}, 20);
+  CHECK(std::memcmp(&found, &gpr.kernel(), sizeof(Kernel)) == 0);
+}
+
 TEST(errors_say_what_to_do) {
   Kernel kernel;
   kernel.length_short = 20;
@@ -356,6 +610,11 @@ TEST(errors_say_what_to_do) {
   THROWS(gpr.remove(1), "below the number of points 1");
   THROWS(gpr.remove(0), "last point");
   THROWS(gpr.append(std::span<const double>(x, 2), 1.0), "3 values");
+  const std::int64_t counts[1] = {2};
+  THROWS(gpr.fit(std::span(x, 3), std::span(x, 1), Slopes{counts, x, std::span(x, 1)}), "1 x 3 values");
+  THROWS(gpr.fit(std::span(x, 3), std::span(x, 1), Slopes{counts, std::span(x, 3), std::span(x, 1)}), "add up to 2");
+  THROWS(gpr.fit(std::span(x, 3), std::span(x, 1), Slopes{{}, std::span(x, 3), std::span(x, 1)}), "counts must say");
+  THROWS(Gpr(3, Kernel{}, 0.0), "noise_slope must be positive");
 }
 
 // Speed, for the report: test_gpr bench.
@@ -386,6 +645,18 @@ int main(int argc, char** argv) {
     });
     const double t_remove = best(12, [&] { gpr.remove(n / 3); });
     Prediction p = predict(gpr, other.features(0, 16), 1);
+    if (n <= 100) {  // 24 slopes each, as of eight free atoms
+      SlopedData sloped = sloped_data(n, dimension, 1, 24);
+      Gpr with_slopes = fitted(sloped, kernel, n);
+      std::printf(
+          "n=%zu with %zu slopes: fit %.1f ms, likelihood + gradient %.1f ms; LCB of 8 %.1f us each, mean %.1f\n", n,
+          with_slopes.rows() - n, best(3, [&] { with_slopes = fitted(sloped, kernel, n); }),
+          best(3, [&] { (void)with_slopes.likelihood(kernel); }),
+          125 * best(5, [&] { predict(with_slopes, other.features(0, 8), 2); }),
+          125 * best(5, [&] {
+            with_slopes.predict(8, other.x.data(), 0, p.mean.data(), nullptr, p.gradient.data(), nullptr);
+          }));
+    }
     const auto time_predict = [&](std::size_t count, double kappa, bool sigma) {
       return 1e3 *
              best(20,

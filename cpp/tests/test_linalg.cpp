@@ -150,13 +150,15 @@ TEST(tiles_match_formulas_and_do_not_depend_on_their_width) {
       const KernelTerms terms{3.0, 0.2, -0.5 / 9.0, -0.5 / 0.64};
       const double coefficient[8] = {1, 2, 0.5, -1, 3, 0.1, 0.2, 0.3};
       struct Result {
-        std::vector<double> mean, norm, gradient;
+        std::vector<double> mean, norm, gradient, products;
       };
       const auto run = [&](const TileKernels& tile, std::size_t lanes, std::size_t first) {
         std::vector<double> f(dimension * lanes), k(n * lanes), slope(n * lanes), g(n * lanes);
-        Result out{std::vector<double>(lanes), std::vector<double>(lanes), std::vector<double>(dimension * lanes)};
+        Result out{std::vector<double>(lanes), std::vector<double>(lanes), std::vector<double>(dimension * lanes),
+                   std::vector<double>(n * lanes)};
         for (std::size_t d = 0; d < dimension; ++d)
           for (std::size_t lane = 0; lane < lanes; ++lane) f[d * lanes + lane] = points(first + lane, d);
+        tile.products(n, dimension, x.data(), f.data(), out.products.data());
         tile.squared_distances(n, dimension, x.data(), f.data(), k.data());
         tile.evaluate(n, terms, weights.data(), k.data(), slope.data(), out.mean.data());
         tile.forward(n, factor.data(), n, k.data(), out.norm.data());
@@ -174,10 +176,12 @@ TEST(tiles_match_formulas_and_do_not_depend_on_their_width) {
           CHECK(wide.norm[lane] == narrow.norm[at]);
           for (std::size_t d = 0; d < dimension; ++d)
             CHECK(wide.gradient[d * 8 + lane] == narrow.gradient[d * lanes + at]);
+          for (std::size_t i = 0; i < n; ++i) CHECK(wide.products[i * 8 + lane] == narrow.products[i * lanes + at]);
         }
       for (std::size_t lane = 0; lane < 8; ++lane) {
         Eigen::VectorXd k(n), slope(n);
         for (std::size_t i = 0; i < n; ++i) {
+          CLOSE(wide.products[i * 8 + lane], x.row(i).dot(points.row(lane)), 1e-13);
           const double d2 = (x.row(i) - points.row(lane)).squaredNorm();
           k[i] = 3.0 * (0.8 * std::exp(-d2 / 18) + 0.2 * std::exp(-d2 / 1.28));
           slope[i] = 3.0 * (0.8 * std::exp(-d2 / 18) / 9 + 0.2 * std::exp(-d2 / 1.28) / 0.64);
@@ -191,6 +195,25 @@ TEST(tiles_match_formulas_and_do_not_depend_on_their_width) {
           expected += slope[i] * (weights(0, i) + coefficient[lane] * u[i]) * (x.row(i) - points.row(lane)).transpose();
         for (std::size_t d = 0; d < dimension; ++d) CLOSE(wide.gradient[d * 8 + lane], expected[d], 1e-11);
       }
+    }
+  });
+}
+
+TEST(kernel_derivatives_match_formulas_wherever_they_stand) {
+  at_every_level([] {
+    const KernelTerms terms{3.0, 0.2, -0.5 / 9.0, -0.5 / 0.64};
+    const std::size_t n = 13;
+    double d2[n], k[n], slope[n], bend[n];
+    for (std::size_t i = 0; i < n; ++i) d2[i] = 0.37 * static_cast<double>(i * i);
+    linalg_kernels().kernel_derivatives(n, terms, d2, k, slope, bend);
+    for (std::size_t i = 0; i < n; ++i) {
+      const double e_long = 2.4 * std::exp(-d2[i] / 18), e_short = 0.6 * std::exp(-d2[i] / 1.28);
+      CLOSE(k[i], e_long + e_short, 1e-14);
+      CLOSE(slope[i], e_long / 9 + e_short / 0.64, 1e-14);
+      CLOSE(bend[i], e_long / 81 + e_short / (0.64 * 0.64), 1e-14);
+      double one[3];
+      linalg_kernels().kernel_derivatives(1, terms, d2 + i, one, one + 1, one + 2);
+      CHECK(one[0] == k[i] && one[1] == slope[i] && one[2] == bend[i]);
     }
   });
 }

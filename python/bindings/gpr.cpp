@@ -2,6 +2,8 @@
 
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "common.hpp"
 #include "thalweg/surrogate.hpp"
 
@@ -17,18 +19,50 @@ py::array_t<double> array_of(std::span<const double> values) {
 /// A copy of the training data, the factor and all: appending to it leaves the first one as it is.
 std::shared_ptr<Gpr> copy_of(const Gpr& self) { return std::make_shared<Gpr>(self); }
 
-void fit(Gpr& self, const Array<double>& features, const Array<double>& targets, int threads) {
+void fit(Gpr& self, const Array<double>& features, const Array<double>& targets,
+         const std::optional<Array<std::int64_t>>& counts, const std::optional<Array<double>>& directions,
+         const std::optional<Array<double>>& slopes, int threads) {
   check_threads(threads);
   expect_shape(targets, "targets", {-1});
   expect_shape(features, "features", {targets.shape(0), length(self.features())});
+  if (counts.has_value() != directions.has_value() || counts.has_value() != slopes.has_value())
+    throw Error("counts, directions and slopes belong together: give all three or none");
+  Slopes observed;
+  if (counts) {
+    expect_shape(*counts, "counts", {targets.shape(0)});
+    expect_shape(*slopes, "slopes", {-1});
+    expect_shape(*directions, "directions", {slopes->shape(0), length(self.features())});
+    observed = {span(*counts), span(*directions), span(*slopes)};
+  }
+  const std::span<const double> x = span(features), y = span(targets);
   py::gil_scoped_release release;
-  self.fit(span(features), span(targets), threads);
+  self.fit(x, y, observed, threads);
 }
 
-void append(Gpr& self, const Array<double>& feature, double target) {
+void append(Gpr& self, const Array<double>& feature, double target, const std::optional<Array<double>>& directions,
+            const std::optional<Array<double>>& slopes) {
   expect_shape(feature, "feature", {length(self.features())});
+  if (directions.has_value() != slopes.has_value())
+    throw Error("directions and slopes belong together: give both or neither");
+  std::span<const double> t, g;
+  if (slopes) {
+    expect_shape(*slopes, "slopes", {-1});
+    expect_shape(*directions, "directions", {slopes->shape(0), length(self.features())});
+    t = span(*directions), g = span(*slopes);
+  }
+  const std::span<const double> x = span(feature);
   py::gil_scoped_release release;
-  self.append(span(feature), target);
+  self.append(x, target, t, g);
+}
+
+py::array_t<double> whitened(const Gpr& self, const Array<double>& features) {
+  expect_shape(features, "features", {-1, length(self.features())});
+  py::array_t<double> out({features.shape(0), length(self.rows())});
+  double* to = out.mutable_data();
+  const double* from = features.data();
+  py::gil_scoped_release release;
+  self.whitened(static_cast<std::size_t>(features.shape(0)), from, to);
+  return out;
 }
 
 py::dict likelihood(const Gpr& self, const Kernel& kernel) {
@@ -147,21 +181,26 @@ void bind_gpr(py::module_& m) {
   py::class_<Gpr, std::shared_ptr<Gpr>>(m, "Gpr",
                                         "Gaussian process regression on feature vectors (thesis (2.14)-(2.17)). Do not "
                                         "change one that a Surrogate uses: append to a copy().")
-      .def(py::init<std::size_t, const Kernel&>(), py::arg("features"), py::arg("kernel"))
+      .def(py::init<std::size_t, const Kernel&, double>(), py::arg("features"), py::arg("kernel"), py::kw_only(),
+           py::arg("noise_slope") = 0.3)
       .def("copy", &copy_of, py::call_guard<py::gil_scoped_release>())
-      .def("fit", &fit, py::arg("features"), py::arg("targets"), py::kw_only(), py::arg("threads") = 1,
-           "Full factorisation of (n, D) features and (n,) targets [eV].")
-      .def("append", &append, py::arg("feature"), py::arg("target"), "One more point (D,) in O(n^2).")
+      .def("fit", &fit, py::arg("features"), py::arg("targets"), py::kw_only(), py::arg("counts") = py::none(),
+           py::arg("directions") = py::none(), py::arg("slopes") = py::none(), py::arg("threads") = 1,
+           "Full factorisation of (n, D) features and (n,) targets [eV]; with counts (n,), directions (m, D) and "
+           "slopes (m,) also of slopes = directions . gradient, counts[i] of them at point i.")
+      .def("append", &append, py::arg("feature"), py::arg("target"), py::kw_only(), py::arg("directions") = py::none(),
+           py::arg("slopes") = py::none(),
+           "One more point (D,) in O(n^2) for each row; with its slopes (m,) along directions (m, D).")
       .def("remove", &Gpr::remove, py::arg("row"), py::call_guard<py::gil_scoped_release>(),
-           "One point fewer in O(n^2).")
+           "One point fewer in O(n^2); with slopes, a refit.")
       .def(
           "set_targets",
           [](Gpr& self, const Array<double>& targets) {
-            expect_shape(targets, "targets", {length(self.size())});
+            expect_shape(targets, "targets", {length(self.rows())});
             py::gil_scoped_release release;
             self.set_targets(span(targets));
           },
-          py::arg("targets"), "New targets (n,) for the same points, O(n^2).")
+          py::arg("targets"), "New targets (rows,) for the same points, O(n^2).")
       .def("set_kernel", &Gpr::set_kernel, py::arg("kernel"), py::call_guard<py::gil_scoped_release>(),
            "New hyperparameters and a refit from the cached distances.")
       .def("likelihood", &likelihood, py::arg("kernel"),
@@ -178,7 +217,12 @@ void bind_gpr(py::module_& m) {
       .def("predict", &predict, py::arg("features"), py::kw_only(), py::arg("kappa") = 0.0, py::arg("gradient") = false,
            "Of (count, D) features: mean (count,) and sigma (count,), with gradient=True also d(mean - kappa sigma)/df "
            "and d sigma/df (count, D).")
+      .def("whitened", &whitened, py::arg("features"),
+           "L^-1 k (count, rows) of (count, D) features: the posterior covariance of two is their k minus the product "
+           "of their rows.")
       .def_property_readonly("size", &Gpr::size)
+      .def_property_readonly("rows", &Gpr::rows)
+      .def_property_readonly("noise_slope", &Gpr::noise_slope)
       .def_property_readonly("features", &Gpr::features)
       .def_property_readonly("kernel", &Gpr::kernel, py::return_value_policy::copy)
       .def_property_readonly("mean", &Gpr::mean)

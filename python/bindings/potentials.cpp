@@ -3,7 +3,10 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cmath>
+#include <limits>
 #include <map>
+#include <mutex>
 #include <utility>
 
 #include "common.hpp"
@@ -16,6 +19,79 @@ PairPrior::Form prior_form(const std::string& name) {
   if (name == "bonding") return PairPrior::Form::bonding;
   if (name == "repulsive") return PairPrior::Form::repulsive;
   throw Error("form must be 'bonding' or 'repulsive', but it is '" + name + "'");
+}
+
+// A landscape whose numbers come from Python, one call per structure. Calls never overlap: what they share (an external
+// program's state, say) need not bear threads. Whoever waits for `turn` must not hold the GIL, or the one who has it
+// could never go on; all bindings that evaluate landscapes let go of the GIL first.
+struct PythonFunction {
+  explicit PythonFunction(py::function f) : function(std::move(f)) {}
+  PythonFunction(const PythonFunction&) = delete;
+  PythonFunction& operator=(const PythonFunction&) = delete;
+  ~PythonFunction() {
+    const py::gil_scoped_acquire acquire;
+    function = py::function();
+  }
+  py::function function;
+  std::recursive_mutex turn;
+};
+
+class PythonLandscape : public Landscape {
+ public:
+  PythonLandscape(py::function function, std::string text)
+      : function_(std::make_shared<PythonFunction>(std::move(function))), text_(std::move(text)) {}
+  const std::string& text() const { return text_; }
+  std::unique_ptr<Evaluator> evaluator(const BatchView& batch) const override;
+
+ private:
+  friend class PythonEvaluator;
+  std::shared_ptr<PythonFunction> function_;
+  std::string text_;
+};
+
+class PythonEvaluator : public Evaluator {
+ public:
+  PythonEvaluator(std::shared_ptr<PythonFunction> function, const BatchView& batch)
+      : function_(std::move(function)), batch_(batch) {}
+
+  void evaluate(std::span<const std::int64_t> rows, const double* positions, double* energies,
+                double* forces) override {
+    for (const std::int64_t at : rows) {
+      const std::size_t row = static_cast<std::size_t>(at), first = static_cast<std::size_t>(batch_.offsets[row]);
+      const StructureView structure = batch_[row];
+      const std::lock_guard<std::recursive_mutex> lock(function_->turn);
+      const py::gil_scoped_acquire acquire;
+      energies[row] = std::numeric_limits<double>::quiet_NaN();
+      std::fill_n(forces + 3 * first, 3 * structure.n, energies[row]);
+      const auto n = static_cast<py::ssize_t>(structure.n);
+      py::array_t<bool> pbc(py::ssize_t{3});
+      for (py::ssize_t k = 0; k < 3; ++k) pbc.mutable_at(k) = structure.pbc[k] != 0;
+      try {
+        const py::tuple result =
+            function_->function(py::array_t<std::int32_t>(n, structure.numbers),
+                                py::array_t<double>({n, py::ssize_t{3}}, positions + 3 * first),
+                                py::array_t<double>({py::ssize_t{3}, py::ssize_t{3}}, structure.cell), pbc);
+        const double energy = result[0].cast<double>();
+        const auto found = result[1].cast<Array<double>>();
+        expect_shape(found, "forces", {n, 3});
+        if (!std::isfinite(energy)) continue;
+        energies[row] = energy;
+        std::copy_n(found.data(), 3 * structure.n, forces + 3 * first);
+      } catch (py::error_already_set& error) {
+        // A structure that fails fails by itself; the user's wish to stop is no such failure.
+        if (!error.matches(PyExc_Exception)) throw;
+      }
+    }
+  }
+
+ private:
+  std::shared_ptr<PythonFunction> function_;
+  BatchView batch_;
+};
+
+std::unique_ptr<Evaluator> PythonLandscape::evaluator(const BatchView& batch) const {
+  batch.check();
+  return std::make_unique<PythonEvaluator>(function_, batch);
 }
 
 py::tuple evaluate_batch(const Landscape& landscape, const py::object& batch, int threads) {
@@ -180,6 +256,14 @@ void bind_potentials(py::module_& m) {
              return std::make_shared<Tilted>(std::move(landscape), std::vector<double>(values.begin(), values.end()));
            }),
            py::arg("landscape"), py::arg("shift"));
+
+  py::class_<PythonLandscape, Landscape, std::shared_ptr<PythonLandscape>>(
+      m, "PythonLandscape",
+      "A landscape whose numbers come from function(numbers (n,), positions (n, 3), cell (3, 3), pbc (3,)) -> (energy "
+      "[eV], forces (n, 3) [eV/angstrom]), called for one structure at a time whatever the number of threads; what "
+      "raises or is not finite gives NaN for that structure alone. text: its repr.")
+      .def(py::init<py::function, std::string>(), py::arg("function"), py::arg("text") = "PythonLandscape()")
+      .def("__repr__", &PythonLandscape::text);
 
   m.def("evaluate", &evaluate_batch, py::arg("landscape"), py::arg("batch"), py::kw_only(), py::arg("threads") = 0,
         "Energies (n,) [eV] and forces (m, 3) [eV/angstrom] of a batch; threads = 0: default_threads(). The same bits "

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from thalweg.local_model import LocalGPR
     from thalweg.models import GPR
     from thalweg.pool import Guarded
-    from thalweg.priors import FittedPrior
+    from thalweg.priors import CalculatorPrior, FittedPrior
     from thalweg.records import Asked, Batch, Context, Problem, Step
     from thalweg.refine import Centre, Connected, MinDistance, Relax, SurrogateHops, Wrap
     from thalweg.search import Found, Search
@@ -54,7 +54,7 @@ _WHERE = {
         "generators": "FirstOf OneOf Permute Random Rattle",
         "local_model": "LocalGPR",
         "models": "GPR",
-        "priors": "FittedPrior",
+        "priors": "CalculatorPrior FittedPrior",
         "pool": "Guarded",
         "records": "Asked Batch Context Problem Step",
         "refine": "Centre Connected MinDistance Relax SurrogateHops Wrap",

@@ -24,6 +24,7 @@ __all__: list[str] = [
     "ManyBodyPrior",
     "Tilted",
     "PairPrior",
+    "PythonLandscape",
     "Surrogate",
     "Tersoff",
     "active_isa",
@@ -131,6 +132,17 @@ class PairPrior(Landscape):
     ) -> None: ...
     def __repr__(self) -> str: ...
 
+class PythonLandscape(Landscape):
+    """
+    A landscape whose numbers come from function(numbers (n,), positions (n, 3), cell (3, 3), pbc (3,)) -> (energy [eV], forces (n, 3) [eV/angstrom]), called for one structure at a time whatever the number of threads; what raises or is not finite gives NaN for that structure alone. text: its repr.
+    """
+    def __init__(
+        self,
+        function: collections.abc.Callable[..., tuple[float, numpy.typing.NDArray[numpy.float64]]],
+        text: str = "PythonLandscape()",
+    ) -> None: ...
+    def __repr__(self) -> str: ...
+
 class Fingerprint:
     """
     Fingerprint of Oganov and Valle for structures of one composition; see thalweg.descriptors.
@@ -207,10 +219,17 @@ class Gpr:
     """
     Gaussian process regression on feature vectors (thesis (2.14)-(2.17)). Do not change one that a Surrogate uses: append to a copy().
     """
-    def __init__(self, features: int, kernel: Kernel) -> None: ...
-    def append(self, feature: typing.Annotated[numpy.typing.ArrayLike, numpy.float64], target: float) -> None:
+    def __init__(self, features: int, kernel: Kernel, *, noise_slope: float = 0.3) -> None: ...
+    def append(
+        self,
+        feature: typing.Annotated[numpy.typing.ArrayLike, numpy.float64],
+        target: float,
+        *,
+        directions: typing.Annotated[numpy.typing.ArrayLike, numpy.float64] | None = None,
+        slopes: typing.Annotated[numpy.typing.ArrayLike, numpy.float64] | None = None,
+    ) -> None:
         """
-        One more point (D,) in O(n^2).
+        One more point (D,) in O(n^2) for each row; with its slopes (m,) along directions (m, D).
         """
     def copy(self) -> Gpr: ...
     def fit(
@@ -218,10 +237,13 @@ class Gpr:
         features: typing.Annotated[numpy.typing.ArrayLike, numpy.float64],
         targets: typing.Annotated[numpy.typing.ArrayLike, numpy.float64],
         *,
+        counts: typing.Annotated[numpy.typing.ArrayLike, numpy.int64] | None = None,
+        directions: typing.Annotated[numpy.typing.ArrayLike, numpy.float64] | None = None,
+        slopes: typing.Annotated[numpy.typing.ArrayLike, numpy.float64] | None = None,
         threads: int = 1,
     ) -> None:
         """
-        Full factorisation of (n, D) features and (n,) targets [eV].
+        Full factorisation of (n, D) features and (n,) targets [eV]; with counts (n,), directions (m, D) and slopes (m,) also of slopes = directions . gradient, counts[i] of them at point i.
         """
     def likelihood(self, kernel: Kernel) -> dict:
         """
@@ -250,7 +272,7 @@ class Gpr:
         """
     def remove(self, row: int) -> None:
         """
-        One point fewer in O(n^2).
+        One point fewer in O(n^2); with slopes, a refit.
         """
     def set_kernel(self, kernel: Kernel) -> None:
         """
@@ -258,7 +280,13 @@ class Gpr:
         """
     def set_targets(self, targets: typing.Annotated[numpy.typing.ArrayLike, numpy.float64]) -> None:
         """
-        New targets (n,) for the same points, O(n^2).
+        New targets (rows,) for the same points, O(n^2).
+        """
+    def whitened(
+        self, features: typing.Annotated[numpy.typing.ArrayLike, numpy.float64]
+    ) -> numpy.typing.NDArray[numpy.float64]:
+        """
+        L^-1 k (count, rows) of (count, D) features: the posterior covariance of two is their k minus the product of their rows.
         """
     @property
     def features(self) -> int: ...
@@ -270,6 +298,10 @@ class Gpr:
     def log_likelihood(self) -> float: ...
     @property
     def mean(self) -> float: ...
+    @property
+    def noise_slope(self) -> float: ...
+    @property
+    def rows(self) -> int: ...
     @property
     def size(self) -> int: ...
     @property

@@ -350,6 +350,8 @@ class Configuration:
 
         recipe = RECIPES[self.search.method]
         options = typed_options(self.search.method, self.options)
+        if isinstance(prior := options.get("prior"), dict):
+            _find_factories_here(str(prior.get("calculator")))
         return recipe(self.make_problem(), self.make_calculator(), store=store, seed=seed, **options)
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from thalweg import _core
 from thalweg.errors import ConfigurationError
 from thalweg.files import read_arrays, senseless_is_an_error
-from thalweg.models import _atom_energies, _fitted_prior, _prior, _sum_of_atom_energies
+from thalweg.models import _atom_energies, _fitted_prior, _prior, _sum_of_atom_energies, _with_prior
+from thalweg.priors import CalculatorPrior
 
 if TYPE_CHECKING:
     from thalweg.records import Batch
@@ -41,7 +42,7 @@ class LocalGPR:
 
     Parameters
     ----------
-    prior : "bonding", "repulsive", None or a landscape of the compiled core
+    prior : "bonding", "repulsive", None, a landscape of the compiled core or a calculator
         Mean function, as in `GPR`.
     n_radial, n_angular, l_max : int
         Radial functions per neighbour species; radial functions and highest Legendre order of the angular part.
@@ -95,9 +96,10 @@ class LocalGPR:
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
         self._environments(np.array([1]))
+        object.__setattr__(self, "prior", CalculatorPrior.of(self.prior))
         if _fitted_prior(self.prior) is not None:
             raise ConfigurationError(
-                "LocalGPR takes a fixed prior ('bonding', 'repulsive', None or a landscape), not a fitted one"
+                "LocalGPR takes a fixed prior ('bonding', 'repulsive', None, a landscape or a calculator), not a fitted one"
             )
         _prior(self.prior)
         _atom_energies(self.atom_energies)
@@ -211,7 +213,7 @@ class LocalGPR:
         usable = np.isfinite(np.asarray(data.columns["energy"], float))
         if "status" in data.columns:
             usable &= np.asarray(data.columns["status"]) == 0
-        return np.flatnonzero(usable).astype(np.int64)
+        return _with_prior(self.prior, data, np.flatnonzero(usable).astype(np.int64))
 
     def _lowest(self, data: Batch, usable: Array) -> Array:
         if len(usable) <= self.max_rows:

@@ -1,4 +1,9 @@
-"""A prior that learns: wells whose lengths, depths and shapes are fitted to evaluated energies and forces.
+"""Prior means of models beyond fixed pair potentials: calculators, and wells that learn.
+
+`CalculatorPrior` makes any calculator a prior: the model then learns only what it is off by (delta-learning;
+Ramakrishnan et al., J. Chem. Theory Comput. 11, 2087 (2015)).
+
+`FittedPrior` is a prior that learns: wells whose lengths, depths and shapes are fitted to evaluated energies and forces.
 
 The form is `ManyBodyPrior` of the compiled core: pair wells at one end, metals' second-moment bonds at the other, and the
 data say where between. The fit is a regularised least squares in the logarithms of its numbers, with Gaussian priors
@@ -13,18 +18,21 @@ errors, at most 1, is that of the residuals of the first of two rounds: a form t
 
 from __future__ import annotations
 
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from thalweg import _core
-from thalweg.errors import ConfigurationError
+from thalweg.errors import ConfigurationError, nearest
 
 if TYPE_CHECKING:
     from thalweg.records import Batch
 
-__all__ = ["FittedPrior"]
+__all__ = ["CalculatorPrior", "FittedPrior"]
 
 Array = np.ndarray
 
@@ -37,6 +45,139 @@ _STEP = 1e-5
 _LEAST_SCALE = 0.1
 # Parameters stay within so many widths of the guess.
 _RANGE = 4.0
+
+
+class CalculatorPrior:
+    """A calculator as the prior mean of a model.
+
+    Parameters
+    ----------
+    calculator : ASE calculator, or the name of one as `thalweg.calculators.make_calculator` takes it
+        Built-in ones run in the compiled core. Others are called for one structure at a time, reset before each call, so
+        that a result does not depend on the calls before it; one that fails for a structure gives NaN for that one, and
+        evaluated structures without a prior are not learned.
+    arguments : mapping, optional
+        Of a calculator given by name.
+    keep : int
+        So many results are kept, those used last.
+
+    Raises ConfigurationError for an unknown name or arguments. Two priors are equal if name and parameters are; a
+    calculator that has neither `parameters` nor a method `describe()` is known by its class alone.
+    """
+
+    def __init__(self, calculator: Any, arguments: Mapping[str, Any] | None = None, *, keep: int = 20_000):
+        from thalweg.calculators import landscape_of, make_calculator
+
+        if isinstance(calculator, str):
+            try:
+                calculator = make_calculator(calculator, **(arguments or {}))
+            except ConfigurationError as problem:
+                raise ConfigurationError(f"prior: {problem}") from problem
+        elif arguments:
+            raise ConfigurationError("arguments go to a calculator given by name, but this one is made already")
+        calculator = _without_memory(calculator)
+        self._text = _described(calculator)
+        self._measure = _Measure(calculator, keep)
+        found = landscape_of(calculator)
+        self.landscape: _core.Landscape = found or _core.PythonLandscape(self._measure, repr(self))
+
+    def __repr__(self) -> str:
+        return f"CalculatorPrior({self._text})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CalculatorPrior) and other._text == self._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    @property
+    def calls(self) -> int:
+        """How many structures the calculator was asked for so far; 0 for a built-in one, whose calls cost nothing."""
+        return self._measure.calls
+
+    @staticmethod
+    def of(prior: Any) -> Any:
+        """What a model's `prior` means: a calculator, or {"calculator": name, argument: value, ...}, becomes a
+        CalculatorPrior; all else is given back."""
+        if isinstance(prior, Mapping):
+            arguments = dict(prior)
+            name = arguments.pop("calculator", None)
+            if not isinstance(name, str):
+                raise ConfigurationError(
+                    'a prior that is a table names a calculator, as {calculator = "gfn1-xtb"}, but this one has '
+                    f"{', '.join(map(repr, prior)) or 'no key'}.{nearest(next(map(str, prior), ''), ['calculator'])}"
+                )
+            return CalculatorPrior(name, arguments)
+        known = prior is None or isinstance(prior, (str, _core.Landscape, CalculatorPrior, FittedPrior))
+        if not known and hasattr(prior, "get_potential_energy"):
+            return CalculatorPrior(prior)
+        return prior
+
+
+class _Measure:
+    """Energy and forces of one structure by an ASE calculator, for the compiled core; results are kept."""
+
+    def __init__(self, calculator: Any, keep: int):
+        self._calculator, self._keep, self.calls = calculator, keep, 0
+        self._known: OrderedDict[bytes, tuple[float, Array]] = OrderedDict()
+
+    def __call__(self, numbers: Array, positions: Array, cell: Array, pbc: Array) -> tuple[float, Array]:
+        key = b"".join(part.tobytes() for part in (numbers, positions, cell, pbc))
+        result = self._known.get(key)
+        if result is None:
+            result = self._known[key] = self._measured(numbers, positions, cell, pbc)
+            if len(self._known) > self._keep:
+                self._known.popitem(last=False)
+        else:
+            self._known.move_to_end(key)
+        return result
+
+    def _measured(self, numbers: Array, positions: Array, cell: Array, pbc: Array) -> tuple[float, Array]:
+        from ase import Atoms
+
+        unknown = np.nan, np.full(positions.shape, np.nan)
+        if not np.isfinite(positions).all():
+            return unknown
+        self.calls += 1
+        try:
+            if hasattr(self._calculator, "reset"):
+                self._calculator.reset()
+            atoms = Atoms(numbers, positions, cell=cell if cell.any() else None, pbc=pbc)
+            atoms.calc = self._calculator
+            energy, forces = float(atoms.get_potential_energy()), np.array(atoms.get_forces(), float)
+        except Exception:  # whatever goes wrong in another program
+            return unknown
+        return (energy, forces) if np.isfinite(energy) and np.isfinite(forces).all() else unknown
+
+
+def _without_memory(calculator: Any) -> Any:
+    """TBLite starts from the wave function of its last structure unless it is told not to."""
+    parameters = getattr(calculator, "parameters", None)
+    if type(calculator).__name__ == "TBLite" and parameters and parameters.get("cache_api"):
+        return type(calculator)(**{**parameters, "cache_api": False})
+    return calculator
+
+
+def _described(calculator: Any) -> str:
+    """Class and parameters of a calculator, the same text in every process."""
+    if callable(getattr(calculator, "describe", None)):
+        return f"{type(calculator).__name__}, {calculator.describe()!r}"
+    parameters = dict(getattr(calculator, "parameters", None) or {})
+    # calculators made of others (ase.calculators.mixing)
+    parts = getattr(getattr(calculator, "mixer", None), "calcs", ())
+    texts = [_described(part) for part in parts]
+    texts += [f"{name}={_plain(value)}" for name, value in sorted(parameters.items())]
+    return f"{type(calculator).__name__}({', '.join(texts)})"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {_plain(item)}" for name, item in sorted(value.items(), key=str)) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_plain, value)) + "]"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ def gofee(
     starts: int = 3,
     near_relaxed: float = 0.01,
     noise: float = 1e-5,
+    use_forces: bool = False,
     threads: int = 0,
 ) -> Search:
     """Global optimisation with first-principles energy expressions (GOFEE; Bisbo, Hammer, PRL 124, 086102 (2020)).
@@ -59,9 +60,9 @@ def gofee(
 
     Parameters
     ----------
-    prior : "bonding", "fitted", "repulsive", "none" or whatever `GPR` takes
-        Prior mean of the Gaussian process: Morse wells at covalent bond lengths, the same fitted to the data, or the
-        published repulsion.
+    prior : "bonding", "fitted", "repulsive", "none", {"calculator": name, ...} or whatever `GPR` takes
+        Prior mean of the Gaussian process: Morse wells at covalent bond lengths, the same fitted to the data, the
+        published repulsion, or a calculator (each relaxation step on the surrogate calls it: see docs/elements.md).
     model : "global" or "local"
         A Gaussian process on one fingerprint per structure, taught energies, or a sparse one on the surroundings of each
         atom, taught energies and forces (`LocalGPR`; not with a fitted prior).
@@ -98,6 +99,8 @@ def gofee(
         Structures polished when a run ends.
     noise : float
         Variance [eV^2] on the diagonal of the global Gaussian process.
+    use_forces : bool
+        Teach the forces to the global Gaussian process, too (see `GPR`); the local one always learns them.
     threads : int
         Threads of one search; 0: as many as there are cores. Results do not depend on it.
     """
@@ -129,7 +132,7 @@ def gofee(
     samplers: dict[str, Any] = {"kmeans": KMeans, "similarity": KernelSimilarity, "novelty": Novelty}
     acquisitions: dict[str, Any] = {"lcb": lambda: lcb, "ei": ExpectedImprovement, "thompson": Thompson}
     mean = None if isinstance(prior, str) and prior == "none" else prior
-    learner: Any = LocalGPR(prior=mean) if model == "local" else GPR(prior=mean, noise=noise)
+    learner: Any = LocalGPR(prior=mean) if model == "local" else GPR(prior=mean, noise=noise, use_forces=use_forces)
     gauges = [Evaluate(
         calculator, true_steps, polish_every=polish_every, polish_steps=polish_steps, polish_last=polish_last,
         polish_on="gp" if polish_on and not classic else None, promising=promising,
