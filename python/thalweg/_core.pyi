@@ -20,13 +20,13 @@ __all__: list[str] = [
     "LennardJones",
     "LocalGpr",
     "LocalSurrogate",
-    "Minimiser",
     "ManyBodyPrior",
-    "Tilted",
+    "Minimiser",
     "PairPrior",
     "PythonLandscape",
     "Surrogate",
     "Tersoff",
+    "Tilted",
     "active_isa",
     "closest_contacts",
     "covalent_radius",
@@ -73,6 +73,7 @@ class Tilted(Landscape):
     Another landscape plus a linear function of the positions, shift . x, for batches of as many atoms as shift (m, 3) [eV/angstrom] has rows: makes the forces of a surrogate right at one point.
     """
     def __init__(self, landscape: Landscape, shift: numpy.typing.ArrayLike) -> None: ...
+
 class ManyBodyPrior(Landscape):
     """
     Wells with numbers of their own for every pair of species, {(number, number): (depth [eV], r0 [angstrom], stiffness = q, ratio = p / q)}, and an exponent for every species, {number: g}: 1 gives pair wells (Morse wells with ratio 2), 1/2 the second-moment form of metals (Cleri, Rosato, PRB 48, 22 (1993)); potentials.hpp has the formula.

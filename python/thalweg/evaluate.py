@@ -121,7 +121,9 @@ class Evaluate:
                     continue
                 # only a relaxation of the recipe's own has several points; the last is its lowest
                 last, columns = points[len(points) - 1], _descent(points)
-                followed = self._follow(last, ctx, {**columns, "origin": "polish", "candidate": -1}, best + self.promising)
+                followed = self._follow(
+                    last, ctx, {**columns, "origin": "polish", "candidate": -1}, best + self.promising
+                )
                 rows.extend(followed)
         if self.polish_every and ctx.iteration % self.polish_every == self.polish_every - 1:
             for row in self._worth_polishing(ctx, 1):
@@ -179,7 +181,9 @@ class Evaluate:
             longest = float(np.sqrt(np.square(move).sum(axis=1).max()))
             there = here.with_positions(here.positions + move * min(1.0, radius / max(longest, 1e-12)))
             energy = float(here.columns["energy"][0])
-            promised = float(_core.evaluate(surface, here, threads=1)[0][0] - _core.evaluate(surface, there, threads=1)[0][0])
+            promised = float(
+                _core.evaluate(surface, here, threads=1)[0][0] - _core.evaluate(surface, there, threads=1)[0][0]
+            )
             if not promised > _LEAST_GAIN or energy - promised > limit:
                 break
             row = ctx.measure(there.bare(), self._calculate, **columns)
@@ -289,7 +293,7 @@ class Duplicate:
     """
 
     tolerance: float = 1e-3
-    near_relaxed: float = 1e-3
+    near_relaxed: float = 0.01
     force_tolerance: float = 0.05
     descriptor: Fingerprint = field(default_factory=Fingerprint)
     name: str = "Duplicate"

@@ -67,6 +67,9 @@ class GPR:
         Starting points of the optimisation, the current kernel included.
     max_rows : int
         Only that many structures of lowest energy are learned (Paper III: 500).
+    energy_window : float
+        In eV per free atom. A structure further above the lowest counts as that far above it, and the prior is not fitted
+        to it: that it is high is all a search needs to know, and a few crushed ones would set the hyperparameters.
     atom_energies : mapping of symbol to eV, optional
     growth, always_below : float, int
         When hyperparameters are optimised: after the data have grown by this fraction, and always below that
@@ -93,6 +96,7 @@ class GPR:
     optimise: bool = True
     starts: int = 3
     max_rows: int = 500
+    energy_window: float = 2.0
     atom_energies: Mapping[str, float] | None = None
     growth: float = 0.2
     always_below: int = 10
@@ -115,7 +119,7 @@ class GPR:
                 f"noise_force is a standard deviation in eV/angstrom and must be above 0, got {self.noise_force}"
             )
         for name, least in {
-            "starts": 1, "max_rows": 1, "growth": 0, "always_below": 0, "threads": 0, "max_force_rows": 1,
+            "starts": 1, "max_rows": 1, "energy_window": 0, "growth": 0, "always_below": 0, "threads": 0, "max_force_rows": 1,
         }.items():  # fmt: skip
             if not getattr(self, name) >= least:
                 raise ConfigurationError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -189,6 +193,7 @@ class GPR:
             parameters = np.asarray(state["prior"], float)
             landscape = fitted_prior.landscape(data.take(factored[:1]).numbers, parameters)
             mean = _Mean(landscape, parameters, int(state["prior_seen"]))
+        mean = replace(mean, ceiling=float(state["ceiling"]))
         taught = np.asarray(state["forces"], np.int64) if self.use_forces else _NO_ROWS
         learned = self._learned(data, factored, mean, taught)
         fingerprint = self._bound(data, factored)
@@ -336,16 +341,21 @@ class GPR:
         return self.descriptor.bind(data.numbers[first[0] : first[1]], bool(np.any(data.pbc[rows[0]])))
 
     def _mean(self, data: Batch, rows: Array, seen: int, previous: FittedGPR | None) -> _Mean:
-        """The prior for these rows: fitted anew when that is due."""
+        """The prior for these rows, fitted anew when that is due, and the ceiling of their energies."""
         fitted_prior = _fitted_prior(self.prior)
+        energies = np.asarray(data.columns["energy"], float)[rows]
+        lowest = data[int(rows[np.argmin(energies)])]
+        ceiling = float(energies.min()) + self.energy_window * int((~lowest.fixed).any(axis=1).sum())
         if previous is not None and (fitted_prior is None or not fitted_prior.due(seen, previous._mean.seen)):
-            return previous._mean
+            # the same object where nothing changes: nothing then needs to be computed anew
+            same = ceiling == previous._mean.ceiling or energies.max() <= min(ceiling, previous._mean.ceiling)
+            return previous._mean if same else replace(previous._mean, ceiling=ceiling)
         if fitted_prior is None:
-            return _Mean(_prior(self.prior))
-        batch = data.take(rows)
+            return _Mean(_prior(self.prior), ceiling=ceiling)
+        batch = data.take(rows[energies <= ceiling])
         start = previous._mean.parameters if previous is not None and previous.size else None
         parameters = fitted_prior.fit(batch, start)
-        return _Mean(fitted_prior.landscape(batch.numbers, parameters), parameters, seen)
+        return _Mean(fitted_prior.landscape(batch.numbers, parameters), parameters, seen, ceiling)
 
     def _learned(
         self, data: Batch, rows: Array, mean: _Mean, taught: Array, previous: FittedGPR | None = None
@@ -388,13 +398,16 @@ class GPR:
 
     def _targets(self, batch: Batch, mean: _Mean) -> tuple[Array, Array]:
         """(n,) what the Gaussian process learns [eV]: energy - atom energies - prior; and the prior's forces (m, 3)."""
-        targets = np.asarray(batch.columns["energy"], float)
-        targets = targets - _sum_of_atom_energies(batch, _atom_energies(self.atom_energies))
-        if mean.landscape is None:
-            return targets, np.zeros((len(batch.numbers), 3))
-        threads = self.threads if len(batch) > _FEW else 1
-        energies, forces = _core.evaluate(mean.landscape, batch, threads=threads)
-        return targets - energies, forces
+        energies, forces = np.zeros(len(batch)), np.zeros((len(batch.numbers), 3))
+        if mean.landscape is not None:
+            threads = self.threads if len(batch) > _FEW else 1
+            energies, forces = _core.evaluate(mean.landscape, batch, threads=threads)
+        energies = energies + _sum_of_atom_energies(batch, _atom_energies(self.atom_energies))
+        true = np.asarray(batch.columns["energy"], float)
+        # where the prior says "too high" as well, there is nothing to learn
+        return np.where(
+            true <= mean.ceiling, true - energies, mean.ceiling - np.minimum(energies, mean.ceiling)
+        ), forces
 
     def _initial_kernel(self, scale: float, spread: float, start: tuple[float, float] = _STARTS[0]) -> _core.Kernel:
         given = self.kernel
@@ -456,6 +469,7 @@ class _Mean:
     landscape: _core.Landscape | None
     parameters: Array = field(default_factory=lambda: np.zeros(0))  # (Q,) logarithms; none if it is not fitted
     seen: int = 0  # structures that had been learned at the last fit
+    ceiling: float = np.inf  # higher energies count as this [eV]
 
 
 class FittedGPR:
@@ -521,6 +535,7 @@ class FittedGPR:
         factored : rows in the last full factorisation, in order
         operations : what came after, one by one: a row appended, or -1 - position of a point removed
         seen : rows learned so far, and how many they were at the last optimisation
+        ceiling : higher energies counted as this [eV]
         prior, prior_seen : of a fitted prior: its parameters, and how many rows there were at its last fit
         forces : with use_forces: rows whose forces were learned
         """
@@ -531,6 +546,7 @@ class FittedGPR:
             "factored": self._factored.copy(),
             "operations": self._operations.copy(),
             "seen": np.array([self._seen, self._seen_at_optimisation], np.int64),
+            "ceiling": np.array(self._mean.ceiling),
             **(fitted_prior if _fitted_prior(self.model.prior) is not None else {}),
             **({"forces": self._taught.copy()} if self.model.use_forces else {}),
         }

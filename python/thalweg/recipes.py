@@ -42,13 +42,11 @@ def gofee(
     hops: int | Mapping[int, int] = 0,
     reset_after: int = 0,
     true_steps: int = 0,
-    polish_every: int = 0,
+    starts: int = 3,
+    polish: str = "promising",
+    polish_every: int = 5,
     polish_steps: int = 40,
     polish_last: int = 1,
-    polish_on: bool = True,
-    promising: float = 0.0,
-    starts: int = 3,
-    near_relaxed: float = 0.01,
     noise: float = 1e-5,
     use_forces: bool = False,
     threads: int = 0,
@@ -91,8 +89,14 @@ def gofee(
         Iterations without improvement after which the model forgets, see `ResetOnStagnation`; 0: never.
     true_steps : int
         Steps in the true potential after each evaluation, every point kept.
+    starts : int
+        Iterations with random candidates only.
+    polish : "promising", "periodic" or "none"
+        Relaxation in the true potential. Promising: of each candidate, along the model with its forces put right, while
+        that promises an energy below the best (see `Evaluate`). Periodic: of the best structure not yet relaxed, every
+        `polish_every` iterations, without the model.
     polish_every : int
-        Every so many iterations the best structure not yet relaxed is relaxed in the true potential; 0: never.
+        See `polish`.
     polish_steps : int
         Most steps of such a relaxation.
     polish_last : int
@@ -108,9 +112,11 @@ def gofee(
         raise ConfigurationError(f"model must be 'global' or 'local', got {model!r}")
     if classic and model != "global":
         raise ConfigurationError("classic=True means the published settings, which have a global model")
+    if polish not in ("promising", "periodic", "none"):
+        raise ConfigurationError(f"polish must be 'promising', 'periodic' or 'none', got {polish!r}")
     several = len(problem.counts) > 1
     if classic:
-        prior, true_steps, polish_every, polish_last, noise = "repulsive", 1, 0, 0, 1e-2
+        prior, true_steps, polish, polish_last, noise = "repulsive", 1, "none", 0, 1e-2
         surrogate_steps = {0: 0, 2: 200}
     default: dict[str, int | Mapping[int, int]] = {
         "random": {0: 12, starts: 12},
@@ -134,8 +140,11 @@ def gofee(
     mean = None if isinstance(prior, str) and prior == "none" else prior
     learner: Any = LocalGPR(prior=mean) if model == "local" else GPR(prior=mean, noise=noise, use_forces=use_forces)
     gauges = [Evaluate(
-        calculator, true_steps, polish_every=polish_every, polish_steps=polish_steps, polish_last=polish_last,
-        polish_on="gp" if polish_on and not classic else None, promising=promising,
+        calculator, true_steps,
+        polish_on="gp" if polish == "promising" else None,
+        polish_every=polish_every if polish == "periodic" else 0,
+        polish_steps=polish_steps,
+        polish_last=polish_last,
     )]  # fmt: skip
     return Search(
         problem,
@@ -148,7 +157,7 @@ def gofee(
             *_tidy(problem),
         ],
         acquire=_named(acquisitions, acquisition, "acquisition")(),
-        evaluate=gauges if classic else [Duplicate(near_relaxed=near_relaxed), *gauges],
+        evaluate=gauges if classic else [Duplicate(), *gauges],
         models={"gp": ResetOnStagnation(learner, reset_after) if reset_after else learner},
         store=store,
         seed=seed,
