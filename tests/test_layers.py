@@ -20,7 +20,7 @@ PYTHON = [
     {"errors", "elements"},
     {"files", "randomness", "schedule", "descriptors", "calculators", "pool", "statistics", "priors"},
     {"records"},
-    {"generators", "select", "refine", "evaluate", "models", "local_model", "callbacks", "stagnation"},
+    {"generators", "select", "refine", "evaluate", "models", "local_model", "model_choice", "callbacks", "stagnation"},
     {"search", "store"},
     {"recipes", "testing"},
     {"config", "campaign", "report", "progress", "bench", "scaffold", "importing"},

@@ -7,6 +7,7 @@ from thalweg import _core
 from thalweg.calculators import EMT
 from thalweg.errors import ConfigurationError
 from thalweg.local_model import FittedLocalGPR, LocalGPR
+from thalweg.models import _Mean, _prior
 from thalweg.records import Batch, Problem
 
 KERNEL = {"length": 1.2, "amplitude": 2.0, "noise_scale": 0.5}
@@ -173,7 +174,7 @@ def test_appending_equals_refitting():
     data, test = random_batch(16, 13), random_batch(5, 14)
     model = LocalGPR(**KERNEL)
     gpr = model._bare(data.numbers)
-    learned = model._learned(data, np.arange(16))
+    learned = model._learned(data, np.arange(16), _Mean(_prior(model.prior)))
     targets = learned.energies - learned.offsets
     gpr.fit(data, targets, learned.forces, **KERNEL)
     expected = _core.LocalSurrogate(gpr).predict(test, forces=True)

@@ -15,7 +15,10 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kNugget = 1e-6;             // on the diagonal of K_zz
 constexpr double kSmallestVariance = 1e-10;  // of the amplitude
 constexpr double kShortest = 0.3, kLongest = 12.0;
-constexpr double kLeastNoise = 0.1, kMostNoise = 10.0;
+constexpr double kLeastNoise = 0.1, kMostNoise = 1e3;
+// No more than this times what the energies of the data vary, per atom: forces that the model cannot follow would raise
+// the amplitude without end, and with it sigma.
+constexpr double kMostAmplitude = 10.0, kLeastBound = 0.1;
 constexpr std::size_t kColumns = 64;  // columns are reserved in such steps
 constexpr std::size_t kLargestTile = 8;
 
@@ -491,11 +494,17 @@ double LocalGpr::optimise(std::span<const double> factors) {
       atoms += n * n;
     }
     mean_ = energies / std::max(atoms, 1.0);
-    for (int step = -2; step <= 10; ++step) {
+    double spread = 0;
+    for (const auto& structure : data_) {
+      const double n = static_cast<double>(structure->numbers.size()), off = structure->energy - mean_ * n;
+      spread += off * off / std::max(n, 1.0) / static_cast<double>(data_.size());
+    }
+    const double most = kMostAmplitude * std::max(spread, kLeastBound);
+    for (int step = -8; step <= 10; ++step) {
       const double ratio = std::pow(10.0, 0.5 * step);
       double noise = 1;
       const double value = best_noise(ratio, noise);
-      if (value > highest) {
+      if (value > highest && (ratio * noise <= most || step == -8)) {
         highest = value;
         best = {length, ratio * noise, noise};
       }

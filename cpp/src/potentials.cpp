@@ -196,14 +196,31 @@ class EmbeddedEvaluator : public RowEvaluator {
       energy += density[i] > 0 ? embedding(kind, density[i], d_energy[i]) : alone(kind);
     }
     const std::int32_t *i = list.i(), *j = list.j();
-    for (std::size_t p = 0; p < pairs; ++p)
-      slope[p] = (slope[p] + d_energy[i[p]] * slope_i[p] + d_energy[j[p]] * slope_j[p]) / list.r()[p];
+    for (std::size_t p = 0; p < pairs; ++p) {
+      const double r = list.r()[p];
+      slope[p] += d_energy[i[p]] * slope_i[p] + d_energy[j[p]] * slope_j[p];
+      if (!walls_.empty()) {
+        const Wall& wall =
+            walls_[static_cast<std::size_t>(type[i[p]]) * types_.numbers.size() + static_cast<std::size_t>(type[j[p]])];
+        if (r < wall.radius) {
+          const double inside = 1.0 - r / wall.radius;
+          energy += wall.height * inside * inside * inside;
+          slope[p] -= 3.0 * wall.height * inside * inside / wall.radius;
+        }
+      }
+      slope[p] /= r;
+    }
     add_pair_forces(list, slope, forces);
     return energy;
   }
 
+  /// height (1 - r / radius)^3 closer than the radius.
+  struct Wall {
+    double radius, height;
+  };
   Species types_;
   std::vector<EmbeddedPair> table_;  // (types, types)
+  std::vector<Wall> walls_;          // the same, or none
 
  private:
   double slope_, middle_;
@@ -673,6 +690,9 @@ class ManyBodyEvaluator : public EmbeddedEvaluator {
         const double q = pair.stiffness, p = pair.ratio * q, half = 0.5 * pair.depth / (p - q), g = exponents_[a];
         table_.push_back({pair.depth > 0 ? std::exp((std::log(half * p) + q) / g) : 0.0, half * q * std::exp(p),
                           q / (g * pair.r0), p / pair.r0});
+
+        const double sum = covalent_radius(types_.numbers[a]) + covalent_radius(types_.numbers[b]);
+        walls_.push_back({ManyBodyPrior::kWall * sum, ManyBodyPrior::kWallHeight});
       }
   }
 

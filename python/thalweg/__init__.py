@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from thalweg.evaluate import Duplicate, Evaluate, Metropolis
     from thalweg.generators import FirstOf, OneOf, Permute, Random, Rattle
     from thalweg.local_model import LocalGPR
+    from thalweg.model_choice import ChosenModel
     from thalweg.models import GPR
     from thalweg.pool import Guarded
     from thalweg.priors import CalculatorPrior, FittedPrior
@@ -61,6 +62,7 @@ _WHERE = {
         "search": "Found Search",
         "select": "LCB Best ExpectedImprovement KMeans KernelSimilarity LastAccepted Novelty Thompson",
         "stagnation": "ResetOnStagnation",
+        "model_choice": "ChosenModel",
         "store": "History Store open_runs",
     }.items()
     for name in names.split()

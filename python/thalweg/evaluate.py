@@ -162,28 +162,26 @@ class Evaluate:
     def _guide(self, ctx: Context) -> Any:
         """The surface that polishes follow: the mean of a model that has learned something, or None."""
         fitted = ctx.models.get(self.polish_on) if self.polish_on is not None else None
-        return fitted.landscape(0.0) if fitted is not None and getattr(fitted, "size", 0) else None
+        return fitted.landscape(0.0) if fitted is not None and getattr(fitted, "size", 0) > 0 else None
 
     def _follow(self, known: Batch, ctx: Context, columns: dict[str, Any], limit: float) -> list[Batch]:
         """True points on the way down from one whose energy and forces are known, each the minimum of the tilted model
         within a trusted distance; ends when nothing below `limit` [eV] is to be had. Where the model misleads twice in a
         row, a minimiser without it goes on."""
-        guide, rows, here = self._guide(ctx), [], known
+        guide, here = self._guide(ctx), known
+        rows: list[Batch] = []
         radius, misled = _TRUST, 0
         while len(rows) < self.polish_steps:
-            free = ~here.fixed
-            forces = np.where(free, here.atom_columns["forces"], 0.0)
-            if np.sqrt(np.square(forces).sum(axis=1).max()) < self.polish_tolerance:
+            if _largest_force(here)[0] < self.polish_tolerance:
                 break
-            surface = _core.Tilted(guide, np.where(free, _core.evaluate(guide, here, threads=1)[1] - forces, 0.0))
-            there = _core.relax(surface, here, steps=60, force_tolerance=0.2 * self.polish_tolerance, threads=1)[0]
-            move = there - here.positions
+            wrong_by = _core.evaluate(guide, here, threads=1)[1] - here.atom_columns["forces"]
+            surface = _core.Tilted(guide, np.where(here.fixed, 0.0, wrong_by))
+            move = _core.relax(surface, here, steps=60, force_tolerance=0.2 * self.polish_tolerance, threads=1)[0]
+            move = move - here.positions
             longest = float(np.sqrt(np.square(move).sum(axis=1).max()))
             there = here.with_positions(here.positions + move * min(1.0, radius / max(longest, 1e-12)))
-            energy = float(here.columns["energy"][0])
-            promised = float(
-                _core.evaluate(surface, here, threads=1)[0][0] - _core.evaluate(surface, there, threads=1)[0][0]
-            )
+            before, after = (float(_core.evaluate(surface, one, threads=1)[0][0]) for one in (here, there))
+            promised, energy = before - after, float(here.columns["energy"][0])
             if not promised > _LEAST_GAIN or energy - promised > limit:
                 break
             row = ctx.measure(there.bare(), self._calculate, **columns)

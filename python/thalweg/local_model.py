@@ -17,7 +17,7 @@ import numpy as np
 from thalweg import _core
 from thalweg.errors import ConfigurationError
 from thalweg.files import read_arrays, senseless_is_an_error
-from thalweg.models import _atom_energies, _fitted_prior, _prior, _sum_of_atom_energies, _with_prior
+from thalweg.models import _atom_energies, _fitted_prior, _Mean, _mean_of, _prior, _sum_of_atom_energies, _with_prior
 from thalweg.priors import CalculatorPrior
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class LocalGPR:
 
     Parameters
     ----------
-    prior : "bonding", "repulsive", None, a landscape of the compiled core or a calculator
+    prior : "bonding", "fitted", "repulsive", None, a landscape of the compiled core or a calculator
         Mean function, as in `GPR`.
     n_radial, n_angular, l_max : int
         Radial functions per neighbour species; radial functions and highest Legendre order of the angular part.
@@ -60,6 +60,8 @@ class LocalGPR:
     max_rows : int
         Only that many structures of lowest energy are learned whenever all is refitted.
     atom_energies : mapping of symbol to eV, optional
+    energy_window : float
+        In eV per free atom, as in `GPR`; the forces of a structure above it are not learned.
     growth : float
         Hyperparameters are optimised after the data have grown by this fraction.
     use_forces : bool
@@ -83,6 +85,7 @@ class LocalGPR:
     noise_scale: float = 1.0
     max_rows: int = 500
     atom_energies: Mapping[str, float] | None = None
+    energy_window: float = 2.0
     growth: float = 0.5
     use_forces: bool = True
     name: str = "gp"
@@ -97,10 +100,6 @@ class LocalGPR:
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
         self._environments(np.array([1]))
         object.__setattr__(self, "prior", CalculatorPrior.of(self.prior))
-        if _fitted_prior(self.prior) is not None:
-            raise ConfigurationError(
-                "LocalGPR takes a fixed prior ('bonding', 'repulsive', None, a landscape or a calculator), not a fitted one"
-            )
         _prior(self.prior)
         _atom_energies(self.atom_energies)
 
@@ -117,7 +116,7 @@ class LocalGPR:
         """
         usable = self._usable(data)
         if len(usable) == 0:
-            return FittedLocalGPR(self, None, _NO_ROWS, _NO_ROWS, 0, _Learned.empty())
+            return FittedLocalGPR(self, None, _NO_ROWS, _NO_ROWS, 0, _Learned.empty(), _Mean(_prior(self.prior)))
         if previous is None or not previous._began(self, data) or previous._gpr is None:
             return self._refit(data, self._lowest(data, usable), None, len(usable))
         seen = previous._rows_seen(usable)
@@ -126,10 +125,14 @@ class LocalGPR:
             return previous
         new_species = not np.isin(data.take(new).numbers, previous._species).all()
         due = self.optimise and len(usable) >= (1 + self.growth) * previous._seen_at_optimisation
+        fitted_prior = _fitted_prior(self.prior)
+        due |= fitted_prior is not None and fitted_prior.due(len(usable), previous._mean.seen)
+        # no more inducing environments to be had: chosen anew, they cover all data again
+        due |= previous.inducing >= self.max_inducing and len(previous.appended) >= 0.1 * len(previous.factored)
         if due or new_species:
             return self._refit(data, self._lowest(data, usable), previous, len(usable))
         gpr = previous._gpr.copy()
-        learned = self._learned(data, new)
+        learned = self._learned(data, new, previous._mean)
         gpr.append(learned.batch, learned.energies - learned.offsets, learned.forces)
         return FittedLocalGPR(
             self,
@@ -138,20 +141,22 @@ class LocalGPR:
             np.concatenate([previous.appended, new]),
             previous._seen_at_optimisation,
             previous._learned.joined(learned),
+            previous._mean,
         )
 
     def restore(self, data: Batch, state: Mapping[str, Array]) -> FittedLocalGPR:
         """The fitted model of this `.state`, bit for bit; data: the rows it had learned, in their places."""
         factored, appended = (np.asarray(state[name], np.int64) for name in ("factored", "appended"))
         if len(factored) == 0:
-            return FittedLocalGPR(self, None, _NO_ROWS, _NO_ROWS, 0, _Learned.empty())
+            return FittedLocalGPR(self, None, _NO_ROWS, _NO_ROWS, 0, _Learned.empty(), _Mean(_prior(self.prior)))
         rows = np.concatenate([factored, appended])
         if rows.max() >= len(data.offsets) - 1:
             raise ConfigurationError(
                 f"a fitted model learned row {rows.max()}, but there are only {len(data.offsets) - 1} rows of data"
             )
         length, amplitude, noise_scale = map(float, state["kernel"])
-        learned = self._learned(data, factored)
+        mean = _Mean.restored(self.prior, data.take(factored).numbers, state)
+        learned = self._learned(data, factored, mean)
         gpr = self._bare(learned.batch.numbers)
         gpr.fit(
             learned.batch,
@@ -162,13 +167,16 @@ class LocalGPR:
             noise_scale=noise_scale,
         )
         if len(appended):
-            more = self._learned(data, appended)
+            more = self._learned(data, appended, mean)
             gpr.append(more.batch, more.energies - more.offsets, more.forces)
             learned = learned.joined(more)
-        return FittedLocalGPR(self, gpr, factored, appended, int(np.asarray(state["seen"])), learned)
+        return FittedLocalGPR(self, gpr, factored, appended, int(np.asarray(state["seen"])), learned, mean)
 
     def _refit(self, data: Batch, rows: Array, previous: FittedLocalGPR | None, seen: int) -> FittedLocalGPR:
-        learned = self._learned(data, rows)
+        mean = _mean_of(
+            self.prior, self.energy_window, data, rows, seen, previous._mean if previous is not None else None
+        )
+        learned = self._learned(data, rows, mean)
         gpr = self._bare(learned.batch.numbers)
         known = previous._gpr if previous is not None else None
         start = (self.length, self.amplitude, self.noise_scale)
@@ -182,9 +190,11 @@ class LocalGPR:
             amplitude=start[1],
             noise_scale=start[2],
         )
-        if self.optimise:
+        at_optimisation = previous._seen_at_optimisation if previous is not None else 0
+        if self.optimise and seen >= (1 + self.growth) * at_optimisation:
             gpr.optimise()
-        return FittedLocalGPR(self, gpr, rows, _NO_ROWS, seen, learned)
+            at_optimisation = seen
+        return FittedLocalGPR(self, gpr, rows, _NO_ROWS, at_optimisation or seen, learned, mean)
 
     # ---- pieces --------------------------------------------------------------------------------------
     def _environments(self, numbers: Array) -> _core.Environments:
@@ -221,18 +231,19 @@ class LocalGPR:
         energy = np.asarray(data.columns["energy"], float)[usable]
         return np.sort(usable[np.argsort(energy, kind="stable")[: self.max_rows]])
 
-    def _learned(self, data: Batch, rows: Array) -> _Learned:
+    def _learned(self, data: Batch, rows: Array, mean: _Mean) -> _Learned:
         """These rows and what the model is taught of them."""
         batch = data.take(rows)
         forces = batch.atom_columns.get("forces") if self.use_forces else None
         forces = np.full((len(batch.numbers), 3), np.nan) if forces is None else np.array(forces, float)
         offsets = _sum_of_atom_energies(batch, _atom_energies(self.atom_energies))
-        prior = _prior(self.prior)
-        if prior is not None:
-            energies, slopes = _core.evaluate(prior, batch, threads=1)
+        if mean.landscape is not None:
+            energies, slopes = _core.evaluate(mean.landscape, batch, threads=1)
             offsets = offsets + energies
             forces = forces - slopes
-        return _Learned(batch, np.asarray(batch.columns["energy"], float), offsets, forces)
+        energies = np.asarray(batch.columns["energy"], float)
+        forces[np.repeat(energies > mean.ceiling, np.diff(batch.offsets))] = np.nan
+        return _Learned(batch, energies, energies - mean.targets(energies, offsets), forces)
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,12 +281,13 @@ class FittedLocalGPR:
         appended: Array,
         seen_at_optimisation: int,
         learned: _Learned,
+        mean: _Mean,
     ):
         self.model = model
         self.factored, self.appended = factored, appended  # rows of the last full fit, and those that came after
         self._gpr, self._seen_at_optimisation, self._learned = gpr, seen_at_optimisation, learned
         self._species = np.unique(learned.batch.numbers) if learned.batch is not None else _NO_ROWS
-        self._prior = _prior(model.prior)
+        self._mean, self._prior = mean, mean.landscape
         self._atom_energies = _atom_energies(model.atom_energies)
         self._landscapes: dict[float, _core.LocalSurrogate] = {}
 
@@ -314,7 +326,8 @@ class FittedLocalGPR:
 
         kernel : length, amplitude, noise_scale
         factored, appended : rows of the last full fit and those appended since, in order
-        seen : usable rows at that fit
+        seen : usable rows at the last optimisation
+        ceiling, prior, prior_seen : as in `GPR`
         """
         g = self._gpr
         return {
@@ -322,6 +335,7 @@ class FittedLocalGPR:
             "factored": self.factored.copy(),
             "appended": self.appended.copy(),
             "seen": np.array(self._seen_at_optimisation, np.int64),
+            **self._mean.state,
         }
 
     def predict(

@@ -119,7 +119,8 @@ class GPR:
                 f"noise_force is a standard deviation in eV/angstrom and must be above 0, got {self.noise_force}"
             )
         for name, least in {
-            "starts": 1, "max_rows": 1, "energy_window": 0, "growth": 0, "always_below": 0, "threads": 0, "max_force_rows": 1,
+            "starts": 1, "max_rows": 1, "energy_window": 0, "growth": 0, "always_below": 0, "threads": 0,
+            "max_force_rows": 1,
         }.items():  # fmt: skip
             if not getattr(self, name) >= least:
                 raise ConfigurationError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -187,13 +188,7 @@ class GPR:
             raise ConfigurationError(
                 f"a fitted model learned row {factored.max()}, but there are only {len(data.offsets) - 1} rows of data"
             )
-        mean = _Mean(_prior(self.prior))
-        fitted_prior = _fitted_prior(self.prior)
-        if fitted_prior is not None:
-            parameters = np.asarray(state["prior"], float)
-            landscape = fitted_prior.landscape(data.take(factored[:1]).numbers, parameters)
-            mean = _Mean(landscape, parameters, int(state["prior_seen"]))
-        mean = replace(mean, ceiling=float(state["ceiling"]))
+        mean = _Mean.restored(self.prior, data.take(factored).numbers, state)
         taught = np.asarray(state["forces"], np.int64) if self.use_forces else _NO_ROWS
         learned = self._learned(data, factored, mean, taught)
         fingerprint = self._bound(data, factored)
@@ -342,20 +337,8 @@ class GPR:
 
     def _mean(self, data: Batch, rows: Array, seen: int, previous: FittedGPR | None) -> _Mean:
         """The prior for these rows, fitted anew when that is due, and the ceiling of their energies."""
-        fitted_prior = _fitted_prior(self.prior)
-        energies = np.asarray(data.columns["energy"], float)[rows]
-        lowest = data[int(rows[np.argmin(energies)])]
-        ceiling = float(energies.min()) + self.energy_window * int((~lowest.fixed).any(axis=1).sum())
-        if previous is not None and (fitted_prior is None or not fitted_prior.due(seen, previous._mean.seen)):
-            # the same object where nothing changes: nothing then needs to be computed anew
-            same = ceiling == previous._mean.ceiling or energies.max() <= min(ceiling, previous._mean.ceiling)
-            return previous._mean if same else replace(previous._mean, ceiling=ceiling)
-        if fitted_prior is None:
-            return _Mean(_prior(self.prior), ceiling=ceiling)
-        batch = data.take(rows[energies <= ceiling])
-        start = previous._mean.parameters if previous is not None and previous.size else None
-        parameters = fitted_prior.fit(batch, start)
-        return _Mean(fitted_prior.landscape(batch.numbers, parameters), parameters, seen, ceiling)
+        known = previous._mean if previous is not None and previous.size else None
+        return _mean_of(self.prior, self.energy_window, data, rows, seen, known)
 
     def _learned(
         self, data: Batch, rows: Array, mean: _Mean, taught: Array, previous: FittedGPR | None = None
@@ -471,6 +454,47 @@ class _Mean:
     seen: int = 0  # structures that had been learned at the last fit
     ceiling: float = np.inf  # higher energies count as this [eV]
 
+    def targets(self, energies: Array, expected: Array) -> Array:
+        """(n,) what is to be learned where this was expected [eV]; nothing where both are too high."""
+        capped = self.ceiling - np.minimum(expected, self.ceiling)
+        return np.where(energies <= self.ceiling, energies - expected, capped)
+
+    @property
+    def state(self) -> dict[str, Array]:
+        """Small arrays from which `restored` makes this again."""
+        fitted = {"prior": self.parameters.copy(), "prior_seen": np.array(self.seen, np.int64)}
+        return {"ceiling": np.array(self.ceiling), **(fitted if len(self.parameters) else {})}
+
+    @staticmethod
+    def restored(prior: Any, numbers: Array, state: Mapping[str, Array]) -> _Mean:
+        """numbers: atomic numbers of all that was learned."""
+        fitted_prior, ceiling = _fitted_prior(prior), float(state["ceiling"])
+        if fitted_prior is None:
+            return _Mean(_prior(prior), ceiling=ceiling)
+        parameters = np.asarray(state["prior"], float)
+        return _Mean(fitted_prior.landscape(numbers, parameters), parameters, int(state["prior_seen"]), ceiling)
+
+
+def _mean_of(prior: Any, energy_window: float, data: Batch, rows: Array, seen: int, known: _Mean | None) -> _Mean:
+    """The prior for these rows, fitted anew when that is due, and the ceiling of their energies; `known`, the same
+    object, where nothing changes: nothing then needs to be computed anew."""
+    fitted_prior = _fitted_prior(prior)
+    energies = np.asarray(data.columns["energy"], float)[rows]
+    lowest = data[int(rows[np.argmin(energies)])]
+    ceiling = float(energies.min()) + energy_window * int((~lowest.fixed).any(axis=1).sum())
+    numbers = data.take(rows).numbers
+    due = fitted_prior is not None and (
+        known is None or fitted_prior.due(seen, known.seen) or len(known.parameters) != fitted_prior.count(numbers)
+    )
+    if known is not None and not due:
+        same = ceiling == known.ceiling or energies.max() <= min(ceiling, known.ceiling)
+        return known if same else replace(known, ceiling=ceiling)
+    if fitted_prior is None:
+        return _Mean(_prior(prior), ceiling=ceiling)
+    batch = data.take(rows[energies <= ceiling])
+    parameters = fitted_prior.fit(batch, known.parameters if known is not None else None, numbers=numbers)
+    return _Mean(fitted_prior.landscape(numbers, parameters), parameters, seen, ceiling)
+
 
 class FittedGPR:
     """A Gaussian process that has learned its data; made by `GPR.fit`, never changes."""
@@ -540,14 +564,12 @@ class FittedGPR:
         forces : with use_forces: rows whose forces were learned
         """
         k = self.kernel
-        fitted_prior = {"prior": self._mean.parameters.copy(), "prior_seen": np.array(self._mean.seen, np.int64)}
         return {
             "kernel": np.array([k.amplitude, k.length_long, k.length_short, k.weight_long, k.weight_short, k.noise]),
             "factored": self._factored.copy(),
             "operations": self._operations.copy(),
             "seen": np.array([self._seen, self._seen_at_optimisation], np.int64),
-            "ceiling": np.array(self._mean.ceiling),
-            **(fitted_prior if _fitted_prior(self.model.prior) is not None else {}),
+            **self._mean.state,
             **({"forces": self._taught.copy()} if self.model.use_forces else {}),
         }
 

@@ -247,19 +247,24 @@ class FittedPrior:
         """The prior before anything is known: pair wells, which need no list of species."""
         return _core.PairPrior("bonding", depth=self.depth, stiffness=self.stiffness, radius_scale=self.radius_scale)
 
+    def count(self, numbers: Array) -> int:
+        """How many parameters the species among these atomic numbers have."""
+        return len(_Wells(self, numbers).guess)
+
     def landscape(self, numbers: Array, parameters: Array) -> _core.ManyBodyPrior:
         """The wells of these parameters, as `fit` gives them; numbers: atomic numbers, in any order and often."""
         return _Wells(self, numbers).landscape(np.asarray(parameters, float))
 
-    def fit(self, data: Batch, start: Array | None = None) -> Array:
+    def fit(self, data: Batch, start: Array | None = None, *, numbers: Array | None = None) -> Array:
         """Logarithms of the parameters, pair by pair of species (rising atomic numbers): depths, radius scales,
         stiffnesses, ratios - 1; then the exponent of each species.
 
         data : at least one structure, all evaluated, with column energy and, if there is one, atom column forces
             (rows with NaN count by their energy alone; forces on fixed coordinates are left out).
         start : where to begin, unless the guess is better or the species are others.
+        numbers : atomic numbers of all species that count; default: those of the data.
         """
-        wells = _Wells(self, data.numbers)
+        wells = _Wells(self, data.numbers if numbers is None else numbers)
         order = np.argsort(data.columns["energy"], kind="stable")[: self.most_rows]
         task = _LeastSquares(wells, data.take(np.sort(order)))
         parameters = wells.guess

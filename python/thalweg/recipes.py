@@ -10,6 +10,7 @@ from thalweg.errors import ConfigurationError, nearest
 from thalweg.evaluate import Duplicate, Evaluate, Metropolis
 from thalweg.generators import FirstOf, OneOf, Permute, Random, Rattle
 from thalweg.local_model import LocalGPR
+from thalweg.model_choice import ChosenModel
 from thalweg.models import GPR
 from thalweg.records import Problem
 from thalweg.refine import Centre, Connected, MinDistance, Relax, SurrogateHops, Wrap
@@ -59,11 +60,12 @@ def gofee(
     Parameters
     ----------
     prior : "bonding", "fitted", "repulsive", "none", {"calculator": name, ...} or whatever `GPR` takes
-        Prior mean of the Gaussian process: Morse wells at covalent bond lengths, the same fitted to the data, the
-        published repulsion, or a calculator (each relaxation step on the surrogate calls it: see docs/elements.md).
-    model : "global" or "local"
-        A Gaussian process on one fingerprint per structure, taught energies, or a sparse one on the surroundings of each
-        atom, taught energies and forces (`LocalGPR`; not with a fitted prior).
+        Prior mean of the Gaussian process: Morse wells at covalent bond lengths; wells whose lengths, depths and shapes
+        are fitted to the data (`FittedPrior`); the published repulsion; or a calculator (each relaxation step on the surrogate calls it: see docs/elements.md).
+    model : "global", "local" or "auto"
+        A Gaussian process on one fingerprint per structure, taught energies; a sparse one on the surroundings of each
+        atom, taught energies and forces (`LocalGPR`; several times slower); or whichever has the smaller held-out error
+        (`ChosenModel`).
     classic : bool
         The published settings: repulsive prior, 10 candidates (random only at first, then 3 random + 7 rattle), one true
         step after each evaluation, no duplicates refused, no polish.
@@ -108,8 +110,8 @@ def gofee(
     threads : int
         Threads of one search; 0: as many as there are cores. Results do not depend on it.
     """
-    if model not in ("global", "local"):
-        raise ConfigurationError(f"model must be 'global' or 'local', got {model!r}")
+    if model not in ("global", "local", "auto"):
+        raise ConfigurationError(f"model must be 'global', 'local' or 'auto', got {model!r}")
     if classic and model != "global":
         raise ConfigurationError("classic=True means the published settings, which have a global model")
     if polish not in ("promising", "periodic", "none"):
@@ -138,7 +140,11 @@ def gofee(
     samplers: dict[str, Any] = {"kmeans": KMeans, "similarity": KernelSimilarity, "novelty": Novelty}
     acquisitions: dict[str, Any] = {"lcb": lambda: lcb, "ei": ExpectedImprovement, "thompson": Thompson}
     mean = None if isinstance(prior, str) and prior == "none" else prior
-    learner: Any = LocalGPR(prior=mean) if model == "local" else GPR(prior=mean, noise=noise, use_forces=use_forces)
+    learners: dict[str, Any] = {
+        "global": GPR(prior=mean, noise=noise, use_forces=use_forces),
+        "local": LocalGPR(prior=mean),
+    }
+    learner = ChosenModel(learners) if model == "auto" else learners[model]
     gauges = [Evaluate(
         calculator, true_steps,
         polish_on="gp" if polish == "promising" else None,

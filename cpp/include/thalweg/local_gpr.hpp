@@ -53,7 +53,8 @@ class LocalGpr {
   /// Learns more structures, one by one, with the kernel and the scale as they are; equal to a fit with the same scale.
   void append(const BatchView& batch, std::span<const double> energies, std::span<const double> forces);
   /// Maximises the marginal likelihood over lengths (`factors` times the present one, kept within 0.3 to 12), the ratio
-  /// amplitude / noise_scale on a grid (1e-1 .. 1e5) and noise_scale in closed form (kept within 0.1 .. 10), and fits
+  /// amplitude / noise_scale on a grid (1e-4 .. 1e5, amplitude at most ten times the spread of the energies) and
+  /// noise_scale in closed form (kept within 0.1 .. 1000), and fits
   /// with the best. Returns its log likelihood.
   double optimise(std::span<const double> factors);
 

@@ -122,10 +122,12 @@ class PairPrior : public Landscape {
 ///   A = 1/2 depth q / (p - q),  B = 1/2 depth p / (p - q),  Z = kCoordination
 /// exponent g = 1: pair wells of that depth at r0 (ratio 2: Morse wells, stiffness = a r0); g = 1/2: square roots of
 /// coordination. An atom with Z like neighbours at r0 is in equilibrium and has Z depth / 2 for every g, so that all
-/// numbers keep their meaning. A smooth cutoff of 2.2 times the longest r0.
+/// numbers keep their meaning. A smooth cutoff of 2.2 times the longest r0. Data do not say what happens where atoms
+/// are crushed and a search would go and look, so every pair also has a wall, kWallHeight (1 - r / r_w)^3 closer than
+/// r_w = kWall covalent sums: 0.4 eV at 0.7 sums, 10 eV at 0.6.
 class ManyBodyPrior : public Landscape {
  public:
-  static constexpr double kCoordination = 6.0;
+  static constexpr double kCoordination = 6.0, kWall = 0.75, kWallHeight = 1250.0;  // -, covalent sums, eV
   struct Pair {
     std::int32_t first = 0, second = 0;  // atomic numbers, in any order
     double depth = 0.8;                  // eV, at least 0

@@ -1,0 +1,110 @@
+"""`ChosenModel`: the model with the smaller held-out error, the same after a resume."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from thalweg import GPR, ChosenModel, LocalGPR, Problem, _core, recipes
+from thalweg.calculators import EMT
+from thalweg.errors import ConfigurationError
+from thalweg.testing import example_search
+from toys import same_rows
+
+PROBLEM = Problem("Au3Ni3", cell=12.0, box=6.0)
+
+
+class Fixed:
+    """A model that tells the same energy for everything."""
+
+    def __init__(self, energy):
+        self.energy, self.size = energy, 1
+
+    def fit(self, data, previous=None, *, key=None):
+        return self
+
+    def restore(self, data, state):
+        return self
+
+    def predict(self, batch, *, threads=0):
+        return np.full(len(batch), self.energy), np.ones(len(batch))
+
+    @property
+    def state(self):
+        return {}
+
+
+def data_of(count):
+    with recipes.random_search(PROBLEM, EMT(), seed=4, steps=3) as search:
+        search.run(count, evaluations=count)
+        return search.data
+
+
+def test_the_smaller_held_out_error_wins_and_the_present_choice_stays_within_the_margin():
+    data = data_of(24)
+    right = float(np.median(data.columns["energy"][-6:]))
+    model = ChosenModel({"wrong": Fixed(right + 50.0), "right": Fixed(right)})
+    assert model.fit(data[:6]).chosen == "wrong"  # too few to tell
+    fitted = model.fit(data)
+    assert fitted.chosen == "right" and model.errors(data)["right"] < model.errors(data)["wrong"]
+    close = ChosenModel({"one": Fixed(right + 1e-3), "other": Fixed(right)}, margin=0.5)
+    assert close.fit(data).chosen == "one"
+
+
+def test_held_out_rows_are_not_learned_and_failed_ones_do_not_count():
+    data = data_of(20)
+    status = np.zeros(20, np.uint8)
+    status[-3:] = 1
+    seen = []
+
+    class Spy(Fixed):
+        def fit(self, data, previous=None, *, key=None):
+            seen.append(np.flatnonzero(data.columns["status"] == 0))
+            return self
+
+        def predict(self, batch, *, threads=0):
+            seen.append(batch.columns["energy"])
+            return super().predict(batch)
+
+    ChosenModel({"spy": Spy(0.0), "other": Fixed(0.0)}).errors(data.with_columns(status=status))
+    learned, told = seen
+    np.testing.assert_array_equal(learned, np.arange(13))
+    np.testing.assert_array_equal(told, data.columns["energy"][13:17])
+
+
+def test_a_search_resumes_to_the_same_rows_and_chooses(tmp_path):
+    def search(**options):
+        return recipes.gofee(
+            PROBLEM, EMT(), seed=2, threads=1, model="auto", candidates=8, surrogate_steps=20, **options
+        )
+
+    with search() as straight:
+        straight.run(10)
+        rows, chosen = straight.data, straight._fitted["gp"].chosen
+    path = tmp_path / "a.journal"
+    for cut in (5, 11):
+        with search(store=path) as stopped:
+            stopped.run(10 - stopped.iteration, evaluations=cut)
+    with search(store=path) as resumed:
+        resumed.run(10 - resumed.iteration)
+        assert same_rows(resumed.data, rows) and resumed._fitted["gp"].chosen == chosen
+
+
+def test_senseless_settings():
+    with pytest.raises(ConfigurationError, match="at least two models"):
+        ChosenModel({"gp": GPR()})
+    with pytest.raises(ConfigurationError, match="growth above 1"):
+        ChosenModel({"gp": GPR(), "local": LocalGPR()}, growth=1.0)
+
+
+def test_local_is_chosen_where_forces_say_more():
+    # few structures, a landscape of atoms' surroundings: the global model has seen a handful of energies only
+    data = example_search(PROBLEM, steps=1).data
+    batch = data_of(16)
+    model = ChosenModel({"global": GPR(prior=None), "local": LocalGPR(prior=None)})
+    errors = model.errors(batch)
+    assert set(errors) == {"global", "local"} and all(np.isfinite(list(errors.values())))
+    fitted = model.fit(batch)
+    assert fitted.chosen == min(errors, key=errors.get) or errors[fitted.chosen] <= 1.1 * min(errors.values())
+    energy, sigma = fitted.predict(data)
+    assert np.isfinite(energy).all() and np.all(sigma > 0)
+    assert isinstance(fitted.landscape(1.0), _core.Landscape)
