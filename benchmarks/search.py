@@ -7,7 +7,7 @@
     python benchmarks/search.py --table --problem Au4Ni4 --problem Cu4Ni4 --problem Au6Ni6 --restarts 16 --cap 300
 
 One restart = one seed; every true evaluation is counted (first structures, surrogate choices, polishing, failures).
-delivered = the first counted evaluation within 1 meV of the known minimum. Restarts that reach the cap are censored.
+delivered = the first counted evaluation within 1 meV of the known minimum (clusters; other problems: TARGETS). Restarts that reach the cap are censored.
 Each row prints n, successes, the Kaplan-Meier median, the mean cost per success (all evaluations of all restarts over
 successes), how many were done by 50, 100, 150, 400, and the seconds per iteration beside the true energy.
 """
@@ -25,8 +25,8 @@ os.environ.setdefault("THALWEG_NUM_THREADS", "1")
 
 import numpy as np
 
-# ASE's EMT(), free clusters, 12 angstrom cell; putative, from long basin hopping.
-MINIMA = {
+# Clusters in EMT: minima in eV, putative, from long basin hopping; 12 angstrom cells, 15 for Au8Ni8.
+CLUSTERS = {
     "Au4Ni4": 7.8049,
     "Au6Ni6": 9.4854,
     "Au8Ni8": 11.2439,
@@ -36,8 +36,50 @@ MINIMA = {
     "Au6": 4.0253,
     "Cu13": 9.3614,
 }
+# The others: (how to make the problem and its calculator, energy of the minimum and tolerance in eV).
+OTHERS: dict[str, tuple[str, float, float]] = {
+    "Ni6/Au111": ("slab", 15.2832, 0.002),  # EMT, six nickel atoms on 60 fixed gold atoms
+    "B4N4": ("hBN 2", -53.52, 0.02),  # Tersoff "BN", a flat periodic cell: the sheet of hexagonal boron nitride
+    "B6N6": ("hBN 3", -80.28, 0.02),
+    "aniline": ("aniline", -534.7847, 0.05),  # C6H7N in GFN1-xTB; needs tblite
+}
+TARGETS = {name: (energy, 0.001) for name, energy in CLUSTERS.items()} | {
+    name: (energy, tolerance) for name, (_, energy, tolerance) in OTHERS.items()
+}
+
+
+def problem_of(name: str):
+    """(Problem, calculator) of a row of the table."""
+    from pathlib import Path
+
+    from thalweg import Problem
+    from thalweg.calculators import EMT, Tersoff, make_calculator
+
+    if name in CLUSTERS:
+        return Problem(name, cell=15.0 if name == "Au8Ni8" else 12.0), EMT()
+    kind = OTHERS[name][0]
+    if kind == "slab":
+        from ase.io import read
+
+        template = read(Path(__file__).parents[1] / "examples" / "au111.extxyz")
+        vectors = [[11.53998267, 0, 0], [7.21248917, 12.49239769, 0], [0, 0, 4.5]]
+        return Problem("Ni6", template=template, box=([0, 0, 7.2], vectors)), EMT()
+    if kind == "aniline":
+        return Problem("C6H7N", cell=14.0, box=7.0), make_calculator("gfn1-xtb")
+    long = {"hBN 2": 5.0081, "hBN 3": 7.5121}[kind]
+    box = ([0, 0, 6.5], [long, 4.3371, 1.0])
+    return Problem(name, cell=[long, 4.3371, 14.0], pbc=(True, True, False), box=box), Tersoff(parameters="BN")
+
+
 ARMS = {
     "gofee": {"method": "gofee"},
+    "gofee, local model": {"method": "gofee", "model": "local"},
+    "gofee, automatic choice of model": {"method": "gofee", "model": "auto"},
+    "gofee, fixed bonding prior": {"method": "gofee", "prior": "bonding"},
+    "gofee, prior 8 % too short": {"method": "gofee", "prior": {"form": "fitted", "radius_scale": 0.92}},
+    "gofee, forces in the global model": {"method": "gofee", "use_forces": True},
+    "gofee, periodic polish": {"method": "gofee", "polish": "periodic"},
+    "gofee without a Gaussian process": {"method": "gofee", "without_gp": True},  # the fitted prior alone
     "gofee, repulsive prior": {"method": "gofee", "prior": "repulsive"},
     "gofee, no prior": {"method": "gofee", "prior": "none"},
     "gofee, classic": {"method": "gofee", "classic": True},
@@ -48,6 +90,15 @@ ARMS = {
 # What gofee's options change, each alone against the default on the same seeds (--table).
 CHOICES: dict[str, dict] = {
     "default": {},
+    'model="local"': {"model": "local"},
+    'model="auto"': {"model": "auto"},
+    'prior="bonding"': {"prior": "bonding"},
+    'prior="none"': {"prior": "none"},
+    "fitted prior, 8 % too short": {"prior": {"form": "fitted", "radius_scale": 0.92}},
+    "use_forces": {"use_forces": True},
+    'polish="periodic"': {"polish": "periodic"},
+    "starts=1": {"starts": 1},
+    "starts=5": {"starts": 5},
     'acquisition="ei"': {"acquisition": "ei"},
     'acquisition="thompson"': {"acquisition": "thompson"},
     "kappa=1": {"kappa": 1.0},
@@ -65,8 +116,7 @@ CHOICES: dict[str, dict] = {
 
 def one(task: tuple[str, dict, int, int]) -> dict:
     """One restart."""
-    from thalweg import FittedPrior, Problem, StopAt, _core, recipes
-    from thalweg.calculators import EMT
+    from thalweg import GPR, FittedPrior, StopAt, _core, recipes
 
     formula, options, seed, cap = task
     options = dict(options)
@@ -75,8 +125,9 @@ def one(task: tuple[str, dict, int, int]) -> dict:
         numbers = dict(options["prior"])
         form = numbers.pop("form")
         options["prior"] = FittedPrior(**numbers) if form == "fitted" else _core.PairPrior(form, **numbers)
-    problem = Problem(formula, cell=12.0 if formula not in ("Au8Ni8",) else 15.0, box=options.pop("box", None))
-    target = MINIMA[formula]
+    problem, calculator = problem_of(formula)
+    target, tolerance = TARGETS[formula]
+    without_gp = options.pop("without_gp", False)
     seconds: dict[str, float] = {}
 
     def count(step, search):
@@ -84,11 +135,14 @@ def one(task: tuple[str, dict, int, int]) -> dict:
             seconds[name] = seconds.get(name, 0.0) + value
 
     begin = time.perf_counter()
-    search = recipes.RECIPES[method](problem, EMT(), seed=seed, **options)
-    search.callbacks += [count, StopAt(target, 0.001)]
+    search = recipes.RECIPES[method](problem, calculator, seed=seed, **options)
+    if without_gp:  # a kernel of next to nothing: what is left is the prior
+        kernel = _core.Kernel(amplitude=1e-8, length_long=1.0, length_short=1.0, noise=1.0)
+        search.models = {"gp": GPR(prior="fitted", kernel=kernel, optimise=False)}
+    search.callbacks += [count, StopAt(target, tolerance)]
     found = search.run(cap, evaluations=cap)
     energies = search.data.columns["energy"] if len(search.data) else np.zeros(0)
-    reached = np.flatnonzero(energies <= target + 0.001)
+    reached = np.flatnonzero(energies <= target + tolerance)
     return {
         "seed": seed,
         "delivered": int(reached[0]) + 1 if len(reached) else None,
@@ -148,7 +202,7 @@ def table(problems: list[str], chosen: list[str], restarts: int, cap: int, seed:
         "so few restarts is noisy, and of many bands one in twenty misses 1 by chance: verdicts are hints, not proof."
     )
     print(
-        f"{'problem':8s} {'choice':24s} {'ok/n':>7s} {'median':>7s} {'mean':>6s} {'ratio':>6s} {'band':>13s} {'ms/it':>6s}"
+        f"{'problem':9s} {'choice':28s} {'ok/n':>7s} {'median':>7s} {'mean':>6s} {'ratio':>6s} {'band':>13s} {'ms/it':>6s}"
     )
     rows: list[dict] = []
     spent: dict[str, list[np.ndarray]] = {choice: [] for choice in choices}
@@ -159,7 +213,7 @@ def table(problems: list[str], chosen: list[str], restarts: int, cap: int, seed:
         verdict = "helps" if high < 1 else "hurts" if low > 1 else "no difference shown"
         text = "" if choice == "default" else f"{ratio:6.2f} {f'{low:.2f}-{high:.2f}':>13s}"
         print(
-            f"{problem:8s} {choice:24s} {numbers} {text:20s} {speed:>6s}  {verdict if text else ''}".rstrip(),
+            f"{problem:9s} {choice:28s} {numbers} {text:20s} {speed:>6s}  {verdict if text else ''}".rstrip(),
             flush=True,
         )
 
@@ -182,7 +236,7 @@ def table(problems: list[str], chosen: list[str], restarts: int, cap: int, seed:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problem", action="append", choices=sorted(MINIMA))
+    parser.add_argument("--problem", action="append", choices=sorted(TARGETS))
     parser.add_argument("--arm", action="append", choices=sorted(ARMS))
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="options of the recipe, as JSON"
@@ -215,7 +269,7 @@ def main() -> None:
         return
     rows = []
     print(
-        f"{'problem':8s} {'arm':34s} {'ok/n':>7s} {'median':>7s} {'mean':>8s} {'by 50/100/150/400':>18s} {'ms/it':>6s}"
+        f"{'problem':9s} {'arm':36s} {'ok/n':>7s} {'median':>7s} {'mean':>8s} {'by 50/100/150/400':>18s} {'ms/it':>6s}"
     )
     for formula in arguments.problem or ["Au4Ni4"]:
         for arm in arguments.arm or ["gofee"]:
@@ -226,7 +280,7 @@ def main() -> None:
             median = "-" if result["median"] is None or not np.isfinite(result["median"]) else f"{result['median']:.0f}"
             by = "/".join(str(number) for number in result["done_by"].values())
             print(
-                f"{formula:8s} {label:34s} {result['ok']:3d}/{result['n']:<3d} {median:>7s} "
+                f"{formula:9s} {label:36s} {result['ok']:3d}/{result['n']:<3d} {median:>7s} "
                 f"{result['mean_per_success']:8.0f} {by:>18s} {result['ms_per_iteration']:6.1f}",
                 flush=True,
             )

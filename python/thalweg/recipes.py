@@ -61,7 +61,8 @@ def gofee(
     ----------
     prior : "bonding", "fitted", "repulsive", "none", {"calculator": name, ...} or whatever `GPR` takes
         Prior mean of the Gaussian process: Morse wells at covalent bond lengths; wells whose lengths, depths and shapes
-        are fitted to the data (`FittedPrior`); the published repulsion; or a calculator (each relaxation step on the surrogate calls it: see docs/elements.md).
+        are fitted to the data (`FittedPrior`); the published repulsion; or a calculator (each relaxation step on the
+        surrogate calls it: see docs/elements.md).
     model : "global", "local" or "auto"
         A Gaussian process on one fingerprint per structure, taught energies; a sparse one on the surroundings of each
         atom, taught energies and forces (`LocalGPR`; several times slower); or whichever has the smaller held-out error
