@@ -119,11 +119,12 @@ class Evaluate:
             for points in list(rows):
                 if not points.ok.all():
                     continue
-                # only a relaxation of the recipe's own has several points; the last is its lowest
-                last, columns = points[len(points) - 1], _descent(points)
-                followed = self._follow(
-                    last, ctx, {**columns, "origin": "polish", "candidate": -1}, best + self.promising
-                )
+                # only a relaxation of the recipe's own has several points
+                lowest = points[int(np.argmin(points.columns["energy"]))]
+                columns = {**_descent(points), "origin": "polish", "candidate": -1}
+                # `best` is an objective, which may be a free energy
+                beyond = float(lowest.columns["energy"][0] - ctx.problem.objective(lowest)[0])
+                followed = self._follow(lowest, ctx, columns, best + self.promising + beyond)
                 rows.extend(followed)
         if self.polish_every and ctx.iteration % self.polish_every == self.polish_every - 1:
             for row in self._worth_polishing(ctx, 1):
