@@ -20,6 +20,8 @@ __all__ = ["Duplicate", "Evaluate", "Metropolis", "calculate"]
 # Polishing on a model: how far an atom may move at first [angstrom], and the gain that is worth an evaluation [eV].
 _TRUST = 0.4
 _LEAST_GAIN = 2e-4
+# Steps of a relaxation on the tilted model; the fewer where the more end too far away.
+_MODEL_STEPS = (60, 8, 2)
 
 
 def calculate(calculator: Any, structure: Batch) -> Measured:
@@ -177,14 +179,8 @@ class Evaluate:
             if np.sqrt(np.square(forces).sum(axis=1).max()) < self.polish_tolerance:
                 break
             surface = _core.Tilted(guide, np.where(free, _core.evaluate(guide, here, threads=1)[1] - forces, 0.0))
-            there = _core.relax(surface, here, steps=60, force_tolerance=0.2 * self.polish_tolerance, threads=1)[0]
-            move = there - here.positions
-            longest = float(np.sqrt(np.square(move).sum(axis=1).max()))
-            there = here.with_positions(here.positions + move * min(1.0, radius / max(longest, 1e-12)))
+            there, longest, promised = self._step(surface, here, radius)
             energy = float(here.columns["energy"][0])
-            promised = float(
-                _core.evaluate(surface, here, threads=1)[0][0] - _core.evaluate(surface, there, threads=1)[0][0]
-            )
             if not promised > _LEAST_GAIN or energy - promised > limit:
                 break
             row = ctx.measure(there.bare(), self._calculate, **columns)
@@ -200,6 +196,20 @@ class Evaluate:
                     minimiser = self._minimiser(here, self.polish_steps - len(rows), self.polish_tolerance)
                     return rows + self._descend(minimiser, here, ctx, columns)
         return rows
+
+    def _step(self, surface: _core.Landscape, here: Batch, radius: float) -> tuple[Batch, float, float]:
+        """Where the tilted model is lowest, or as far towards it as is trusted; how far the longest move of an atom went
+        before that limit [angstrom], and what the model promises [eV]."""
+        start = _core.evaluate(surface, here, threads=1)[0][0]
+        for steps in _MODEL_STEPS:  # a tilt may leave the model without a minimum: then not so far
+            relaxed = _core.relax(surface, here, steps=steps, force_tolerance=0.2 * self.polish_tolerance, threads=1)[0]
+            move = relaxed - here.positions
+            longest = float(np.sqrt(np.square(move).sum(axis=1).max()))
+            there = here.with_positions(here.positions + move * min(1.0, radius / max(longest, 1e-12)))
+            promised = float(start - _core.evaluate(surface, there, threads=1)[0][0])
+            if promised > _LEAST_GAIN:
+                break
+        return there, longest, promised
 
     def _minimiser(self, first: Batch, steps: int, tolerance: float) -> _core.Minimiser:
         minimiser = _core.Minimiser(
