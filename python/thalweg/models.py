@@ -119,7 +119,8 @@ class GPR:
                 f"noise_force is a standard deviation in eV/angstrom and must be above 0, got {self.noise_force}"
             )
         for name, least in {
-            "starts": 1, "max_rows": 1, "energy_window": 0, "growth": 0, "always_below": 0, "threads": 0, "max_force_rows": 1,
+            "starts": 1, "max_rows": 1, "energy_window": 0, "growth": 0, "always_below": 0, "threads": 0,
+            "max_force_rows": 1,
         }.items():  # fmt: skip
             if not getattr(self, name) >= least:
                 raise ConfigurationError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -193,7 +194,8 @@ class GPR:
             parameters = np.asarray(state["prior"], float)
             landscape = fitted_prior.landscape(data.take(factored[:1]).numbers, parameters)
             mean = _Mean(landscape, parameters, int(state["prior_seen"]))
-        mean = replace(mean, ceiling=float(state["ceiling"]))
+        ceiling, prior_ceiling = map(float, np.asarray(state["ceiling"]))
+        mean = replace(mean, ceiling=ceiling, prior_ceiling=prior_ceiling)
         taught = np.asarray(state["forces"], np.int64) if self.use_forces else _NO_ROWS
         learned = self._learned(data, factored, mean, taught)
         fingerprint = self._bound(data, factored)
@@ -214,7 +216,8 @@ class GPR:
         mean = self._mean(data, rows, seen, previous)
         taught = self._taught_forces(data, rows)
         learned = self._learned(data, rows, mean, taught, previous)
-        scale = _mean_distance(learned.features)
+        # one crushed structure is as far from all others as nothing that a search is about
+        scale = _mean_distance(learned.features[learned.energies <= mean.ceiling])
         spread = max(float(np.var(learned.targets)), 1e-3)
         kernel = self._initial_kernel(scale, spread)
         known = False
@@ -321,8 +324,11 @@ class GPR:
         if not self.use_forces or "forces" not in data.atom_columns or len(rows) == 0:
             return _NO_ROWS
         known = _known_forces(data)
+        energies = np.asarray(data.columns["energy"], float)
+        # above the ceiling even the energy is not learned as it is
+        rows = rows[energies[rows] <= self._ceiling(data, rows)]
         counts = np.add.reduceat(known.sum(axis=1), data.offsets[:-1])[rows]
-        order = np.argsort(np.asarray(data.columns["energy"], float)[rows], kind="stable")
+        order = np.argsort(energies[rows], kind="stable")
         features = self._bound(data, rows).values(data.take(rows), 1)
         chosen: list[int] = []
         left = self.max_force_rows
@@ -344,18 +350,28 @@ class GPR:
         """The prior for these rows, fitted anew when that is due, and the ceiling of their energies."""
         fitted_prior = _fitted_prior(self.prior)
         energies = np.asarray(data.columns["energy"], float)[rows]
-        lowest = data[int(rows[np.argmin(energies)])]
-        ceiling = float(energies.min()) + self.energy_window * int((~lowest.fixed).any(axis=1).sum())
+        ceiling, lowest = self._ceiling(data, rows), data[int(rows[np.argmin(energies)])]
+
+        def capped(mean: _Mean) -> _Mean:
+            own, _ = self._prior_of(lowest, mean)
+            return replace(mean, ceiling=ceiling, prior_ceiling=float(own[0]) + ceiling - float(energies.min()))
+
         if previous is not None and (fitted_prior is None or not fitted_prior.due(seen, previous._mean.seen)):
             # the same object where nothing changes: nothing then needs to be computed anew
             same = ceiling == previous._mean.ceiling or energies.max() <= min(ceiling, previous._mean.ceiling)
-            return previous._mean if same else replace(previous._mean, ceiling=ceiling)
+            return previous._mean if same else capped(previous._mean)
         if fitted_prior is None:
-            return _Mean(_prior(self.prior), ceiling=ceiling)
+            return capped(_Mean(_prior(self.prior)))
         batch = data.take(rows[energies <= ceiling])
         start = previous._mean.parameters if previous is not None and previous.size else None
         parameters = fitted_prior.fit(batch, start)
-        return _Mean(fitted_prior.landscape(batch.numbers, parameters), parameters, seen, ceiling)
+        return capped(_Mean(fitted_prior.landscape(batch.numbers, parameters), parameters, seen))
+
+    def _ceiling(self, data: Batch, rows: Array) -> float:
+        """Above which energies of these rows count as this [eV]."""
+        energies = np.asarray(data.columns["energy"], float)[rows]
+        lowest = data[int(rows[np.argmin(energies)])]
+        return float(energies.min()) + self.energy_window * int((~lowest.fixed).any(axis=1).sum())
 
     def _learned(
         self, data: Batch, rows: Array, mean: _Mean, taught: Array, previous: FittedGPR | None = None
@@ -398,16 +414,19 @@ class GPR:
 
     def _targets(self, batch: Batch, mean: _Mean) -> tuple[Array, Array]:
         """(n,) what the Gaussian process learns [eV]: energy - atom energies - prior; and the prior's forces (m, 3)."""
+        energies, forces = self._prior_of(batch, mean)
+        true = np.asarray(batch.columns["energy"], float)
+        # where the prior says "too high" as well, there is no more to learn than of the lowest structure
+        capped = mean.ceiling - np.minimum(energies, mean.prior_ceiling)
+        return np.where(true <= mean.ceiling, true - energies, capped), forces
+
+    def _prior_of(self, batch: Batch, mean: _Mean) -> tuple[Array, Array]:
+        """(n,) prior and atom energies [eV], and the prior's forces (m, 3)."""
         energies, forces = np.zeros(len(batch)), np.zeros((len(batch.numbers), 3))
         if mean.landscape is not None:
             threads = self.threads if len(batch) > _FEW else 1
             energies, forces = _core.evaluate(mean.landscape, batch, threads=threads)
-        energies = energies + _sum_of_atom_energies(batch, _atom_energies(self.atom_energies))
-        true = np.asarray(batch.columns["energy"], float)
-        # where the prior says "too high" as well, there is nothing to learn
-        return np.where(
-            true <= mean.ceiling, true - energies, mean.ceiling - np.minimum(energies, mean.ceiling)
-        ), forces
+        return energies + _sum_of_atom_energies(batch, _atom_energies(self.atom_energies)), forces
 
     def _initial_kernel(self, scale: float, spread: float, start: tuple[float, float] = _STARTS[0]) -> _core.Kernel:
         given = self.kernel
@@ -470,6 +489,7 @@ class _Mean:
     parameters: Array = field(default_factory=lambda: np.zeros(0))  # (Q,) logarithms; none if it is not fitted
     seen: int = 0  # structures that had been learned at the last fit
     ceiling: float = np.inf  # higher energies count as this [eV]
+    prior_ceiling: float = np.inf  # and higher ones of the prior as this: as far above that of the lowest structure
 
 
 class FittedGPR:
@@ -535,7 +555,7 @@ class FittedGPR:
         factored : rows in the last full factorisation, in order
         operations : what came after, one by one: a row appended, or -1 - position of a point removed
         seen : rows learned so far, and how many they were at the last optimisation
-        ceiling : higher energies counted as this [eV]
+        ceiling : higher energies counted as this, and for them higher ones of the prior as that [eV]
         prior, prior_seen : of a fitted prior: its parameters, and how many rows there were at its last fit
         forces : with use_forces: rows whose forces were learned
         """
@@ -546,7 +566,7 @@ class FittedGPR:
             "factored": self._factored.copy(),
             "operations": self._operations.copy(),
             "seen": np.array([self._seen, self._seen_at_optimisation], np.int64),
-            "ceiling": np.array(self._mean.ceiling),
+            "ceiling": np.array([self._mean.ceiling, self._mean.prior_ceiling]),
             **(fitted_prior if _fitted_prior(self.model.prior) is not None else {}),
             **({"forces": self._taught.copy()} if self.model.use_forces else {}),
         }
