@@ -164,14 +164,15 @@ class Evaluate:
 
     def _guide(self, ctx: Context) -> Any:
         """The surface that polishes follow: the mean of a model that has learned something, or None."""
-        fitted = ctx.models.get(self.polish_on) if self.polish_on is not None else None
-        return fitted.landscape(0.0) if fitted is not None and getattr(fitted, "size", 0) else None
+        fitted: Any = ctx.models.get(self.polish_on) if self.polish_on is not None else None
+        return fitted.landscape(0.0) if getattr(fitted, "size", 0) else None
 
     def _follow(self, known: Batch, ctx: Context, columns: dict[str, Any], limit: float) -> list[Batch]:
         """True points on the way down from one whose energy and forces are known, each the minimum of the tilted model
         within a trusted distance; ends when nothing below `limit` [eV] is to be had. Where the model misleads twice in a
         row, a minimiser without it goes on."""
-        guide, rows, here = self._guide(ctx), [], known
+        rows: list[Batch] = []
+        guide, here = self._guide(ctx), known
         radius, misled = _TRUST, 0
         while len(rows) < self.polish_steps:
             free = ~here.fixed
