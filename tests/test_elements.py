@@ -429,6 +429,9 @@ def test_a_model_that_is_not_there():
     search = Search(Problem("Au2", box=5.0), propose=Random(1), acquire=LCB(), evaluate=Evaluate(EMT()))
     with pytest.raises(ConfigurationError, match="no model named 'gp'"):
         search.run(1)
+    search = Search(Problem("Au2", box=5.0), propose=Random(1), evaluate=Evaluate(EMT(), polish_on="pg"))
+    with pytest.raises(ConfigurationError, match="no model named 'pg'"):
+        search.run(1)
 
 
 def test_the_box_is_for_placed_atoms_free_template_atoms_know_no_walls():

@@ -815,7 +815,9 @@ def _our_restart(options: dict[str, Any], seed: int, evaluations: int) -> list[f
     from thalweg.calculators import EMT
 
     with recipes.gofee(_cluster_problem(), EMT(), seed=seed, threads=1, **options) as run:
-        run.run(evaluations, evaluations=evaluations)
+        for _ in run.steps(evaluations):  # whole steps: those of a step that a budget cuts are not in the data
+            if len(run.data) >= evaluations:
+                break
         return [float(energy) for energy in run.data.columns["energy"][:evaluations]]
 
 

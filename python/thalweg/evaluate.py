@@ -14,6 +14,7 @@ from thalweg import _core
 from thalweg.descriptors import Fingerprint
 from thalweg.errors import CalculationFailed
 from thalweg.records import OK, REJECTED, Batch, Context, Measured, Problem
+from thalweg.select import model_of
 
 __all__ = ["Duplicate", "Evaluate", "Metropolis", "calculate"]
 
@@ -82,7 +83,8 @@ class Evaluate:
     Raises
     ------
     ConfigurationError
-        At once, if a built-in calculator does not know a species of the problem, or a guarded one cannot be made.
+        At once, if a built-in calculator does not know a species of the problem, or a guarded one cannot be made; in a
+        search without the model `polish_on`.
     """
 
     calculator: Any
@@ -164,7 +166,7 @@ class Evaluate:
 
     def _guide(self, ctx: Context) -> Any:
         """The surface that polishes follow: the mean of a model that has learned something, or None."""
-        fitted: Any = ctx.models.get(self.polish_on) if self.polish_on is not None else None
+        fitted = model_of(ctx, self.polish_on) if self.polish_on is not None else None
         return fitted.landscape(0.0) if getattr(fitted, "size", 0) else None
 
     def _follow(self, known: Batch, ctx: Context, columns: dict[str, Any], limit: float) -> list[Batch]:
