@@ -166,7 +166,7 @@ class Evaluate:
 
     def _guide(self, ctx: Context) -> Any:
         """The surface that polishes follow: the mean of a model that has learned something, or None."""
-        fitted = model_of(ctx, self.polish_on) if self.polish_on is not None else None
+        fitted: Any = model_of(ctx, self.polish_on) if self.polish_on is not None else None
         return fitted.landscape(0.0) if getattr(fitted, "size", 0) else None
 
     def _follow(self, known: Batch, ctx: Context, columns: dict[str, Any], limit: float) -> list[Batch]:
