@@ -7,7 +7,8 @@
     python benchmarks/search.py --table --problem Au4Ni4 --problem Cu4Ni4 --problem Au6Ni6 --restarts 16 --cap 300
 
 One restart = one seed; every true evaluation is counted (first structures, surrogate choices, polishing, failures).
-delivered = the first counted evaluation within 1 meV of the known minimum (clusters; other problems: TARGETS). Restarts that reach the cap are censored.
+delivered = the first counted evaluation within 1 meV of the known minimum (clusters; other problems: TARGETS).
+Restarts that reach the cap are censored.
 Each row prints n, successes, the Kaplan-Meier median, the mean cost per success (all evaluations of all restarts over
 successes), how many were done by 50, 100, 150, 400, and the seconds per iteration beside the true energy.
 """

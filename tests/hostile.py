@@ -146,6 +146,7 @@ rattle = 3
 permute = 2
 sample = 3
 surrogate_steps = 5
+polish = "periodic"
 polish_every = 2
 noise = 1e-5
 target = { energy = 5.7, tolerance = 0.05, stop = true }
@@ -474,7 +475,8 @@ def _batch(rng: random.Random) -> SimpleNamespace:
 
 def _objects(rng: random.Random) -> dict:
     """Good objects of the core by the name of the argument that takes them."""
-    prior, morse = _core.PairPrior("bonding"), _core.MorsePrior({(28, 79): (0.5, 2.5, 4.0)})
+    prior = _core.PairPrior("bonding")
+    wells = _core.ManyBodyPrior({(28, 79): (0.5, 2.5, 4.0, 2.0)}, {28: 0.5, 79: 0.7})
     kernel = _core.Kernel(amplitude=10.0, length_long=5.0, length_short=1.0, noise=1e-4)
     r = np.random.default_rng(rng.randrange(2**32))
     fingerprint = _core.Fingerprint(np.array([28, 28, 79, 79], np.int32), False)
@@ -491,11 +493,11 @@ def _objects(rng: random.Random) -> dict:
     if rng.random() < 0.7:
         local.fit(good, np.array([1.0]), np.zeros((4, 3)))
     return {
-        "landscape": rng.choice([_core.Emt(), prior, _core.LennardJones(2.3, 0.5), morse]),
+        "landscape": rng.choice([_core.Emt(), prior, _core.LennardJones(2.3, 0.5), wells]),
         "prior": rng.choice([None, prior]), "kernel": kernel, "gpr": rng.choice([gpr, local]), "fingerprint": fingerprint,
         "environments": environments, "batch": good,
         "self": {"Fingerprint": fingerprint, "Gpr": gpr, "LocalGpr": local, "Environments": environments,
-                 "MorsePrior": morse,
+                 "ManyBodyPrior": wells, "Tilted": _core.Tilted(wells, np.zeros((4, 3))),
                  "Minimiser": _core.Minimiser(good.positions, good.fixed),
                  "Surrogate": _core.Surrogate(fingerprint, gpr), "LocalSurrogate": _core.LocalSurrogate(local)},
     }  # fmt: skip

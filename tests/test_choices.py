@@ -339,26 +339,35 @@ def test_resets_survive_a_resume(tmp_path):
 # ---- the recipe ----------------------------------------------------------------------------------------------
 
 
-def test_the_default_recipe_is_the_search_it_always_was():
-    """Bit for bit the search that the first version built, written out by hand."""
+@pytest.mark.parametrize(
+    ("options", "starts", "polish", "prior"),
+    [
+        ({}, 3, {"polish_on": "gp"}, "fitted"),
+        # that of the first version
+        ({"prior": "bonding", "starts": 5, "polish": "periodic"}, 5, {"polish_every": 5}, "bonding"),
+        ({"polish": "none"}, 3, {}, "fitted"),
+    ],
+)
+def test_the_recipe_is_the_search_written_out_by_hand(options, starts, polish, prior):
+    """Bit for bit."""
     lcb = LCB(2.0)
     by_hand = Search(
         PROBLEM,
         sample=KMeans(10),
-        propose=[Random({0: 12, 5: 12}), Rattle({0: 0, 5: 16}), Permute({0: 0, 5: 12})],
+        propose=[Random({0: 12, starts: 12}), Rattle({0: 0, starts: 16}), Permute({0: 0, starts: 12})],
         refine=[Relax(lcb, 100), MinDistance(0.6), Connected(), Centre()],
         acquire=lcb,
-        evaluate=[Duplicate(), Evaluate(EMT(), 0, polish_every=5, polish_steps=40, polish_last=1)],
-        models={"gp": GPR(prior="bonding", noise=1e-5)},
+        evaluate=[Duplicate(), Evaluate(EMT(), 0, **polish, polish_steps=40, polish_last=1)],
+        models={"gp": GPR(prior=prior, noise=1e-5)},
         seed=7,
         threads=1,
     )
-    default = recipes.gofee(PROBLEM, EMT(), seed=7, threads=1)
-    assert default._meta() == by_hand._meta()  # stores of the first version go on
+    recipe = recipes.gofee(PROBLEM, EMT(), seed=7, threads=1, **options)
+    assert recipe._meta() == by_hand._meta()  # stores of either go on with the other
     by_hand.run(9)
-    default.run(9)
-    assert same_rows(default.data, by_hand.data)
-    assert recipes.gofee(PROBLEM, EMT(), seed=7, threads=1, candidates=40)._meta() == by_hand._meta()
+    recipe.run(9)
+    assert same_rows(recipe.data, by_hand.data)
+    assert recipes.gofee(PROBLEM, EMT(), seed=7, threads=1, candidates=40, **options)._meta() == by_hand._meta()
 
 
 def test_the_classic_recipe_is_as_before():
@@ -396,9 +405,9 @@ def test_every_choice_runs_resumes_and_changes_something(options, tmp_path):
 
 def test_candidates_scale_the_counts_that_are_not_given():
     search = recipes.gofee(PROBLEM, EMT(), candidates=20, rattle=3)
-    assert [stage.count for stage in search.propose] == [{0: 6, 5: 6}, 3, {0: 0, 5: 6}]
+    assert [stage.count for stage in search.propose] == [{0: 6, 3: 6}, 3, {0: 0, 3: 6}]
     few = recipes.gofee(PROBLEM, EMT(), candidates=1)
-    assert [stage.count for stage in few.propose] == [{0: 1, 5: 1}, {0: 0, 5: 1}, {0: 0, 5: 1}]
+    assert [stage.count for stage in few.propose] == [{0: 1, 3: 1}, {0: 0, 3: 1}, {0: 0, 3: 1}]
 
 
 @pytest.mark.parametrize(

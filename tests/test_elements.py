@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from test_models import random_batch
 from thalweg import (
     GPR,
     LCB,
@@ -27,9 +30,11 @@ from thalweg import (
     Random,
     Rattle,
     Relax,
+    Search,
     SurrogateHops,
     Thompson,
     Wrap,
+    _core,
 )  # fmt: skip
 from thalweg.calculators import EMT
 from thalweg.errors import ConfigurationError
@@ -165,7 +170,6 @@ def test_centre_and_wrap():
 
 
 def test_relax_goes_down_and_evaluate_counts_every_point():
-    from thalweg import _core
     from thalweg.calculators import landscape_of
 
     search = example_search()
@@ -179,16 +183,254 @@ def test_relax_goes_down_and_evaluate_counts_every_point():
     assert not np.array_equal(slow.positions, asked.refined[:1].positions)
 
 
+# ---- polishing on a model -------------------------------------------------------------------------------------
+
+
+class Guide:
+    """A fitted model whose surface is given; 0 structures: it has learned nothing."""
+
+    def __init__(self, surface, size=1):
+        self.surface, self.size = surface, size
+
+    def landscape(self, kappa):
+        assert kappa == 0.0
+        return self.surface
+
+
+def follow(evaluate, candidates, surface, *, known=None, size=1, objective=None):
+    """Rows of one gauge in a context made by hand, and how many true evaluations they took."""
+    count = 0
+
+    def measure(structure, calculate, **columns):
+        nonlocal count
+        count += 1
+        energy, forces, reason = calculate(structure)
+        row = structure.bare().with_columns(energy=energy, status=np.uint8(1 if reason else 0), **columns)
+        return row.with_atom_columns(forces=forces)
+
+    problem = Problem("Au4Ni4", cell=12.0, box=6.0)
+    context = SimpleNamespace(
+        problem=problem if objective is None else SimpleNamespace(objective=objective), iteration=0,
+        data=Batch.empty() if known is None else known, models={"gp": Guide(surface, size)}, measure=measure,
+    )  # fmt: skip
+    return evaluate(candidates, context), count
+
+
+def candidate_of(seed=1, steps=0):
+    """Au4Ni4, near a minimum of EMT after so many steps."""
+    batch = random_batch(1, seed, numbers=(28, 28, 28, 28, 79, 79, 79, 79))
+    relaxed = _core.relax(_core.Emt(), batch, steps=steps, threads=1)[0] if steps else batch.positions
+    moved = relaxed + np.random.default_rng(seed).normal(0, 0.1 if steps else 0.0, relaxed.shape)
+    return batch.with_positions(moved).bare().with_columns(origin="Random", parent=-1, candidate=0, score=0.0)
+
+
+def largest(rows):
+    forces = rows.atom_columns["forces"]
+    return np.sqrt(np.maximum.reduceat((forces**2).sum(axis=1), rows.offsets[:-1]))
+
+
+def learned(count=25, **options):
+    numbers = (28, 28, 28, 28, 79, 79, 79, 79)
+    return GPR(prior="fitted", **options).fit(random_batch(count, 70, numbers=numbers)).landscape(0.0)
+
+
+def test_a_promising_candidate_is_followed_to_its_minimum():
+    """In fewer evaluations than the minimiser takes, which knows nothing: both counted, ten candidates."""
+    surface, gauge = learned(), Evaluate(EMT(), polish_on="gp", polish_tolerance=0.05, promising=np.inf)
+    alone = Evaluate(EMT(), steps=200, force_tolerance=0.05)
+    guided, blind = [], []
+    for seed in range(10):
+        candidate = candidate_of(seed, steps=200)
+        rows, count = follow(gauge, candidate, surface)
+        assert len(rows) == count  # each step costs one evaluation
+        assert rows.columns["origin"].tolist() == ["Random"] + ["polish"] * (count - 1)
+        assert rows.columns["candidate"].tolist() == [0] + [-1] * (count - 1)
+        assert np.array_equal(rows[:1].positions, candidate.positions)
+        for i in range(count):
+            energy, forces = _core.evaluate(_core.Emt(), rows[i])
+            assert rows.columns["energy"][i] == energy[0]
+            assert np.array_equal(rows[i].atom_columns["forces"], forces)
+        low = int(np.argmin(rows.columns["energy"]))
+        below, steps = follow(alone, candidate, surface)
+        # a step that gains less than 0.2 meV is not made, however large the forces
+        assert rows.columns["energy"][low] < below.columns["energy"].min() + 1e-3
+        assert largest(rows)[low] < 0.1
+        guided.append(count)
+        blind.append(steps)
+    print(f"evaluations to the minimum: {np.mean(guided)} on the model, {np.mean(blind)} without")
+    assert np.mean(guided) < 0.6 * np.mean(blind)
+
+
+def test_a_perfect_model_needs_one_step():
+    candidate = candidate_of(3, steps=200)
+    gauge = Evaluate(EMT(), polish_on="gp", promising=np.inf)
+    rows, count = follow(gauge, candidate, _core.Emt())
+    assert count == 2 and largest(rows)[1] < gauge.polish_tolerance
+    # a trusted distance: the first step is no longer than 0.4 angstrom
+    far = candidate_of(4)
+    rows, count = follow(gauge, far, _core.Emt())
+    steps = np.linalg.norm(np.diff(rows.positions.reshape(count, 8, 3), axis=0), axis=2).max(axis=1)
+    assert count > 2 and steps[0] == pytest.approx(0.4, abs=1e-9) and steps[1] <= 0.8 + 1e-9
+    assert largest(rows)[count - 1] < gauge.polish_tolerance and np.all(np.diff(rows.columns["energy"]) < 0)
+
+
+def test_an_unpromising_candidate_is_left_alone():
+    candidate, known = candidate_of(3, steps=200), candidate_of(5, steps=400)
+    lowest = float(_core.evaluate(_core.Emt(), candidate)[0][0])
+    bottom = float(follow(Evaluate(EMT(), 200, 1e-4), candidate, None)[0].columns["energy"].min())
+
+    def gauged(best, **options):
+        done = known.with_columns(energy=best, status=np.uint8(0)).with_atom_columns(forces=np.zeros((8, 3)))
+        return follow(Evaluate(EMT(), polish_on="gp", **options), candidate, _core.Emt(), known=done, **context)[1]
+
+    context = {}
+    assert gauged(bottom - 0.01) == 1
+    assert gauged(bottom + 0.01) == 2
+    assert gauged(bottom - 0.01, promising=0.02) == 2
+    assert gauged(bottom + 0.01, promising=-0.02) == 1
+    assert gauged(lowest + 9.0, promising=-np.inf) == 1  # never
+    context = {"size": 0}  # a model that knows nothing guides nobody
+    assert gauged(bottom + 0.01) == 1
+    # what is minimised may be a free energy, which differs from the energy by a constant
+    context = {"objective": lambda batch: batch.columns["energy"] - 50.0}
+    assert gauged(bottom + 0.01) == 2
+    assert gauged(bottom - 0.01) == 1
+
+
+@pytest.mark.parametrize("surface", ["soft", "none"])
+def test_where_the_model_misleads_the_minimiser_goes_on(surface):
+    """Twice a step uphill, then down without the model, within the steps allowed."""
+
+    def soft(numbers, positions, cell, pbc):
+        return 0.02 * float(np.square(positions - 6.0).sum()), -0.04 * (positions - 6.0)
+
+    candidate = candidate_of(6, steps=200)
+    gauge = Evaluate(EMT(), polish_on="gp", polish_steps=60, polish_tolerance=0.05, promising=np.inf)
+    misleading = {
+        "soft": _core.PythonLandscape(soft, "soft"),
+        "none": _core.PairPrior("bonding", depth=0.0),
+    }[surface]
+    rows, count = follow(gauge, candidate, misleading)
+    energies = rows.columns["energy"]
+    assert rows.ok.all() and largest(rows)[int(np.argmin(energies))] < 0.05
+    best = np.minimum.accumulate(energies)
+    uphill = energies[1:] >= best[:-1]
+    assert np.any(uphill[1:] & uphill[:-1]) and count < 40
+    for steps in range(1, 7):  # no more steps than were given, and no error, wherever it is among them
+        short = Evaluate(EMT(), polish_on="gp", polish_steps=steps, promising=np.inf)
+        some, made = follow(short, candidate, misleading)
+        assert made == 1 + steps and np.array_equal(some.positions, rows[: 1 + steps].positions)
+
+
+@pytest.mark.parametrize("when", [0, 1, 2, 3])
+def test_a_failed_evaluation_ends_the_polish(when):
+    class Fails(PairToy):
+        def calculate(self, *arguments, **named):
+            if self.calls == when:
+                self.calls += 1
+                raise RuntimeError("did not converge")
+            super().calculate(*arguments, **named)
+
+    bonding = _core.PairPrior("bonding", depth=0.9)
+    gauge = Evaluate(Fails(), polish_on="gp", polish_steps=9, promising=np.inf)
+    both = Batch.concat([candidate_of(7), candidate_of(8)])
+    rows, count = follow(gauge, both, bonding)
+    assert len(rows) == count and np.sum(~rows.ok) == 1
+    assert count > 4  # the other candidate is polished all the same
+    if when > 1:
+        bad = int(np.flatnonzero(~rows.ok)[0])
+        assert rows.columns["origin"][bad] == "polish"
+    assert np.isfinite(rows.columns["energy"][rows.ok]).all()
+
+
+def test_a_candidate_with_true_steps_is_polished_from_its_lowest_point():
+    candidate = candidate_of(9)
+    gauge = Evaluate(EMT(), steps=1, polish_on="gp", polish_steps=1, promising=np.inf, max_step=0.001)
+    rows, count = follow(gauge, candidate, _core.Emt())
+    assert count == 3 and rows.columns["origin"].tolist() == ["Random", "Random", "polish"]
+    low = int(np.argmin(rows.columns["energy"][:2]))
+    moves = np.linalg.norm((rows[2].positions - rows[low].positions), axis=1)
+    assert moves.max() == pytest.approx(0.4, abs=1e-9)
+
+
+def test_fixed_atoms_stay_where_they_are_in_a_polish():
+    candidate = candidate_of(3, steps=200)
+    fixed = np.zeros((8, 3), bool)
+    fixed[:2] = True
+    held = candidate._changed(fixed=fixed)
+    rows, count = follow(Evaluate(EMT(), polish_on="gp", promising=np.inf), held, _core.Emt())
+    assert count == 2
+    places = rows.positions.reshape(count, 8, 3)
+    assert np.all(places[:, :2] == places[0, :2]) and np.all(places[1, 2:] != places[0, 2:])
+    forces = rows[1].atom_columns["forces"]
+    assert np.linalg.norm(forces[2:], axis=1).max() < 0.02
+
+
+def test_polish_when_a_run_ends_follows_the_model(tmp_path):
+    def searched(polish_on):
+        search = Search(
+            Problem("Au4Ni4", cell=12.0, box=6.0), propose=Random(4), acquire=LCB(2.0), models={"gp": GPR()}, seed=2,
+            evaluate=Evaluate(EMT(), polish_on=polish_on, polish_last=2, promising=-np.inf),
+        )  # fmt: skip
+        search.run(12)
+        return search.data.take(search.data.columns["origin"] == "polish")
+
+    guided, blind = searched("gp"), searched(None)
+    assert len(guided) and len(blind)
+    assert guided.columns["parent"][0] == blind.columns["parent"][0]  # the lowest; then each goes its own way
+    assert guided.columns["energy"].min() < blind.columns["energy"].min() + 0.3
+    assert len(guided) < 0.8 * len(blind)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_duplicates_near_a_relaxed_structure():
+    """A wider radius around structures without forces: who is in the basin of a known minimum is refused."""
+    relaxed, rough = candidate_of(3, steps=400), candidate_of(4)
+    bottom = _core.relax(_core.Emt(), relaxed, steps=400, force_tolerance=1e-3, threads=1)[0]
+    relaxed = relaxed.with_positions(bottom)
+    both = Batch.concat([relaxed, rough]).bare()
+    energy, forces = _core.evaluate(_core.Emt(), both)
+    data = both.with_columns(energy=energy, status=np.zeros(2, np.uint8)).with_atom_columns(forces=forces)
+    shift = np.random.default_rng(1).normal(0, 0.003, (8, 3))
+    candidates = Batch.concat([row.with_positions(row.positions + shift) for row in (relaxed, rough)]).bare()
+    descriptor = Duplicate().descriptor
+    known, new = descriptor.values(data), descriptor.values(candidates)
+    distance = np.linalg.norm(known - new, axis=1) / np.linalg.norm(new, axis=1)
+    assert np.all((distance > 1e-3) & (distance < 0.005))
+
+    def refused(data, **options):
+        context = SimpleNamespace(data=data, threads=1, features=lambda descriptor: descriptor.values(data))
+        return Duplicate(**options)(candidates, context).columns["status"].tolist()
+
+    assert refused(data) == [2, 0]
+    assert refused(data, near_relaxed=0.0) == [0, 0]
+    assert refused(data, near_relaxed=float(1.01 * distance[0])) == [2, 0]
+    assert refused(data, near_relaxed=float(0.99 * distance[0])) == [0, 0]
+    assert refused(data, force_tolerance=1e-6) == [0, 0]
+    assert refused(data, tolerance=0.02) == [2, 2]  # the wider of the two counts
+    # forces that are not known are not small; those of fixed atoms do not count
+    assert refused(data.with_atom_columns(forces=np.full((16, 3), np.nan))) == [0, 0]
+    pulled = forces.copy()
+    pulled[0] = 5.0
+    assert refused(data.with_atom_columns(forces=pulled)) == [0, 0]
+    fixed = np.zeros((16, 3), bool)
+    fixed[0] = True
+    assert refused(data.with_atom_columns(forces=pulled)._changed(fixed=fixed)) == [2, 0]
+
+
 def test_species_that_the_calculator_does_not_know_are_named_at_once():
     with pytest.raises(ConfigurationError, match="Ti"):
         example_search(Problem("Ti2Au2", cell=12.0, box=6.0))
 
 
 def test_a_model_that_is_not_there():
-    from thalweg.search import Search
-
     search = Search(Problem("Au2", box=5.0), propose=Random(1), acquire=LCB(), evaluate=Evaluate(EMT()))
     with pytest.raises(ConfigurationError, match="no model named 'gp'"):
+        search.run(1)
+    search = Search(Problem("Au2", box=5.0), propose=Random(1), evaluate=Evaluate(EMT(), polish_on="pg"))
+    with pytest.raises(ConfigurationError, match="no model named 'pg'"):
         search.run(1)
 
 
@@ -220,8 +462,6 @@ def test_the_box_is_for_placed_atoms_free_template_atoms_know_no_walls():
 
 def test_relaxations_that_break_a_structure_are_taken_back():
     """On a surface that pulls all atoms together, or apart, the candidate stays as it was."""
-    from thalweg import _core
-
     search = example_search()
     asked = search.ask()
     before = asked.refined

@@ -42,7 +42,9 @@ def test_finds_the_known_minimum_of_au4ni4():
 
 def test_threads_do_not_change_a_bit(straight):
     assert same_rows(rows(threads=2), straight)
-    assert same_rows(rows(threads=2, prior="fitted"), rows(prior="fitted"))
+    other = {"prior": "bonding", "polish": "periodic"}
+    assert same_rows(rows(threads=2, **other), rows(**other))
+    assert not same_rows(rows(**other), straight)
 
 
 def test_the_seed_does(straight):
@@ -62,18 +64,54 @@ def test_resumed_equals_straight_with_models(tmp_path, straight, cut):
 @pytest.mark.parametrize("cut", [1, 5, 12, 19])
 def test_resumed_equals_straight_with_a_fitted_prior(tmp_path, cut):
     """The fitted lengths and depths are part of the state, bit for bit, as is when they are fitted next."""
-    path = tmp_path / "a.journal"
-    with recipes.gofee(PROBLEM, EMT(), seed=3, store=path, threads=1, prior="fitted") as search:
+    path, options = tmp_path / "a.journal", {"prior": "fitted", "polish": "periodic"}
+    with recipes.gofee(PROBLEM, EMT(), seed=3, store=path, threads=1, **options) as search:
         search.run(18, evaluations=cut)
         assert search.evaluations == cut
-    straight = rows(18, prior="fitted")
-    assert same_rows(rows(18, store=path, prior="fitted"), straight)
-    assert len(straight) > 20 and not same_rows(rows(18), straight)
+    straight = rows(18, **options)
+    assert same_rows(rows(18, store=path, **options), straight)
+    assert len(straight) > 20 and not same_rows(rows(18, prior="bonding", polish="periodic"), straight)
 
 
-def test_killed_with_a_fitted_prior_and_resumed(tmp_path):
+def polished_rows(data):
+    """Rows that a polish made at once made, in the iteration of their candidate."""
+    return np.flatnonzero(
+        (data.columns["origin"] == "polish") & (data.columns["iteration"] < data.columns["iteration"].max())
+    )
+
+
+def test_resumed_within_a_polish_equals_straight(tmp_path):
+    """Cut at each point of the longest polish, the first and the last included."""
+    straight = rows(seed=7)
+    polished = polished_rows(straight)
+    tickets, counts = np.unique(straight.columns["ticket"][polished], return_counts=True)
+    assert counts.max() >= 3
+    inside = polished[straight.columns["ticket"][polished] == tickets[np.argmax(counts)]]
+    for cut in range(int(inside[0]), int(inside[-1]) + 2):
+        path = tmp_path / f"{cut}.journal"
+        with recipes.gofee(PROBLEM, EMT(), seed=7, store=path, threads=1) as search:
+            search.run(14, evaluations=cut)
+            assert search.evaluations == cut
+        assert same_rows(rows(seed=7, store=path, threads=2), straight)
+
+
+def test_polish_does_what_was_asked(straight):
+    """Promising: candidates at once, down to a new best. Periodic: every so many iterations. None: never."""
+    best = np.minimum.accumulate(straight.columns["energy"])
+    assert any(best[i] < best[i - 1] for i in polished_rows(straight))
+    none = rows(polish="none", polish_last=0)
+    assert len(none) == 14 and "polish" not in none.columns["origin"]
+    assert same_rows(rows(polish="none", polish_last=0, polish_every=1), none)
+    periodic = rows(polish="periodic", polish_every=4, polish_last=0)
+    when = np.unique(periodic.columns["iteration"][periodic.columns["origin"] == "polish"])
+    assert len(when) and np.all(when % 4 == 3)
+    with pytest.raises(ConfigurationError, match="polish must be 'promising', 'periodic' or 'none'"):
+        recipes.gofee(PROBLEM, EMT(), polish="sometimes")
+
+
+def test_killed_with_another_prior_and_resumed(tmp_path):
     path = tmp_path / "a.journal"
-    program = _RUN.replace("threads=1", 'threads=1, prior="fitted"')
+    program = _RUN.replace("threads=1", 'threads=1, prior="bonding"')
     killed = 0
     for wait in np.random.default_rng(12).uniform(0.0, 0.1, 5):
         process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
@@ -82,7 +120,7 @@ def test_killed_with_a_fitted_prior_and_resumed(tmp_path):
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
     assert killed >= 3
-    assert same_rows(rows(40, store=path, prior="fitted"), rows(40, prior="fitted"))
+    assert same_rows(rows(40, store=path, prior="bonding"), rows(40, prior="bonding"))
 
 
 @pytest.mark.parametrize("cut", [1, 5, 13])
@@ -171,7 +209,7 @@ def test_nickel_on_a_gold_slab_keeps_the_template_and_the_box():
     top = slab.positions[:, 2].max()
     box = (np.array([0.0, 0.0, top + 0.5]), np.vstack([slab.cell[0], slab.cell[1], [0, 0, 4.0]]))
     problem = Problem.from_atoms(slab, "Ni3", box=box)
-    search = recipes.gofee(problem, EMT(), seed=2, polish_every=3)
+    search = recipes.gofee(problem, EMT(), seed=2, polish="periodic", polish_every=3)
     found = search.run(6)
     assert found.best is not None
     template = search.data.positions.reshape(len(search.data), -1, 3)[:, : len(slab)]

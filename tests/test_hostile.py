@@ -103,6 +103,7 @@ def test_python_files_and_other_formats_are_no_templates(tmp_path, monkeypatch, 
 
 def test_a_report_runs_nothing_that_the_folder_names(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own", raising=False)  # of another test
     Path("case.toml").write_text(hostile.RUN.replace("iterations = 3", "iterations = 1"))
     assert call(capsys, "run", "case.toml", "--out", "run", "--restarts", "1")[0] == 0
     Path("own.py").write_text("open('trace', 'w')\nfrom thalweg.calculators import EMT as make\n")

@@ -26,9 +26,9 @@ PYTHON = [
     {"config", "campaign", "report", "progress", "bench", "scaffold", "importing"},
     {"cli"},
 ]
-# refine uses the model lookup of select, the local model the priors of models; nothing else looks sideways among the
-# elements
-SIDEWAYS = {("refine", "select"), ("local_model", "models"),
+# refine and evaluate use the model lookup of select, the local model the priors of models; nothing else looks sideways
+# among the elements
+SIDEWAYS = {("refine", "select"), ("evaluate", "select"), ("local_model", "models"),
             ("search", "store"), ("campaign", "config"), ("report", "campaign"), ("report", "config"),
             ("progress", "campaign"), ("scaffold", "config"), ("progress", "config"), ("campaign", "progress")}  # fmt: skip
 

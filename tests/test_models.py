@@ -394,6 +394,90 @@ def test_forces_lower_the_error_where_nothing_was_learned():
     assert errors[True][0] < 0.7 * errors[False][0] and errors[True][1] < 0.7 * errors[False][1]
 
 
+def crushed(batch, row, factor=0.3):
+    """That structure with its atoms pushed together: thousands of eV."""
+    positions = batch.positions.copy()
+    here = slice(batch.offsets[row], batch.offsets[row + 1])
+    positions[here] = (positions[here] - positions[here].mean(axis=0)) * factor + positions[here].mean(axis=0)
+    batch = batch.with_positions(positions)
+    energy, forces = _core.evaluate(_core.Emt(), batch)
+    return batch.with_columns(energy=energy).with_atom_columns(forces=forces)
+
+
+@pytest.mark.parametrize("prior", ["bonding", "fitted", "repulsive", None])
+def test_a_structure_far_above_counts_as_the_ceiling(prior):
+    data, other = random_batch(30, 80), random_batch(5, 81)
+    model, energy = GPR(prior=prior), data.columns["energy"].copy()
+    ceiling = energy.min() + 2.0 * 6
+    assert model.fit(data).state["ceiling"][0] == energy.min() + 2.0 * 6
+    energy[11] = ceiling + 3.0
+    high = model.fit(data.with_columns(energy=energy))
+    for far in (ceiling + 9.0, 1e4, 1e9):
+        energy[11] = far
+        same_bits(model.fit(data.with_columns(energy=energy)), high, other)  # how far does not matter
+    below = energy < ceiling
+    prior_energy = 0.0 if prior is None else _core.evaluate(high.prior, data)[0]
+    learned = high._learned.targets + prior_energy
+    np.testing.assert_allclose(learned[below], energy[below], rtol=0, atol=1e-9)
+    if prior is None:
+        assert learned[11] == pytest.approx(ceiling, abs=1e-9)
+    # a window so wide that nothing is above it is no window; fixed atoms do not widen it
+    wide = GPR(prior=prior, energy_window=1e6).fit(data)
+    np.testing.assert_array_equal(wide.predict(other)[0], model.fit(data).predict(other)[0])
+    fixed = np.zeros((180, 3), bool)
+    fixed[::6] = True
+    assert model.fit(data._changed(fixed=fixed)).state["ceiling"][0] == data.columns["energy"].min() + 2.0 * 5
+
+
+@pytest.mark.parametrize("seed", [82, 83, 84])
+@pytest.mark.parametrize("prior", ["bonding", "fitted"])
+@pytest.mark.parametrize("forces", [False, True])
+def test_a_crushed_structure_does_not_set_the_hyperparameters(prior, forces, seed):
+    data = crushed(random_batch(31, seed), 17)
+    assert data.columns["energy"][17] > 1e3
+    rest, other = data.take(np.delete(np.arange(31), 17)), random_batch(40, 90)
+    model = GPR(prior=prior, use_forces=forces)
+    one, two = model.fit(data), model.fit(rest)
+    assert one.size == 31 and 17 not in one._taught
+    # energies of bonding wells alone say little about the lengths
+    for name in ("amplitude",) if prior == "bonding" and not forces else ("amplitude", "length_long", "length_short"):
+        ratio = getattr(one.kernel, name) / getattr(two.kernel, name)
+        assert 0.5 < ratio < 2.0, f"{name}: {ratio}"
+    (energy, sigma), (expected, sigma_without) = one.predict(other), two.predict(other)
+    error, error_without = (np.sqrt(np.mean((e - other.columns["energy"]) ** 2)) for e in (energy, expected))
+    assert error < 1.1 * error_without
+    assert 0.9 < sigma.mean() / sigma_without.mean() < 1.1
+    if prior == "fitted":  # nor the prior
+        assert repr(one.prior) == repr(two.prior)
+        # too high is what the prior says already: as little is left to learn of it as of the others
+        left = one._learned.targets
+        assert abs(left[17] - np.delete(left, 17).mean()) < 4 * np.delete(left, 17).std()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"prior": "fitted"}, {"prior": "fitted", "use_forces": True}, {"max_rows": 20}]
+)
+def test_restore_gives_the_same_bits_with_rows_above_the_ceiling(options):
+    """The lowest energy falls on the way, and the ceiling with it."""
+    data, other = random_batch(36, 84), random_batch(6, 85)
+    for row in (0, 4, 15, 22):
+        data = crushed(data, row, 0.4 + 0.005 * row)
+    order = np.argsort(-data.columns["energy"], kind="stable")
+    data = data.take(np.concatenate([order[8:16], order[:4], order[16:], order[4:8]]))
+    model, fitted, ceilings = GPR(energy_window=1.0, **options), None, set()
+    above = []
+    for n in [1, 2, 3, 6, 8, 9, 10, 12, 14, 15, 17, 20, 21, 23, 24, 27, 28, 31, 33, 34, 35, 36]:
+        fitted = model.fit(data[:n], fitted)
+        same_bits(model.restore(data[:n], fitted.state), fitted, other)
+        ceilings.add(float(fitted.state["ceiling"][0]))
+        above.append(int(np.sum(data.columns["energy"][fitted.rows] > fitted.state["ceiling"][0])))
+    assert len(ceilings) > 3 and max(above) >= 3
+    assert "max_rows" in options or above[-1] >= 4
+    again = model.restore(data, fitted.state)
+    longer = Batch.concat([data, crushed(random_batch(2, 86), 0)])
+    same_bits(model.fit(longer, again), model.fit(longer, fitted), other)
+
+
 def test_bad_input():
     data = random_batch(3, 17)
     with pytest.raises(ConfigurationError, match="noise is a variance"):

@@ -177,16 +177,22 @@ def test_pair_prior_has_the_values_of_its_formula(name, settings, reference):
     assert energy == pytest.approx(expected, rel=1e-12)
 
 
-def morse(depth=0.7, stiffness=4.5, scale=0.97):
-    """Wells of every pair of species in these tests, deeper for the heavier."""
+def many_body(depth=0.7, stiffness=4.5, scale=0.97, exponent=0.7):
+    """Wells of every pair of species in these tests, deeper for the heavier, whose exponents differ."""
     numbers = sorted(atomic_numbers[name] for name in EVERY)
-    return _core.MorsePrior(
+    return _core.ManyBodyPrior(
         {
-            (a, b): (depth + 0.001 * (a + b), scale * (_core.covalent_radius(a) + _core.covalent_radius(b)), stiffness)
+            (a, b): (
+                depth + 0.001 * (a + b),
+                scale * (_core.covalent_radius(a) + _core.covalent_radius(b)),
+                stiffness,
+                2.0 + 0.01 * (a % 9),
+            )
             for a in numbers
             for b in numbers
             if a <= b
-        }
+        },
+        {z: exponent + 0.01 * (z % 20) for z in numbers},
     )
 
 
@@ -196,7 +202,7 @@ def landscapes():
         "lj": _core.LennardJones(2.3, 0.4, smooth=True),
         "bonding": _core.PairPrior(),
         "repulsive": _core.PairPrior("repulsive"),
-        "morse": morse(),
+        "many body": many_body(),
     }
 
 
@@ -221,49 +227,93 @@ def test_forces_are_the_derivative(which, name):
         assert abs(numerical + np.sum(forces * u)) < 1e-8 * max(np.abs(forces).max(), 1.0)
 
 
-def test_morse_prior_with_equal_numbers_is_the_bonding_prior():
+def numpy_many_body(atoms, pairs, exponents):
+    """The formula of potentials.hpp, atom by atom, with the smooth cutoff of potentials_kernels.hpp."""
+    longest = max(r0 for _, r0, *_ in pairs.values())
+    i, j, r = neighbor_list("ijd", atoms, 2.8 * longest)
+    table = np.array(
+        [pairs[tuple(sorted((int(a), int(b))))] for a, b in zip(atoms.numbers[i], atoms.numbers[j], strict=True)]
+    )
+    depth, r0, q, ratio = table.T
+    p, g, x = ratio * q, np.array([exponents[int(z)] for z in atoms.numbers]), r / r0 - 1
+    w = 1 / (1 + np.exp(11.5 * (r - 2.2 * longest) / (0.6 * longest)))
+    repulsion = w * 0.5 * depth * q / (p - q) * np.exp(-p * x)
+    bonds = w * (0.5 * depth * p / (p - q) * np.exp(-q * x)) ** (1 / g[i])
+    return repulsion.sum() - np.sum(6.0 ** (1 - g) * np.bincount(i, bonds, len(atoms)) ** g)
+
+
+@pytest.mark.parametrize("exponent", [0.4, 0.7, 1.0])
+@pytest.mark.parametrize("name", ["Au4Ni4", "molecule", "bulk Au", "slab", "skewed [True, True, False]"])
+def test_many_body_prior_has_the_values_of_its_formula(name, exponent):
+    # the list ends where 1e-5 of a bond is left: neighbours there may fall on either side of the rounded cutoff
+    prior = many_body(exponent=exponent)
+    expected = numpy_many_body(CASES[name], prior.pairs, prior.exponents)
+    assert abs(expected) > 1e-3
+    assert evaluate(prior, CASES[name])[0] == pytest.approx(expected, rel=1e-10)
+
+
+def test_many_body_prior_with_exponent_one_and_ratio_two_is_the_bonding_prior():
+    """Inside both cutoffs: compact clusters; of the switches 1e-6 is left there."""
     scale = 1.03
     radius = {z: scale * _core.covalent_radius(z) for z in (28, 79)}
-    prior = _core.MorsePrior({(a, b): (0.6, radius[a] + radius[b], 5.0) for a, b in ((79, 79), (79, 28), (28, 28))})
-    batch = pack([CASES["Au4Ni4"], CASES["bulk Au"]])
-    ours = _core.evaluate(prior, batch)
-    theirs = _core.evaluate(_core.PairPrior(depth=0.6, stiffness=5.0, radius_scale=scale), batch)
+    pairs = {(a, b): (0.6, radius[a] + radius[b], 5.0, 2.0) for a, b in ((79, 79), (79, 28), (28, 28))}
+    prior = _core.ManyBodyPrior(pairs, {79: 1.0, 28: 1.0})
+    triangles = [Atoms("AuNi2", [[0, 0, 0], [2.4 + x, 0, 0], [1.1, 2.3 + x, 0]]) for x in (0, 0.3, 0.6)]
+    ours = _core.evaluate(prior, pack(triangles))
+    theirs = _core.evaluate(_core.PairPrior(depth=0.6, stiffness=5.0, radius_scale=scale), pack(triangles))
     for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_many_body_prior_tells_its_numbers():
+    pairs = {(79, 79): (0.1 + 0.2, 2.7, 4.1, 2.0), (79, 28): (0.7, 2.5, 1 / 0.3, 1.9), (28, 28): (0.5, 2.3, 4.0, 2.2)}
+    prior = _core.ManyBodyPrior(pairs=pairs, exponents={79: 0.5, 28: 2 / 3})
     assert list(prior.pairs) == [(28, 28), (28, 79), (79, 79)]
-    assert eval(repr(prior), {"MorsePrior": _core.MorsePrior}).pairs == prior.pairs  # to the last bit
+    assert prior.pairs[79, 79] == pairs[79, 79] and prior.pairs[28, 79] == pairs[79, 28]
+    assert prior.exponents == {28: 2 / 3, 79: 0.5} and list(prior.exponents) == [28, 79]
+    again = eval(repr(prior), {"ManyBodyPrior": _core.ManyBodyPrior})
+    assert again.pairs == prior.pairs and again.exponents == prior.exponents  # to the last bit
+    assert repr(again) == repr(prior)
+    for one, two in zip(evaluate(again, CASES["Au4Ni4"]), evaluate(prior, CASES["Au4Ni4"]), strict=True):
+        np.testing.assert_array_equal(one, two)
     with pytest.raises(ValueError, match="no entry for the pair Cu-Cu"):
         evaluate(prior, CASES["bulk Cu"])
+    with pytest.raises(ValueError, match="no exponent for Au"):
+        _core.ManyBodyPrior({(28, 79): (0.7, 2.5, 4.0, 2.0)}, {28: 0.5})
+    with pytest.raises(ValueError, match="comes twice"):
+        _core.ManyBodyPrior({(28, 79): (0.7, 2.5, 4.0, 2.0), (79, 28): (0.7, 2.5, 4.0, 2.0)}, {28: 0.5, 79: 0.5})
+    with pytest.raises(ValueError, match="ratio above 1"):
+        _core.ManyBodyPrior({(28, 28): (0.7, 2.5, 4.0, 1.0)}, {28: 0.5})
+    with pytest.raises((ValueError, TypeError)):
+        _core.ManyBodyPrior({(28, 28): (0.7, 2.5, 4.0)}, {28: 0.5})
 
 
-def test_morse_derivatives_are_those_of_energies_and_forces():
-    # parameters of one pair at a time; within 1e-7 of the largest derivative (central differences, Richardson)
+def test_a_tilted_landscape_has_the_forces_that_were_wanted():
     batch = pack([CASES["Au4Ni4"], rattled(CASES["Au4Ni4"], 1)])
-    pairs = {(28, 28): [0.5, 2.3, 4.1], (28, 79): [0.7, 2.5, 4.6], (79, 79): [0.6, 2.9, 3.8]}
-    energies, forces, d_energies, d_forces = _core.MorsePrior(pairs).derivatives(batch)
-    np.testing.assert_allclose(energies, _core.evaluate(_core.MorsePrior(pairs), batch)[0], rtol=1e-12)
-    np.testing.assert_allclose(forces, _core.evaluate(_core.MorsePrior(pairs), batch)[1], rtol=0, atol=1e-11)
-    assert d_energies.shape == (3, 3, 2) and d_forces.shape == (3, 3, 16, 3)
-    for k, pair in enumerate(pairs):
-        for which in range(3):
-
-            def moved(step, pair=pair, which=which):
-                there = {key: list(values) for key, values in pairs.items()}
-                there[pair][which] += step
-                return _core.evaluate(_core.MorsePrior(there), batch)
-
-            near, far = (
-                [(up - down) / (2 * h) for up, down in zip(moved(h), moved(-h), strict=True)] for h in (1e-4, 2e-4)
-            )
-            for got, a, b in zip((d_energies[k, which], d_forces[k, which]), near, far, strict=True):
-                np.testing.assert_allclose(got, (4 * a - b) / 3, rtol=0, atol=1e-7 * max(1.0, np.abs(got).max()))
+    model, truth = many_body(), _core.Emt()
+    energies, forces = _core.evaluate(model, batch)
+    wanted = _core.evaluate(truth, batch)[1]
+    tilted = _core.Tilted(model, forces - wanted)
+    tilted_energies, tilted_forces = _core.evaluate(tilted, batch)
+    np.testing.assert_allclose(tilted_forces, wanted, rtol=0, atol=1e-12 * np.abs(forces).max())
+    linear = np.add.reduceat(((forces - wanted) * batch.positions).sum(axis=1), batch.offsets[:-1])
+    np.testing.assert_allclose(tilted_energies, energies + linear, rtol=0, atol=1e-11 * np.abs(forces).max())
+    positions, *_ = _core.relax(tilted, batch, steps=3, threads=1)
+    np.testing.assert_array_equal(_core.relax(tilted, batch, steps=3, threads=2)[0], positions)
+    assert not np.array_equal(positions, batch.positions)
+    with pytest.raises(ValueError, match="batches of 16 atoms, but this one has 8"):
+        evaluate(tilted, CASES["Au4Ni4"])
+    with pytest.raises(ValueError, match="finite shift"):
+        _core.Tilted(model, np.full((2, 3), np.nan))
+    with pytest.raises(ValueError, match="shift"):
+        _core.Tilted(model, np.zeros(6))
 
 
 def test_priors_have_two_continuous_derivatives():
     for landscape, low, high in [
         (_core.PairPrior(), 0.8, 7.5),
         (_core.PairPrior("repulsive"), 0.2, 3.3),
-        (morse(), 0.8, 7.5),
+        (many_body(), 0.8, 7.2),
     ]:
         r = np.arange(low, high, 1e-3)
         pairs = [Atoms("Au2", [[0, 0, 0], [x, 0, 0]]) for x in r]
@@ -272,7 +322,8 @@ def test_priors_have_two_continuous_derivatives():
         curvature = np.diff(force) / 1e-3
         scale = np.abs(curvature)[:-1] + np.abs(curvature)[1:] + 1.0
         assert np.abs(np.diff(curvature) / scale).max() < 0.05  # a kink of the force would be a jump of order 1
-        assert energies[-1] == 0 and np.all(np.isfinite(energies))
+        assert abs(energies[-1]) < 1e-5 and np.all(np.isfinite(energies))
+        assert energies[-1] == 0 or isinstance(landscape, _core.ManyBodyPrior)
 
 
 def test_repulsion_always_rises_inwards():

@@ -5,6 +5,7 @@
 #include "minitest.hpp"
 #include "thalweg/potentials.hpp"
 #include "thalweg/random.hpp"
+#include "thalweg/relax.hpp"
 
 using namespace thalweg;
 
@@ -56,17 +57,20 @@ Result run(const Landscape& landscape, const BatchView& batch, int threads = 1) 
   return out;
 }
 
-// Every pair of the species below with numbers of its own.
-std::vector<MorsePrior::Pair> every_pair() {
-  std::vector<MorsePrior::Pair> pairs;
-  const std::int32_t species[] = {1, 8, 13, 28, 29, 46, 47, 78, 79};
-  for (const std::int32_t a : species)
+// Every pair of the species below with numbers of its own, and exponents from the square root to beyond pair wells.
+ManyBodyPrior every_pair() {
+  std::vector<ManyBodyPrior::Pair> pairs;
+  std::vector<ManyBodyPrior::Atom> atoms;
+  const std::int32_t species[] = {79, 1, 8, 13, 28, 29, 46, 47, 78};
+  for (const std::int32_t a : species) {
+    atoms.push_back({a, 0.4 + 0.1 * (a % 8)});
     for (const std::int32_t b : species)
       if (a <= b)
         pairs.push_back({b, a, 0.3 + 0.01 * (a % 7),
-                         (0.9 + 0.001 * (b % 11)) * (covalent_radius(a) + covalent_radius(b)),
-                         3.0 + 0.1 * (a + b) / 10});
-  return pairs;
+                         (0.9 + 0.001 * (b % 11)) * (covalent_radius(a) + covalent_radius(b)), 3.0 + 0.1 * (a + b) / 10,
+                         1.5 + 0.1 * (b % 9)});
+  }
+  return ManyBodyPrior(pairs, atoms);
 }
 
 // Every triplet of the species below with numbers of its own; bonds of metals, all parts of the formula at work.
@@ -90,7 +94,7 @@ std::vector<std::unique_ptr<Landscape>> landscapes() {
   PairPrior::Settings repulsive;
   repulsive.form = PairPrior::Form::repulsive;
   out.push_back(std::make_unique<PairPrior>(repulsive));
-  out.push_back(std::make_unique<MorsePrior>(every_pair()));
+  out.push_back(std::make_unique<ManyBodyPrior>(every_pair()));
   out.push_back(std::make_unique<Tersoff>(every_triplet()));
   return out;
 }
@@ -174,82 +178,218 @@ TEST(forces_are_the_derivative_of_the_energy) {
   }
 }
 
-TEST(morse_prior_with_equal_numbers_is_the_bonding_prior) {
-  const Structures s = mixture();
-  PairPrior::Settings settings;
-  settings.depth = 0.6;
-  settings.stiffness = 5.0;
-  settings.radius_scale = 1.05;
-  std::vector<MorsePrior::Pair> pairs = every_pair();
-  for (MorsePrior::Pair& pair : pairs) {
-    pair.depth = 0.6;
-    pair.stiffness = 5.0;
-    pair.r0 = 1.05 * (covalent_radius(pair.first) + covalent_radius(pair.second));
+namespace {
+
+// The formula in potentials.hpp for an open cluster, with the switch of potentials_kernels.hpp in each sum.
+double many_body_formula(const ManyBodyPrior& prior, const Structures& s) {
+  double longest = 0;
+  for (const ManyBodyPrior::Pair& pair : prior.pairs()) longest = std::max(longest, pair.r0);
+  double energy = 0;
+  for (std::size_t i = 0; i < s.numbers.size(); ++i) {
+    double g = 0, repulsion = 0, density = 0;
+    for (const ManyBodyPrior::Atom& atom : prior.atoms())
+      if (atom.number == s.numbers[i]) g = atom.exponent;
+    for (std::size_t j = 0; j < s.numbers.size(); ++j) {
+      if (i == j) continue;
+      double square = 0;
+      for (std::size_t k = 0; k < 3; ++k) square += std::pow(s.positions[3 * i + k] - s.positions[3 * j + k], 2);
+      const double r = std::sqrt(square), w = 1 / (1 + std::exp(11.5 * (r - 2.2 * longest) / (0.6 * longest)));
+      if (r > 2.8 * longest) continue;
+      for (const ManyBodyPrior::Pair& pair : prior.pairs()) {
+        if (std::minmax(pair.first, pair.second) != std::minmax(s.numbers[i], s.numbers[j])) continue;
+        const double q = pair.stiffness, p = pair.ratio * q, x = r / pair.r0 - 1;
+        repulsion += w * 0.5 * pair.depth * q / (p - q) * std::exp(-p * x);
+        density += w * std::pow(0.5 * pair.depth * p / (p - q) * std::exp(-q * x), 1 / g);
+      }
+    }
+    energy += repulsion - std::pow(6.0, 1 - g) * std::pow(density, g);
   }
-  const Result expected = run(PairPrior(settings), s.view()), other = run(MorsePrior(pairs), s.view());
-  double largest = 1;
-  for (const double f : expected.forces) largest = std::max(largest, std::abs(f));
-  for (std::size_t row = 0; row < expected.energies.size(); ++row)
-    CLOSE(other.energies[row], expected.energies[row], 1e-12 * std::max(1.0, std::abs(expected.energies[row])));
-  for (std::size_t k = 0; k < expected.forces.size(); ++k) CLOSE(other.forces[k], expected.forces[k], 1e-12 * largest);
+  return energy;
 }
 
-TEST(morse_derivatives_by_the_parameters) {
-  const Structures s = mixture();
-  const std::size_t n = s.offsets.size() - 1, m = s.numbers.size();
-  const std::vector<MorsePrior::Pair> pairs = every_pair();
-  const std::size_t parameters = 3 * pairs.size();
-  std::vector<double> energies(n), forces(3 * m), d_energies(parameters * n), d_forces(parameters * 3 * m);
-  MorsePrior(pairs).derivatives(s.view(), energies, forces, d_energies, d_forces);
-  const Result at = run(MorsePrior(pairs), s.view());
-  double largest = 1;
-  for (const double f : at.forces) largest = std::max(largest, std::abs(f));
-  for (std::size_t row = 0; row < n; ++row)
-    CLOSE(energies[row], at.energies[row], 1e-12 * std::max(1.0, std::abs(at.energies[row])));
-  for (std::size_t k = 0; k < 3 * m; ++k) CLOSE(forces[k], at.forces[k], 1e-12 * largest);
+// Gold and nickel of one exponent; the pairs differ.
+ManyBodyPrior gold_nickel(double exponent, double ratio) {
+  return ManyBodyPrior({{79, 79, 0.7, 2.8, 4.2, ratio}, {79, 28, 0.6, 2.6, 4.5, ratio}, {28, 28, 0.9, 2.4, 3.9, ratio}},
+                       {{28, exponent}, {79, exponent}});
+}
 
-  for (std::uint64_t trial = 0; trial < 3; ++trial) {
-    Random rng(Key{trial, 9}, 0);
-    std::vector<double> direction(parameters);
-    for (double& u : direction) u = rng.uniform(-1, 1);
-    const auto moved = [&](double step) {
-      std::vector<MorsePrior::Pair> there = MorsePrior(pairs).pairs();
-      for (std::size_t k = 0; k < there.size(); ++k) {
-        there[k].depth += step * direction[3 * k];
-        there[k].r0 += step * direction[3 * k + 1];
-        there[k].stiffness += step * direction[3 * k + 2];
+}  // namespace
+
+TEST(many_body_prior_equals_its_formula) {
+  for (const std::size_t n : {1ul, 2ul, 3ul, 8ul, 30ul}) {
+    Structures s;
+    std::vector<std::int32_t> species;
+    for (std::size_t k = 0; k < n; ++k) species.push_back(std::array{79, 28, 28}[k % 3]);
+    s.add(species, n, 2.6 * std::cbrt(static_cast<double>(n)) + 1, 1.8, 0);
+    for (const double exponent : {0.14, 0.5, 0.7, 1.0, 1.3})
+      for (const double ratio : {1.2, 2.0, 3.5}) {
+        const ManyBodyPrior prior = gold_nickel(exponent, ratio);
+        const double expected = many_body_formula(prior, s);
+        CHECK(n == 1 ? expected == 0 : std::abs(expected) > 1e-3);
+        CLOSE(run(prior, s.view()).energies[0], expected, 1e-11 * std::max(1.0, std::abs(expected)));
       }
-      return run(MorsePrior(there), s.view());
-    };
-    const double h = 2e-5;  // pairs near the ends of the switch have a kink in the next derivative
-    const Result e1 = moved(h), e2 = moved(-h), e3 = moved(2 * h), e4 = moved(-2 * h);
-    const auto check = [&](const std::vector<double>& derivatives, std::size_t size, auto member) {
-      double top = 1;
-      std::vector<double> analytic(size, 0.0);
-      for (std::size_t p = 0; p < parameters; ++p)
-        for (std::size_t k = 0; k < size; ++k) analytic[k] += derivatives[p * size + k] * direction[p];
-      for (const double a : analytic) top = std::max(top, std::abs(a));
-      for (std::size_t k = 0; k < size; ++k) {
-        const double numerical =
-            (4 * ((e1.*member)[k] - (e2.*member)[k]) / (2 * h) - ((e3.*member)[k] - (e4.*member)[k]) / (4 * h)) / 3;
-        CLOSE(analytic[k], numerical, 1e-8 * top);
-      }
-    };
-    check(d_energies, n, &Result::energies);
-    check(d_forces, 3 * m, &Result::forces);
+    // species of different exponents
+    const ManyBodyPrior mixed(gold_nickel(0.5, 2.0).pairs(), {{79, 0.5}, {28, 0.9}});
+    const double expected = many_body_formula(mixed, s);
+    CLOSE(run(mixed, s.view()).energies[0], expected, 1e-11 * std::max(1.0, std::abs(expected)));
   }
 }
 
-TEST(morse_prior_refuses_what_makes_no_sense) {
+TEST(many_body_prior_of_exponent_one_and_ratio_two_is_morse) {
+  const double depth = 0.7, r0 = 2.8, q = 4.2;
+  const ManyBodyPrior prior({{79, 79, depth, r0, q, 2.0}}, {{79, 1.0}});
+  Structures s;
+  s.numbers = {79, 79, 79};
+  s.offsets = {0, 3};
+  s.cells.assign(9, 0.0);
+  s.pbc = {0, 0, 0};
+  for (const double r : {1.8, 2.4, 2.8, 3.1}) {
+    s.positions = {0, 0, 0, r, 0, 0, 0, 40, 0};
+    const double u = std::exp(-q * (r / r0 - 1));
+    CLOSE(run(prior, s.view()).energies[0], depth * (u * u - 2 * u), 1e-8);  // of the switch 1e-10 is left at r0
+  }
+  // a bond more or less changes nothing about another
+  s.positions = {0, 0, 0, 2.8, 0, 0, 0, 2.8, 0};
+  const double u = std::exp(-q * (std::sqrt(2.0) - 1));
+  CLOSE(run(prior, s.view()).energies[0], -2 * depth + depth * (u * u - 2 * u), 1e-6);
+}
+
+TEST(six_neighbours_at_r0_are_an_equilibrium_of_the_same_energy_for_every_exponent) {
+  // the neighbours do not bind each other, and share their bond with the middle as in a pair well
+  const double depth = 0.8, r0 = 2.6;
+  Structures s;
+  s.numbers = {79, 28, 28, 28, 28, 28, 28};
+  s.offsets = {0, 7};
+  s.cells.assign(9, 0.0);
+  s.pbc = {0, 0, 0};
+  s.positions.assign(21, 0.0);
+  for (std::size_t k = 0; k < 6; ++k) s.positions[3 * (k + 1) + k / 2] = k % 2 ? r0 : -r0;
+  for (const double exponent : {0.3, 0.5, 0.7, 1.0, 1.4})
+    for (const double ratio : {1.3, 2.0, 3.0}) {
+      const ManyBodyPrior prior(
+          {{79, 79, 0.5, 2.6, 4.0, 2.0}, {79, 28, depth, r0, 4.0, ratio}, {28, 28, 0.0, 2.6, 4.0, 2.0}},
+          {{79, exponent}, {28, 1.0}});
+      const Result at = run(prior, s.view());
+      CLOSE(at.energies[0] + 6 * 0.5 * depth, -3 * depth, 1e-8);
+      for (const double f : at.forces) CLOSE(f, 0.0, 1e-7);
+    }
+}
+
+TEST(many_body_prior_ends_smoothly_at_its_cutoff) {
+  // An atom that leaves: nothing is left of the energy where the list ends; the force is smooth on the way.
+  for (const double exponent : {0.5, 0.7, 1.0}) {
+    const ManyBodyPrior prior = gold_nickel(exponent, 2.0);
+    Structures s;
+    s.numbers = {79, 79, 28};
+    s.offsets = {0, 3};
+    s.cells.assign(9, 0.0);
+    s.pbc = {0, 0, 0};
+    const auto at = [&](double r) {
+      s.positions = {0, 0, 0, 0, 2.7, 0, r, 0, 0};
+      return run(prior, s.view());
+    };
+    const double end = 2.8 * 2.8, bound = at(20.0).energies[0];
+    const Result below = at(end - 1e-9), above = at(end + 1e-9);
+    CLOSE(below.energies[0], above.energies[0], 1e-5);
+    for (std::size_t k = 0; k < 9; ++k) CLOSE(below.forces[k], above.forces[k], 1e-4);
+    CLOSE(above.energies[0], bound, 1e-5);
+    double before = at(2.0).forces[6];
+    for (double r = 2.001; r < end - 0.01; r += 0.001) {
+      const double force = at(r).forces[6];
+      CHECK(std::abs(force - before) < 0.001 * 60);  // a curvature, not a jump
+      before = force;
+    }
+  }
+}
+
+TEST(many_body_prior_refuses_what_makes_no_sense) {
   const Structures s = mixture();
-  THROWS(run(MorsePrior({{79, 79, 0.8, 2.7, 4.0}}), s.view()), "MorsePrior has no entry for the pair");
-  THROWS(MorsePrior({{79, 28, 0.8, 2.7, 4.0}, {28, 79, 0.8, 2.7, 4.0}}), "comes twice");
-  THROWS(MorsePrior({{79, 28, -0.8, 2.7, 4.0}}), "depth");
-  THROWS(MorsePrior({{79, 28, 0.8, 0.0, 4.0}}), "r0");
-  THROWS(MorsePrior({{79, 28, 0.8, 2.7, std::nan("")}}), "stiffness");
-  std::vector<double> none;
-  const MorsePrior prior(every_pair());
-  THROWS(prior.derivatives(s.view(), none, none, none, none), "energies must hold");
+  using Pairs = std::vector<ManyBodyPrior::Pair>;
+  using Atoms = std::vector<ManyBodyPrior::Atom>;
+  const Atoms both = {{79, 0.5}, {28, 0.6}};
+  const auto made = [&](Pairs pairs) { return ManyBodyPrior(std::move(pairs), both); };
+  const double nan = std::nan(""), infinite = std::numeric_limits<double>::infinity();
+  THROWS(run(made({{79, 79, 0.8, 2.7, 4.0, 2.0}}), s.view()), "ManyBodyPrior has no entry for the pair Ni-Ni");
+  THROWS(run(made({{79, 79, 0.8, 2.7, 4.0, 2.0}}), s.view(), 3), "ManyBodyPrior has no entry for the pair");
+  THROWS(made({{79, 28, 0.8, 2.7, 4.0, 2.0}, {28, 79, 0.8, 2.7, 4.0, 2.0}}), "Ni-Au comes twice");
+  THROWS(ManyBodyPrior({}, {{79, 0.5}, {28, 0.5}, {79, 0.6}}), "Au comes twice");
+  THROWS(made({{79, 29, 0.8, 2.7, 4.0, 2.0}}), "no exponent for Cu, which is in a pair");
+  THROWS(made({{79, 28, -0.8, 2.7, 4.0, 2.0}}), "depth of at least 0");
+  THROWS(made({{79, 28, nan, 2.7, 4.0, 2.0}}), "depth");
+  THROWS(made({{79, 28, 0.8, 0.0, 4.0, 2.0}}), "r0");
+  THROWS(made({{79, 28, 0.8, nan, 4.0, 2.0}}), "r0");
+  THROWS(made({{79, 28, 0.8, 2.7, nan, 2.0}}), "stiffness");
+  for (const double ratio : {1.0, 0.5, nan, infinite})
+    THROWS(made({{79, 28, 0.8, 2.7, 4.0, ratio}}), "ratio above 1, but it is");
+  for (const double exponent : {0.0, -1.0, nan, infinite}) THROWS(ManyBodyPrior({}, {{79, exponent}}), "exponent");
+  THROWS(ManyBodyPrior({}, {{400, 0.5}}), "400");
+  // in rising order, whatever the order they came in
+  const ManyBodyPrior sorted = made({{79, 28, 0.8, 2.7, 4.0, 2.0}, {28, 28, 0.7, 2.4, 4.0, 2.0}});
+  CHECK(sorted.pairs()[0].second == 28 && sorted.pairs()[1].first == 28 && sorted.pairs()[1].second == 79);
+  CHECK(sorted.atoms()[0].number == 28 && sorted.atoms()[1].exponent == 0.5);
+}
+
+TEST(tilted_adds_a_linear_function) {
+  const Structures s = mixture();
+  Random rng(Key{3, 3}, 0);
+  std::vector<double> shift(s.positions.size());
+  for (double& x : shift) x = rng.uniform(-2, 2);
+  for (auto& landscape : landscapes()) {
+    const Result plain = run(*landscape, s.view());
+    const std::shared_ptr<const Landscape> inner = std::move(landscape);
+    const Tilted tilted(inner, shift);
+    const Result at = run(tilted, s.view());
+    for (std::size_t row = 0; row < plain.energies.size(); ++row) {
+      double sum = plain.energies[row], size = std::abs(sum) + 1;
+      for (std::size_t k = 3 * static_cast<std::size_t>(s.offsets[row]);
+           k < 3 * static_cast<std::size_t>(s.offsets[row + 1]); ++k) {
+        sum += shift[k] * s.positions[k];
+        size += std::abs(shift[k] * s.positions[k]);
+        CHECK(at.forces[k] == plain.forces[k] - shift[k]);
+      }
+      CLOSE(at.energies[row], sum, 1e-14 * size);
+    }
+    CHECK(run(tilted, s.view(), 3) == at);
+    CHECK(run(Tilted(inner, std::vector<double>(shift.size(), 0.0)), s.view()) == plain);
+    // an evaluator of some rows leaves the others alone
+    Result some{std::vector<double>(5, 7.0), std::vector<double>(s.positions.size(), 7.0)};
+    const std::int64_t rows[] = {3, 1};
+    tilted.evaluator(s.view())->evaluate(rows, s.positions.data(), some.energies.data(), some.forces.data());
+    for (std::size_t row = 0; row < 5; ++row)
+      CHECK(some.energies[row] == (row == 1 || row == 3 ? at.energies[row] : 7.0));
+  }
+}
+
+TEST(tilted_is_relaxed_to_where_the_forces_are_the_shift) {
+  Structures s;
+  for (const double r : {2.2, 2.9, 3.0}) {
+    s.positions.insert(s.positions.end(), {0, 0, 0, r, 0, 0});
+    s.numbers.insert(s.numbers.end(), {79, 79});
+    s.offsets.push_back(static_cast<std::int64_t>(s.numbers.size()));
+    s.cells.insert(s.cells.end(), 9, 0.0);
+    s.pbc.insert(s.pbc.end(), 3, 0);
+  }
+  const std::vector<double> shift = {-0.2, 0, 0, 0.2, 0, 0, 0.3, 0, 0, -0.3, 0, 0, 0, 0, 0, 0, 0, 0};
+  const auto inner = std::make_shared<PairPrior>(PairPrior::Settings{});
+  const Tilted tilted(inner, shift);
+  RelaxSettings settings;
+  settings.steps = 200;
+  settings.force_tolerance = 1e-6;
+  const RelaxResult found = relax(tilted, s.view(), settings, {}, 1);
+  CHECK(relax(tilted, s.view(), settings, {}, 3).positions == found.positions);
+  s.positions = found.positions;
+  const Result at = run(*inner, s.view());
+  for (std::size_t row = 0; row < 3; ++row) CHECK(found.converged[row]);
+  for (std::size_t k = 0; k < shift.size(); ++k) CLOSE(at.forces[k], shift[k], 2e-6);
+}
+
+TEST(tilted_refuses_what_does_not_fit) {
+  const Structures s = mixture();
+  const auto inner = std::make_shared<PairPrior>(PairPrior::Settings{});
+  THROWS(run(Tilted(inner, std::vector<double>(9, 0.0)), s.view()), "batches of 3 atoms, but this one has");
+  THROWS(run(Tilted(inner, std::vector<double>(s.positions.size() + 3, 0.0)), s.view(), 2), "Tilted is for batches of");
+  THROWS(Tilted(nullptr, {}), "needs a landscape");
+  THROWS(Tilted(inner, {0.0, std::nan(""), 0.0}), "finite shift");
 }
 
 namespace {

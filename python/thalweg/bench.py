@@ -607,7 +607,7 @@ def _iteration(table: Table, peer: Peer | None) -> None:
         for seed in range(5):
             # as AGOX: two evaluations per iteration, n = 36 to 44; no polish, no permutations
             search = recipes.gofee(
-                problem, EMT(), seed=seed, prior=prior, noise=noise, threads=1, permute=0, polish_every=0,
+                problem, EMT(), seed=seed, prior=prior, noise=noise, threads=1, permute=0, polish="none",
                 polish_last=0, true_steps=1, random={0: 10, 5: 3}, rattle={0: 0, 5: 7}, surrogate_steps={0: 0, 2: 100},
             )  # fmt: skip
             own: list[float] = []
@@ -815,7 +815,9 @@ def _our_restart(options: dict[str, Any], seed: int, evaluations: int) -> list[f
     from thalweg.calculators import EMT
 
     with recipes.gofee(_cluster_problem(), EMT(), seed=seed, threads=1, **options) as run:
-        run.run(evaluations, evaluations=evaluations)
+        for _ in run.steps(evaluations):  # whole steps: those of a step that a budget cuts are not in the data
+            if len(run.data) >= evaluations:
+                break
         return [float(energy) for energy in run.data.columns["energy"][:evaluations]]
 
 

@@ -14,12 +14,15 @@ from thalweg import _core
 from thalweg.descriptors import Fingerprint
 from thalweg.errors import CalculationFailed
 from thalweg.records import OK, REJECTED, Batch, Context, Measured, Problem
+from thalweg.select import model_of
 
 __all__ = ["Duplicate", "Evaluate", "Metropolis", "calculate"]
 
 # Polishing on a model: how far an atom may move at first [angstrom], and the gain that is worth an evaluation [eV].
 _TRUST = 0.4
 _LEAST_GAIN = 2e-4
+# Steps of a relaxation on the tilted model; the fewer where the more end too far away.
+_MODEL_STEPS = (60, 8, 2)
 
 
 def calculate(calculator: Any, structure: Batch) -> Measured:
@@ -80,7 +83,8 @@ class Evaluate:
     Raises
     ------
     ConfigurationError
-        At once, if a built-in calculator does not know a species of the problem, or a guarded one cannot be made.
+        At once, if a built-in calculator does not know a species of the problem, or a guarded one cannot be made; in a
+        search without the model `polish_on`.
     """
 
     calculator: Any
@@ -119,11 +123,12 @@ class Evaluate:
             for points in list(rows):
                 if not points.ok.all():
                     continue
-                # only a relaxation of the recipe's own has several points; the last is its lowest
-                last, columns = points[len(points) - 1], _descent(points)
-                followed = self._follow(
-                    last, ctx, {**columns, "origin": "polish", "candidate": -1}, best + self.promising
-                )
+                # only a relaxation of the recipe's own has several points
+                lowest = points[int(np.argmin(points.columns["energy"]))]
+                columns = {**_descent(points), "origin": "polish", "candidate": -1}
+                # `best` is an objective, which may be a free energy
+                beyond = float(lowest.columns["energy"][0] - ctx.problem.objective(lowest)[0])
+                followed = self._follow(lowest, ctx, columns, best + self.promising + beyond)
                 rows.extend(followed)
         if self.polish_every and ctx.iteration % self.polish_every == self.polish_every - 1:
             for row in self._worth_polishing(ctx, 1):
@@ -161,27 +166,24 @@ class Evaluate:
 
     def _guide(self, ctx: Context) -> Any:
         """The surface that polishes follow: the mean of a model that has learned something, or None."""
-        fitted = ctx.models.get(self.polish_on) if self.polish_on is not None else None
-        return fitted.landscape(0.0) if fitted is not None and getattr(fitted, "size", 0) > 0 else None
+        fitted: Any = model_of(ctx, self.polish_on) if self.polish_on is not None else None
+        return fitted.landscape(0.0) if getattr(fitted, "size", 0) else None
 
     def _follow(self, known: Batch, ctx: Context, columns: dict[str, Any], limit: float) -> list[Batch]:
         """True points on the way down from one whose energy and forces are known, each the minimum of the tilted model
-        within a trusted distance; ends when nothing below `limit` [eV] is to be had. Where the model misleads twice in a
-        row, a minimiser without it goes on."""
-        guide, here = self._guide(ctx), known
+        within a trusted distance; ends when nothing below `limit` [eV] is to be had. Where the model has misled three
+        times, a minimiser without it goes on."""
         rows: list[Batch] = []
+        guide, here = self._guide(ctx), known
         radius, misled = _TRUST, 0
         while len(rows) < self.polish_steps:
-            if _largest_force(here)[0] < self.polish_tolerance:
+            free = ~here.fixed
+            forces = np.where(free, here.atom_columns["forces"], 0.0)
+            if np.sqrt(np.square(forces).sum(axis=1).max()) < self.polish_tolerance:
                 break
-            wrong_by = _core.evaluate(guide, here, threads=1)[1] - here.atom_columns["forces"]
-            surface = _core.Tilted(guide, np.where(here.fixed, 0.0, wrong_by))
-            move = _core.relax(surface, here, steps=60, force_tolerance=0.2 * self.polish_tolerance, threads=1)[0]
-            move = move - here.positions
-            longest = float(np.sqrt(np.square(move).sum(axis=1).max()))
-            there = here.with_positions(here.positions + move * min(1.0, radius / max(longest, 1e-12)))
-            before, after = (float(_core.evaluate(surface, one, threads=1)[0][0]) for one in (here, there))
-            promised, energy = before - after, float(here.columns["energy"][0])
+            surface = _core.Tilted(guide, np.where(free, _core.evaluate(guide, here, threads=1)[1] - forces, 0.0))
+            there, longest, promised = self._step(surface, here, radius)
+            energy = float(here.columns["energy"][0])
             if not promised > _LEAST_GAIN or energy - promised > limit:
                 break
             row = ctx.measure(there.bare(), self._calculate, **columns)
@@ -190,13 +192,27 @@ class Evaluate:
                 break
             gained = energy - float(row.columns["energy"][0])
             if gained > 0:
-                radius, misled, here = (2 * radius if gained > 0.5 * promised else radius), 0, row
+                radius, here = (2 * radius if gained > 0.5 * promised else radius), row
             else:
                 radius, misled = 0.25 * min(radius, longest), misled + 1
-                if misled == 2:
+                if misled == 3:
                     minimiser = self._minimiser(here, self.polish_steps - len(rows), self.polish_tolerance)
                     return rows + self._descend(minimiser, here, ctx, columns)
         return rows
+
+    def _step(self, surface: _core.Landscape, here: Batch, radius: float) -> tuple[Batch, float, float]:
+        """Where the tilted model is lowest, or as far towards it as is trusted; how far the longest move of an atom went
+        before that limit [angstrom], and what the model promises [eV]."""
+        start = _core.evaluate(surface, here, threads=1)[0][0]
+        for steps in _MODEL_STEPS:  # a tilt may leave the model without a minimum: then not so far
+            relaxed = _core.relax(surface, here, steps=steps, force_tolerance=0.2 * self.polish_tolerance, threads=1)[0]
+            move = relaxed - here.positions
+            longest = float(np.sqrt(np.square(move).sum(axis=1).max()))
+            there = here.with_positions(here.positions + move * min(1.0, radius / max(longest, 1e-12)))
+            promised = float(start - _core.evaluate(surface, there, threads=1)[0][0])
+            if promised > _LEAST_GAIN:
+                break
+        return there, longest, promised
 
     def _minimiser(self, first: Batch, steps: int, tolerance: float) -> _core.Minimiser:
         minimiser = _core.Minimiser(

@@ -173,9 +173,7 @@ class LocalGPR:
         return FittedLocalGPR(self, gpr, factored, appended, int(np.asarray(state["seen"])), learned, mean)
 
     def _refit(self, data: Batch, rows: Array, previous: FittedLocalGPR | None, seen: int) -> FittedLocalGPR:
-        mean = _mean_of(
-            self.prior, self.energy_window, data, rows, seen, previous._mean if previous is not None else None
-        )
+        mean = _mean_of(self, data, rows, seen, previous._mean if previous is not None else None)
         learned = self._learned(data, rows, mean)
         gpr = self._bare(learned.batch.numbers)
         known = previous._gpr if previous is not None else None
@@ -236,11 +234,8 @@ class LocalGPR:
         batch = data.take(rows)
         forces = batch.atom_columns.get("forces") if self.use_forces else None
         forces = np.full((len(batch.numbers), 3), np.nan) if forces is None else np.array(forces, float)
-        offsets = _sum_of_atom_energies(batch, _atom_energies(self.atom_energies))
-        if mean.landscape is not None:
-            energies, slopes = _core.evaluate(mean.landscape, batch, threads=1)
-            offsets = offsets + energies
-            forces = forces - slopes
+        offsets, slopes = mean.of(batch, self.atom_energies)
+        forces = forces - slopes
         energies = np.asarray(batch.columns["energy"], float)
         forces[np.repeat(energies > mean.ceiling, np.diff(batch.offsets))] = np.nan
         return _Learned(batch, energies, energies - mean.targets(energies, offsets), forces)

@@ -209,7 +209,8 @@ class GPR:
         mean = self._mean(data, rows, seen, previous)
         taught = self._taught_forces(data, rows)
         learned = self._learned(data, rows, mean, taught, previous)
-        scale = _mean_distance(learned.features)
+        # one crushed structure is as far from all others as nothing that a search is about
+        scale = _mean_distance(learned.features[learned.energies <= mean.ceiling])
         spread = max(float(np.var(learned.targets)), 1e-3)
         kernel = self._initial_kernel(scale, spread)
         known = False
@@ -316,8 +317,11 @@ class GPR:
         if not self.use_forces or "forces" not in data.atom_columns or len(rows) == 0:
             return _NO_ROWS
         known = _known_forces(data)
+        energies = np.asarray(data.columns["energy"], float)
+        # above the ceiling even the energy is not learned as it is
+        rows = rows[energies[rows] <= _ceiling(data, rows, self.energy_window)]
         counts = np.add.reduceat(known.sum(axis=1), data.offsets[:-1])[rows]
-        order = np.argsort(np.asarray(data.columns["energy"], float)[rows], kind="stable")
+        order = np.argsort(energies[rows], kind="stable")
         features = self._bound(data, rows).values(data.take(rows), 1)
         chosen: list[int] = []
         left = self.max_force_rows
@@ -338,7 +342,7 @@ class GPR:
     def _mean(self, data: Batch, rows: Array, seen: int, previous: FittedGPR | None) -> _Mean:
         """The prior for these rows, fitted anew when that is due, and the ceiling of their energies."""
         known = previous._mean if previous is not None and previous.size else None
-        return _mean_of(self.prior, self.energy_window, data, rows, seen, known)
+        return _mean_of(self, data, rows, seen, known)
 
     def _learned(
         self, data: Batch, rows: Array, mean: _Mean, taught: Array, previous: FittedGPR | None = None
@@ -381,16 +385,8 @@ class GPR:
 
     def _targets(self, batch: Batch, mean: _Mean) -> tuple[Array, Array]:
         """(n,) what the Gaussian process learns [eV]: energy - atom energies - prior; and the prior's forces (m, 3)."""
-        energies, forces = np.zeros(len(batch)), np.zeros((len(batch.numbers), 3))
-        if mean.landscape is not None:
-            threads = self.threads if len(batch) > _FEW else 1
-            energies, forces = _core.evaluate(mean.landscape, batch, threads=threads)
-        energies = energies + _sum_of_atom_energies(batch, _atom_energies(self.atom_energies))
-        true = np.asarray(batch.columns["energy"], float)
-        # where the prior says "too high" as well, there is nothing to learn
-        return np.where(
-            true <= mean.ceiling, true - energies, mean.ceiling - np.minimum(energies, mean.ceiling)
-        ), forces
+        expected, forces = mean.of(batch, self.atom_energies, threads=self.threads if len(batch) > _FEW else 1)
+        return mean.targets(np.asarray(batch.columns["energy"], float), expected), forces
 
     def _initial_kernel(self, scale: float, spread: float, start: tuple[float, float] = _STARTS[0]) -> _core.Kernel:
         given = self.kernel
@@ -453,47 +449,67 @@ class _Mean:
     parameters: Array = field(default_factory=lambda: np.zeros(0))  # (Q,) logarithms; none if it is not fitted
     seen: int = 0  # structures that had been learned at the last fit
     ceiling: float = np.inf  # higher energies count as this [eV]
+    prior_ceiling: float = np.inf  # and higher ones of the prior as this: as far above that of the lowest structure
+
+    def of(self, batch: Batch, atom_energies: Mapping[str, float] | None, *, threads: int = 1) -> tuple[Array, Array]:
+        """(n,) prior and atom energies [eV], and the prior's forces (m, 3) [eV/angstrom]."""
+        energies, forces = np.zeros(len(batch)), np.zeros((len(batch.numbers), 3))
+        if self.landscape is not None:
+            energies, forces = _core.evaluate(self.landscape, batch, threads=threads)
+        return energies + _sum_of_atom_energies(batch, _atom_energies(atom_energies)), forces
 
     def targets(self, energies: Array, expected: Array) -> Array:
-        """(n,) what is to be learned where this was expected [eV]; nothing where both are too high."""
-        capped = self.ceiling - np.minimum(expected, self.ceiling)
+        """(n,) what is to be learned where this was expected [eV]; where both are too high no more than of the lowest."""
+        capped = self.ceiling - np.minimum(expected, self.prior_ceiling)
         return np.where(energies <= self.ceiling, energies - expected, capped)
 
     @property
     def state(self) -> dict[str, Array]:
         """Small arrays from which `restored` makes this again."""
         fitted = {"prior": self.parameters.copy(), "prior_seen": np.array(self.seen, np.int64)}
-        return {"ceiling": np.array(self.ceiling), **(fitted if len(self.parameters) else {})}
+        return {"ceiling": np.array([self.ceiling, self.prior_ceiling]), **(fitted if len(self.parameters) else {})}
 
     @staticmethod
     def restored(prior: Any, numbers: Array, state: Mapping[str, Array]) -> _Mean:
         """numbers: atomic numbers of all that was learned."""
-        fitted_prior, ceiling = _fitted_prior(prior), float(state["ceiling"])
+        fitted_prior, (ceiling, prior_ceiling) = _fitted_prior(prior), map(float, np.asarray(state["ceiling"]))
         if fitted_prior is None:
-            return _Mean(_prior(prior), ceiling=ceiling)
+            return _Mean(_prior(prior), ceiling=ceiling, prior_ceiling=prior_ceiling)
         parameters = np.asarray(state["prior"], float)
-        return _Mean(fitted_prior.landscape(numbers, parameters), parameters, int(state["prior_seen"]), ceiling)
+        landscape = fitted_prior.landscape(numbers, parameters)
+        return _Mean(landscape, parameters, int(state["prior_seen"]), ceiling, prior_ceiling)
 
 
-def _mean_of(prior: Any, energy_window: float, data: Batch, rows: Array, seen: int, known: _Mean | None) -> _Mean:
-    """The prior for these rows, fitted anew when that is due, and the ceiling of their energies; `known`, the same
-    object, where nothing changes: nothing then needs to be computed anew."""
-    fitted_prior = _fitted_prior(prior)
+def _ceiling(data: Batch, rows: Array, energy_window: float) -> float:
+    """Above which energies of these rows count as this [eV]."""
     energies = np.asarray(data.columns["energy"], float)[rows]
     lowest = data[int(rows[np.argmin(energies)])]
-    ceiling = float(energies.min()) + energy_window * int((~lowest.fixed).any(axis=1).sum())
+    return float(energies.min()) + energy_window * int((~lowest.fixed).any(axis=1).sum())
+
+
+def _mean_of(model: Any, data: Batch, rows: Array, seen: int, known: _Mean | None) -> _Mean:
+    """The prior of a model for these rows, fitted anew when that is due, and the ceilings of their energies; `known`, the
+    same object, where nothing changes: nothing then needs to be computed anew."""
+    fitted_prior = _fitted_prior(model.prior)
+    energies = np.asarray(data.columns["energy"], float)[rows]
+    ceiling, lowest = _ceiling(data, rows, model.energy_window), data[int(rows[np.argmin(energies)])]
+
+    def capped(mean: _Mean) -> _Mean:
+        own = float(mean.of(lowest, model.atom_energies)[0][0])
+        return replace(mean, ceiling=ceiling, prior_ceiling=own + ceiling - float(energies.min()))
+
     numbers = data.take(rows).numbers
     due = fitted_prior is not None and (
         known is None or fitted_prior.due(seen, known.seen) or len(known.parameters) != fitted_prior.count(numbers)
     )
     if known is not None and not due:
         same = ceiling == known.ceiling or energies.max() <= min(ceiling, known.ceiling)
-        return known if same else replace(known, ceiling=ceiling)
+        return known if same else capped(known)
     if fitted_prior is None:
-        return _Mean(_prior(prior), ceiling=ceiling)
+        return capped(_Mean(_prior(model.prior)))
     batch = data.take(rows[energies <= ceiling])
     parameters = fitted_prior.fit(batch, known.parameters if known is not None else None, numbers=numbers)
-    return _Mean(fitted_prior.landscape(numbers, parameters), parameters, seen, ceiling)
+    return capped(_Mean(fitted_prior.landscape(numbers, parameters), parameters, seen))
 
 
 class FittedGPR:
@@ -559,7 +575,7 @@ class FittedGPR:
         factored : rows in the last full factorisation, in order
         operations : what came after, one by one: a row appended, or -1 - position of a point removed
         seen : rows learned so far, and how many they were at the last optimisation
-        ceiling : higher energies counted as this [eV]
+        ceiling : higher energies counted as this, and for them higher ones of the prior as that [eV]
         prior, prior_seen : of a fitted prior: its parameters, and how many rows there were at its last fit
         forces : with use_forces: rows whose forces were learned
         """

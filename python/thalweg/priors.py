@@ -234,10 +234,9 @@ class FittedPrior:
         if not (self.ratio > 1 and np.isfinite(self.ratio)):
             raise ConfigurationError(f"ratio of a fitted prior must be above 1, got {self.ratio}")
         for name, bound in least.items():
-            if not getattr(self, name) >= bound:
-                raise ConfigurationError(
-                    f"{name} of a fitted prior must be at least {bound}, got {getattr(self, name)}"
-                )
+            value = getattr(self, name)
+            if not value >= bound or (name.endswith("_width") and value == np.inf):  # widths make the fit well-posed
+                raise ConfigurationError(f"{name} of a fitted prior must be at least {bound}, and finite, got {value}")
 
     def due(self, seen: int, seen_at_fit: int) -> bool:
         """Whether to fit again, after `seen` structures, the last fit being of `seen_at_fit`."""

@@ -52,8 +52,8 @@ c1 = 0.75
 c2 = 1.25
 
 [calculator]
-# The true potential: "emt", "lj" or "tersoff" (built in), a calculator of ASE by its name ("vasp", "gpaw", "orca", ...),
-# or your own as "module:factory". Further keys of this section are its arguments, such as xc = "PBE".
+# The true potential: "emt", "lj" or "tersoff" (built in), a calculator of ASE by its name ("vasp", "gpaw", "orca",
+# ...), or your own as "module:factory". Further keys of this section are its arguments, such as xc = "PBE".
 name = "emt"
 
 [search]

@@ -141,7 +141,7 @@ class ManyBodyPrior : public Landscape {
   };
   /// Throws Error if a pair or an atom comes twice, an atom of a pair is missing, or a number makes no sense.
   ManyBodyPrior(std::vector<Pair> pairs, std::vector<Atom> atoms);
-  /// Throws Error when the batch has two species in one structure (or one twice) that have no entry.
+  /// Throws Error when a structure of the batch has two species without an entry; its own pair counts for each species.
   std::unique_ptr<Evaluator> evaluator(const BatchView& batch) const override;
   /// In rising order, first <= second.
   const std::vector<Pair>& pairs() const { return pairs_; }
