@@ -1,61 +1,97 @@
-"""Success curves with confidence bands from what benchmarks/search.py wrote.
+"""Success curves with confidence bands from what benchmarks/search.py wrote, one panel a problem.
 
 python benchmarks/search.py --arm gofee --arm "basin hopping" --cap 3000 --json arms.json
-python benchmarks/figure.py arms.json docs/success.png
+python benchmarks/figure.py arms.json -o docs/success.png
+python benchmarks/figure.py arms.json benchmarks/data/agox_gofee_au4ni4.json -o docs/success.png   # AGOX's kept restarts
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from thalweg.statistics import success_curve
+from matplotlib.ticker import LogLocator, NullFormatter
+from thalweg.bench import TOLERANCE
+from thalweg.statistics import first_reaching, success_curve
 
-# Okabe and Ito: told apart by colour-blind readers too
-COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"]
+# Okabe and Ito: told apart by colour-blind readers too; then dashed
+COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results")
-    parser.add_argument("out", help=".png or .svg")
-    arguments = parser.parse_args()
-    with open(arguments.results) as file:
-        rows = json.load(file)
-    figure = Figure(figsize=(7.2, 3.6), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+def rows_of(path: str) -> list[dict[str, Any]]:
+    """The rows of a file of benchmarks/search.py, or AGOX's kept restarts as one."""
+    with open(path) as file:
+        found = json.load(file)
+    if isinstance(found, list):
+        return found
+    restarts = [
+        {
+            "delivered": first_reaching(one["energies"], found["minimum"] + TOLERANCE),
+            "evaluations": len(one["energies"]),
+        }
+        for one in found["restarts"]
+    ]
+    ok = sum(one["delivered"] is not None for one in restarts)
+    arm = f"AGOX {found['versions']['agox']} GOFEE"
+    return [{"problem": found["problem"]["symbols"], "arm": arm, "n": len(restarts), "ok": ok, "restarts": restarts}]
+
+
+def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """One panel."""
     longest = max(r["delivered"] or r["evaluations"] for row in rows for r in row["restarts"])
-    for row, colour in zip(rows, COLOURS, strict=False):
+    for k, row in enumerate(rows):
         times = [r["delivered"] or r["evaluations"] for r in row["restarts"]]
         curve = success_curve(times, [r["delivered"] is not None for r in row["restarts"]])
-        # A curve that has reached the top ends there; the others hold until the longest restart.
-        ended = curve.success[-1] == 1.0
+        # A curve that has reached the top ends there, the others at their longest restart.
+        last = max(times)
         x, success, lower, upper = (
-            values if ended else np.append(values, last)
-            for values, last in (
-                (curve.evaluations, longest),
+            np.append(values, end)
+            for values, end in (
+                (curve.evaluations, last),
                 (curve.success, curve.success[-1]),
                 (curve.lower, curve.lower[-1]),
                 (curve.upper, curve.upper[-1]),
             )
         )
-        axes.fill_between(x, lower, upper, alpha=0.18, lw=0, step="post", color=colour)
+        style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)]}
+        axes.fill_between(x, lower, upper, alpha=0.13, lw=0, step="post", **style)
         median = curve.quantile(0.5)
         label = f"{row['arm']}: {row['ok']}/{row['n']}" + (f", median {median:.0f}" if np.isfinite(median) else "")
-        axes.plot(x, success, drawstyle="steps-post", color=colour, label=label)
+        line = "-" if k < len(COLOURS) else "--"
+        axes.plot(x, success, line, drawstyle="steps-post", label=label, **style)
     axes.set_xscale("log")
-    axes.set_xlim(5, longest)
+    axes.set_xlim(2, max(longest, 100))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if longest <= 500 else (1.0,)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("true energy evaluations (all counted)")
-    axes.set_ylabel("restarts at the minimum")
-    axes.set_title(f"{rows[0]['problem']}, EMT: {rows[0]['n']} restarts, 95 % band", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=len(rows))
+    axes.set_title(rows[0]["problem"], fontsize=10)
+    axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+")
+    parser.add_argument("-o", "--out", required=True, help=".png or .svg")
+    arguments = parser.parse_args()
+    problems: dict[str, list[dict[str, Any]]] = {}
+    for path in arguments.results:
+        for row in rows_of(path):
+            problems.setdefault(row["problem"], []).append(row)
+    wide = len(problems)
+    most = max(len(rows) for rows in problems.values())
+    figure = Figure(figsize=(max(7.2, 3.4 * wide), 3.2 + 0.16 * most), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, rows in zip(np.atleast_1d(figure.subplots(1, wide, sharey=True)), problems.values(), strict=True):
+        draw(axes, rows)
+    figure.axes[0].set_ylabel("restarts at the minimum, 95 % band")
     figure.savefig(arguments.out)
 
 
