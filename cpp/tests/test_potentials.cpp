@@ -195,6 +195,8 @@ double many_body_formula(const ManyBodyPrior& prior, const Structures& s) {
       for (std::size_t k = 0; k < 3; ++k) square += std::pow(s.positions[3 * i + k] - s.positions[3 * j + k], 2);
       const double r = std::sqrt(square), w = 1 / (1 + std::exp(11.5 * (r - 2.2 * longest) / (0.6 * longest)));
       if (r > 2.8 * longest) continue;
+      const double wall = 0.75 * (covalent_radius(s.numbers[i]) + covalent_radius(s.numbers[j]));
+      if (r < wall) repulsion += 0.5 * 1250.0 * std::pow(1 - r / wall, 3);
       for (const ManyBodyPrior::Pair& pair : prior.pairs()) {
         if (std::minmax(pair.first, pair.second) != std::minmax(s.numbers[i], s.numbers[j])) continue;
         const double q = pair.stiffness, p = pair.ratio * q, x = r / pair.r0 - 1;
@@ -243,7 +245,7 @@ TEST(many_body_prior_of_exponent_one_and_ratio_two_is_morse) {
   s.offsets = {0, 3};
   s.cells.assign(9, 0.0);
   s.pbc = {0, 0, 0};
-  for (const double r : {1.8, 2.4, 2.8, 3.1}) {
+  for (const double r : {2.1, 2.4, 2.8, 3.1}) {  // 2.04: the wall
     s.positions = {0, 0, 0, r, 0, 0, 0, 40, 0};
     const double u = std::exp(-q * (r / r0 - 1));
     CLOSE(run(prior, s.view()).energies[0], depth * (u * u - 2 * u), 1e-8);  // of the switch 1e-10 is left at r0
