@@ -49,7 +49,7 @@ def gofee(
     polish_steps: int = 40,
     polish_last: int = 1,
     noise: float = 1e-5,
-    use_forces: bool = False,
+    use_forces: bool | None = None,
     threads: int = 0,
 ) -> Search:
     """Global optimisation with first-principles energy expressions (GOFEE; Bisbo, Hammer, PRL 124, 086102 (2020)).
@@ -106,8 +106,9 @@ def gofee(
         Structures polished when a run ends.
     noise : float
         Variance [eV^2] on the diagonal of the global Gaussian process.
-    use_forces : bool
-        Teach the forces to the global Gaussian process, too (see `GPR`); the local one always learns them.
+    use_forces : bool, optional
+        Teach the forces to the global Gaussian process, too (see `GPR`); the local one always learns them. Default: where
+        the prior knows little ("none", "repulsive"), which saves a third of the evaluations there and costs time.
     threads : int
         Threads of one search; 0: as many as there are cores. Results do not depend on it.
     """
@@ -141,6 +142,8 @@ def gofee(
     samplers: dict[str, Any] = {"kmeans": KMeans, "similarity": KernelSimilarity, "novelty": Novelty}
     acquisitions: dict[str, Any] = {"lcb": lambda: lcb, "ei": ExpectedImprovement, "thompson": Thompson}
     mean = None if isinstance(prior, str) and prior == "none" else prior
+    if use_forces is None:
+        use_forces = not classic and (mean is None or (isinstance(mean, str) and mean == "repulsive"))
     learners: dict[str, Any] = {
         "global": GPR(prior=mean, noise=noise, use_forces=use_forces),
         "local": LocalGPR(prior=mean),
