@@ -404,15 +404,19 @@ double LocalGpr::best_noise(double ratio, double& noise_scale) const {
          sum_log_weights_;
 }
 
-void LocalGpr::solve() {
-  const std::size_t m = order_.size(), rows = targets_.size();
+double LocalGpr::energy_per_atom() const {
   double energies = 0, atoms = 0;
   for (const auto& structure : data_) {
     const double n = static_cast<double>(structure->numbers.size());
     energies += structure->energy * n;
     atoms += n * n;
   }
-  mean_ = energies / std::max(atoms, 1.0);
+  return energies / std::max(atoms, 1.0);
+}
+
+void LocalGpr::solve() {
+  const std::size_t m = order_.size(), rows = targets_.size();
+  mean_ = energy_per_atom();
   double noise = kernel_.noise_scale;
 
   // The factor of A, and weights = L^-T A^-1 Phi^T y / nu.
@@ -487,13 +491,7 @@ double LocalGpr::optimise(std::span<const double> factors) {
     last = length;
     kernel_.length = length;
     rebuild();
-    double energies = 0, atoms = 0;
-    for (const auto& structure : data_) {
-      const double n = static_cast<double>(structure->numbers.size());
-      energies += structure->energy * n;
-      atoms += n * n;
-    }
-    mean_ = energies / std::max(atoms, 1.0);
+    mean_ = energy_per_atom();
     double spread = 0;
     for (const auto& structure : data_) {
       const double n = static_cast<double>(structure->numbers.size()), off = structure->energy - mean_ * n;

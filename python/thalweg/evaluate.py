@@ -177,11 +177,10 @@ class Evaluate:
         guide, here = self._guide(ctx), known
         radius, misled = _TRUST, 0
         while len(rows) < self.polish_steps:
-            free = ~here.fixed
-            forces = np.where(free, here.atom_columns["forces"], 0.0)
-            if np.sqrt(np.square(forces).sum(axis=1).max()) < self.polish_tolerance:
+            if _largest_force(here)[0] < self.polish_tolerance:
                 break
-            surface = _core.Tilted(guide, np.where(free, _core.evaluate(guide, here, threads=1)[1] - forces, 0.0))
+            wrong_by = _core.evaluate(guide, here, threads=1)[1] - here.atom_columns["forces"]
+            surface = _core.Tilted(guide, np.where(here.fixed, 0.0, wrong_by))
             there, longest, promised = self._step(surface, here, radius)
             energy = float(here.columns["energy"][0])
             if not promised > _LEAST_GAIN or energy - promised > limit:

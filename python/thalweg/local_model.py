@@ -17,7 +17,16 @@ import numpy as np
 from thalweg import _core
 from thalweg.errors import ConfigurationError
 from thalweg.files import read_arrays, senseless_is_an_error
-from thalweg.models import _atom_energies, _fitted_prior, _Mean, _mean_of, _prior, _sum_of_atom_energies, _with_prior
+from thalweg.models import (
+    _atom_energies,
+    _fitted_prior,
+    _lowest,
+    _Mean,
+    _mean_of,
+    _prior,
+    _sum_of_atom_energies,
+    _usable,
+)
 from thalweg.priors import CalculatorPrior
 
 if TYPE_CHECKING:
@@ -114,11 +123,11 @@ class LocalGPR:
 
         Without any usable row the fitted model is the prior with a constant sigma.
         """
-        usable = self._usable(data)
+        usable = _usable(self.prior, data)
         if len(usable) == 0:
             return FittedLocalGPR(self, None, _NO_ROWS, _NO_ROWS, 0, _Learned.empty(), _Mean(_prior(self.prior)))
         if previous is None or not previous._began(self, data) or previous._gpr is None:
-            return self._refit(data, self._lowest(data, usable), None, len(usable))
+            return self._refit(data, _lowest(data, usable, self.max_rows), None, len(usable))
         seen = previous._rows_seen(usable)
         new = usable[~np.isin(usable, previous.rows) & (usable >= seen)]
         if len(new) == 0:
@@ -130,7 +139,7 @@ class LocalGPR:
         # no more inducing environments to be had: chosen anew, they cover all data again
         due |= previous.inducing >= self.max_inducing and len(previous.appended) >= 0.1 * len(previous.factored)
         if due or new_species:
-            return self._refit(data, self._lowest(data, usable), previous, len(usable))
+            return self._refit(data, _lowest(data, usable, self.max_rows), previous, len(usable))
         gpr = previous._gpr.copy()
         learned = self._learned(data, new, previous._mean)
         gpr.append(learned.batch, learned.energies - learned.offsets, learned.forces)
@@ -213,21 +222,6 @@ class LocalGPR:
             tolerance=self.tolerance,
             max_inducing=self.max_inducing,
         )
-
-    def _usable(self, data: Batch) -> Array:
-        """(k,) rising rows that have an energy."""
-        if "energy" not in data.columns:
-            return _NO_ROWS
-        usable = np.isfinite(np.asarray(data.columns["energy"], float))
-        if "status" in data.columns:
-            usable &= np.asarray(data.columns["status"]) == 0
-        return _with_prior(self.prior, data, np.flatnonzero(usable).astype(np.int64))
-
-    def _lowest(self, data: Batch, usable: Array) -> Array:
-        if len(usable) <= self.max_rows:
-            return usable
-        energy = np.asarray(data.columns["energy"], float)[usable]
-        return np.sort(usable[np.argsort(energy, kind="stable")[: self.max_rows]])
 
     def _learned(self, data: Batch, rows: Array, mean: _Mean) -> _Learned:
         """These rows and what the model is taught of them."""

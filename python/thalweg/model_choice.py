@@ -121,7 +121,4 @@ def _usable(data: Batch) -> Array:
     """(k,) rising rows that have an energy."""
     if "energy" not in data.columns:
         return np.zeros(0, np.int64)
-    usable = np.isfinite(np.asarray(data.columns["energy"], float))
-    if "status" in data.columns:
-        usable &= np.asarray(data.columns["status"]) == 0
-    return np.flatnonzero(usable).astype(np.int64)
+    return np.flatnonzero(data.ok).astype(np.int64)

@@ -206,7 +206,7 @@ class GPR:
             return self._untaught()
         fingerprint = self._bound(data, rows)
         seen = len(rows) if previous is None else previous._seen + len(np.setdiff1d(rows, previous.rows))
-        mean = self._mean(data, rows, seen, previous)
+        mean = _mean_of(self, data, rows, seen, previous._mean if previous is not None and previous.size else None)
         taught = self._taught_forces(data, rows)
         learned = self._learned(data, rows, mean, taught, previous)
         # one crushed structure is as far from all others as nothing that a search is about
@@ -300,17 +300,7 @@ class GPR:
     # ---- pieces --------------------------------------------------------------------------------------
     def _rows_to_learn(self, data: Batch) -> Array:
         """(k,) rising indices of the usable rows of lowest energy."""
-        columns = data.columns
-        if "energy" not in columns:
-            return _NO_ROWS
-        energy = np.asarray(columns["energy"], float)
-        usable = np.isfinite(energy)
-        if "status" in columns:
-            usable &= np.asarray(columns["status"]) == 0
-        rows = _with_prior(self.prior, data, np.flatnonzero(usable).astype(np.int64))
-        if len(rows) > self.max_rows:
-            rows = np.sort(rows[np.argsort(energy[rows], kind="stable")[: self.max_rows]])
-        return rows
+        return _lowest(data, _usable(self.prior, data), self.max_rows)
 
     def _taught_forces(self, data: Batch, rows: Array) -> Array:
         """(k,) rising: those of these rows whose forces are learned."""
@@ -338,11 +328,6 @@ class GPR:
     def _bound(self, data: Batch, rows: Array) -> _core.Fingerprint:
         first = data.offsets[rows[0]], data.offsets[rows[0] + 1]
         return self.descriptor.bind(data.numbers[first[0] : first[1]], bool(np.any(data.pbc[rows[0]])))
-
-    def _mean(self, data: Batch, rows: Array, seen: int, previous: FittedGPR | None) -> _Mean:
-        """The prior for these rows, fitted anew when that is due, and the ceiling of their energies."""
-        known = previous._mean if previous is not None and previous.size else None
-        return _mean_of(self, data, rows, seen, known)
 
     def _learned(
         self, data: Batch, rows: Array, mean: _Mean, taught: Array, previous: FittedGPR | None = None
@@ -683,6 +668,21 @@ class FittedGPR:
         return np.array_equal(data.columns["energy"][self.rows], self._learned.energies) and np.array_equal(
             positions, self._learned.positions
         )
+
+
+def _usable(prior: Any, data: Batch) -> Array:
+    """(k,) rising rows that have an energy, and a prior where that may fail."""
+    if "energy" not in data.columns:
+        return _NO_ROWS
+    return _with_prior(prior, data, np.flatnonzero(data.ok).astype(np.int64))
+
+
+def _lowest(data: Batch, rows: Array, most: int) -> Array:
+    """At most so many of these rows, those of lowest energy, rising."""
+    if len(rows) <= most:
+        return rows
+    energy = np.asarray(data.columns["energy"], float)[rows]
+    return np.sort(rows[np.argsort(energy, kind="stable")[:most]])
 
 
 def _fitted_prior(prior: Any) -> FittedPrior | None:

@@ -378,14 +378,13 @@ class _LeastSquares:
 
     def normal_equations(self, parameters: Array) -> tuple[Array, Array]:
         """J^T J (Q, Q) and J^T residual (Q,)."""
-        residuals = self._residuals(parameters)
-        rows = []
-        for k in range(len(parameters)):
+        residuals, widths = self._residuals(parameters), self.wells.widths
+        jacobian = np.zeros((len(parameters), len(residuals)))
+        for k in np.flatnonzero(widths > 0):  # the others are held
             step = np.zeros(len(parameters))
             step[k] = _STEP
             up, down = self._residuals(parameters + step), self._residuals(parameters - step)
-            rows.append((up - down) / (2 * _STEP) if self.wells.widths[k] > 0 else np.zeros(len(residuals)))
-        jacobian, widths = np.array(rows), self.wells.widths
+            jacobian[k] = (up - down) / (2 * _STEP)
         precision = np.where(widths > 0, 1.0 / np.where(widths > 0, widths, 1.0), 0.0)
         matrix = np.einsum("qm,rm->qr", jacobian, jacobian) + np.diag(precision**2)
         slope = np.einsum("qm,m->q", jacobian, residuals) + precision * self._from_guess(parameters)

@@ -87,6 +87,7 @@ class LocalGpr {
   void reserve_points(std::size_t points);
   void solve();
   double best_noise(double ratio, double& noise_scale) const;
+  double energy_per_atom() const;  // the constant per atom that fits the energies best
 
   std::shared_ptr<const Environments> environments_;
   LocalSettings settings_;
