@@ -519,9 +519,6 @@ class RandomWorker {
   std::vector<std::size_t> order_;
 };
 
-bool all_fixed(const StructureView& s, std::size_t atom) {
-  return s.fixed != nullptr && s.fixed[3 * atom] && s.fixed[3 * atom + 1] && s.fixed[3 * atom + 2];
-}
 bool any_fixed(const StructureView& s, std::size_t atom) {
   return s.fixed != nullptr && (s.fixed[3 * atom] || s.fixed[3 * atom + 1] || s.fixed[3 * atom + 2]);
 }
@@ -548,7 +545,7 @@ class RattleWorker {
     for (std::size_t i = 0; i < parent.n; ++i) {
       radius_[i] = covalent_radius(parent.numbers[i]);
       largest = std::max(largest, radius_[i]);
-      if (!all_fixed(parent, i)) free_.push_back(i);
+      if (!parent.is_still(i)) free_.push_back(i);
     }
     if (free_.empty()) return;
     check_finite("positions", positions, 3 * parent.n);
@@ -745,10 +742,10 @@ std::vector<double> closest_contacts(const BatchView& batch, int threads) {
       double least = kInfinity;
       for (std::size_t i = 0; i < s.n; ++i) {
         radius[i] = covalent_radius(s.numbers[i]);
-        if (!all_fixed(s, i)) least = std::min(least, std::pow(lattice.shortest / (2 * radius[i]), 2));
+        if (!s.is_still(i)) least = std::min(least, std::pow(lattice.shortest / (2 * radius[i]), 2));
       }
       for_pairs(s, lattice, [&](std::size_t i, std::size_t j, double square) {
-        if (all_fixed(s, i) && all_fixed(s, j)) return;
+        if (s.is_still(i) && s.is_still(j)) return;
         const double sum = radius[i] + radius[j];
         least = std::min(least, square / (sum * sum));
       });
@@ -777,7 +774,7 @@ std::vector<std::int32_t> fragments(const BatchView& batch, double c2, int threa
       };
       for_pairs(s, lattice, [&](std::size_t i, std::size_t j, double square) {
         const double longest = c2 * (radius[i] + radius[j]);
-        if (square > longest * longest && !(all_fixed(s, i) && all_fixed(s, j))) return;
+        if (square > longest * longest && !(s.is_still(i) && s.is_still(j))) return;
         const std::size_t a = find(i), b = find(j);
         if (a == b) return;
         root[a] = b;

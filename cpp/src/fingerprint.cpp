@@ -299,7 +299,7 @@ struct HistogramMemory {
     moments.need(slots_in_all * kPowers);
   }
   /// The histogram [block][stride], in copy 0.
-  const double* make_histogram(const Axis& axis, const FingerprintKernels& kernels) {
+  double* make_histogram(const Axis& axis, const FingerprintKernels& kernels) {
     const std::size_t copy = axis.length();
     double* h = histogram.need(4 * copy + kLanes);
     std::memset(h, 0, (4 * copy + kLanes) * sizeof(double));
@@ -322,21 +322,39 @@ struct HistogramMemory {
 }  // namespace
 
 struct Fingerprint::Workspace::State {
-  explicit State(double reach) : neighbors(reach, 0.5) {}
+  State(double reach, bool without_still) : neighbors(reach, 0.5, without_still), skips_still(without_still) {}
 
   NeighborList neighbors;
   HistogramMemory radial, angular;
-  Buffer<std::int32_t> species, first, last, near_species, near_atom, next;
+  Buffer<std::int32_t> species, first, last, partners, near_species, near_atom;
   Buffer<double> near_values, cosine, half_square, pull, rows;
   NearNeighbors near{};
   Triplets triplets{};
   std::size_t n = 0, near_room = 0;
   double angular_norm = 0;
   bool ready = false;
+
+  // Pairs and triplets of still atoms alone add the same to every structure of a relaxation: found once, and again when
+  // one of the numbers below differs.
+  const bool skips_still;
+  struct Still {
+    std::vector<double> positions, cell;  // (atoms, 3), (3, 3)
+    std::vector<std::int32_t> numbers;    // (atoms)
+    std::vector<std::uint8_t> pbc;        // (3)
+    std::size_t n = 0;                    // atoms of the whole structure
+    std::vector<std::int32_t> index;      // (n) place among the still atoms; -1: moves
+    std::vector<double> radial, angular;  // histograms
+    std::unique_ptr<State> state;         // of the still atoms alone
+    bool operator==(const Still& other) const {
+      return n == other.n && index == other.index && numbers == other.numbers && pbc == other.pbc &&
+             cell == other.cell && positions == other.positions;
+    }
+  };
+  Still still, trial;
 };
 
-Fingerprint::Workspace::Workspace(const Fingerprint& fingerprint)
-    : state(std::make_unique<State>(fingerprint.layout_->reach)) {}
+Fingerprint::Workspace::Workspace(const Fingerprint& fingerprint, bool skips_still)
+    : state(std::make_unique<State>(fingerprint.layout_->reach, skips_still)) {}
 Fingerprint::Workspace::~Workspace() = default;
 Fingerprint::Workspace::Workspace(Workspace&&) noexcept = default;
 
@@ -390,18 +408,28 @@ std::size_t find_near(const Fingerprint::Layout& layout, State& state) {
   const double cutoff = layout.settings.cutoff_angular, gamma = layout.settings.gamma;
   std::int32_t* first = state.first.need(n + 1);
   std::int32_t* last = state.last.need(n + 1);
+  std::int32_t* partners = state.partners.need(n + 1);
   std::fill_n(last, n, 0);
   for (std::size_t p = 0; p < pairs; ++p) {
     const std::int32_t is_near = r[p] < cutoff;
     last[i[p]] += is_near;
     last[j[p]] += is_near;
   }
+  // Still neighbours of a still centre: only beside one that moves, and after those.
+  const NearNeighbors* still = state.skips_still && state.still.state ? &state.still.state->near : nullptr;
+  const auto still_of = [&](std::size_t center, std::int32_t moving) -> std::pair<std::int32_t, std::int32_t> {
+    const std::int32_t at = still != nullptr && moving > 0 ? state.still.index[center] : -1;
+    return at < 0 ? std::pair(0, 0) : std::pair(still->first[at], still->last[at]);
+  };
   std::size_t room = 0, triplets = 0;
   for (std::size_t center = 0; center < n; ++center) {
     const auto count = static_cast<std::size_t>(last[center]);
+    const auto [from, to] = still_of(center, last[center]);
+    const auto more = static_cast<std::size_t>(to - from);
     first[center] = last[center] = static_cast<std::int32_t>(room);
-    room += padded(count);
-    triplets += count * (count - (count > 0)) / 2;
+    partners[center] = static_cast<std::int32_t>(room + count);
+    room += padded(count + more);
+    triplets += count * (count - (count > 0)) / 2 + count * more;
   }
   const std::size_t stride = room + kLanes;  // a last row may read past its end
   double* values = state.near_values.need(6 * stride);
@@ -434,13 +462,25 @@ std::size_t find_near(const Fingerprint::Layout& layout, State& state) {
     add(j[p], i[p], -1.0);
   }
   for (std::size_t center = 0; center < n; ++center) {
+    const auto [from, to] = still_of(center, last[center] - first[center]);
+    for (std::int32_t k = from; k < to; ++k) {
+      const std::int32_t at = last[center]++;
+      ux[at] = still->ux[k];
+      uy[at] = still->uy[k];
+      uz[at] = still->uz[k];
+      inverse_r[at] = still->inverse_r[k];
+      fc[at] = still->cutoff[k];
+      slope[at] = still->cutoff_slope[k];
+      species[at] = still->species[k];
+      atom[at] = state.still.state->near_atom.data()[k];
+    }
     const std::size_t end = center + 1 < n ? static_cast<std::size_t>(first[center + 1]) : stride;
     for (std::size_t at = static_cast<std::size_t>(last[center]); at < end; ++at) {
       ux[at] = uy[at] = uz[at] = inverse_r[at] = fc[at] = slope[at] = 0.0;
       species[at] = atom[at] = 0;
     }
   }
-  state.near = {n, first, last, species, ux, uy, uz, inverse_r, fc, slope};
+  state.near = {n, first, last, partners, species, ux, uy, uz, inverse_r, fc, slope};
   state.near_room = room;
   return triplets;
 }
@@ -461,24 +501,20 @@ double find_species_and_volume(const Fingerprint::Layout& layout, const Structur
 }  // namespace
 
 void Fingerprint::check(const StructureView& structure) const {
-  State state(layout_->reach);
+  State state(layout_->reach, false);
   find_species_and_volume(*layout_, structure, state);
 }
 
-void Fingerprint::values(const StructureView& structure, double* features, Workspace& workspace) const {
-  const Layout& l = *layout_;
-  State& state = *workspace.state;
+namespace {
+
+/// The padded radial histogram of the pairs at hand.
+double* radial_histogram(const Fingerprint::Layout& l, State& state, double volume) {
   const FingerprintKernels& kernels = fingerprint_kernels();
-  state.ready = false;
-  const double volume = find_species_and_volume(l, structure, state);
-  state.neighbors.update(structure);
-  state.n = structure.n;
-  const double n = static_cast<double>(structure.n);
   const std::size_t pairs = state.neighbors.size();
   const std::int32_t *i = state.neighbors.i(), *j = state.neighbors.j();
   const std::int32_t* species = state.species.data();
   const double* r = state.neighbors.r();
-
+  const double n = static_cast<double>(l.n_atoms);
   state.radial.room_for_samples(pairs, l.radial.slots());
   for (std::size_t p = 0; p < pairs; ++p) {
     if (!(r[p] > kClosest))
@@ -490,23 +526,90 @@ void Fingerprint::values(const StructureView& structure, double* features, Works
   // Each pair counts twice, once from either end.
   const double radial_norm = 2.0 * volume / (4.0 * kPi * l.settings.bin_width * n * n);
   kernels.locate_pairs(l.radial.view, r, radial_norm, state.radial.samples);
-  const double* histogram = state.radial.make_histogram(l.radial, kernels);
+  return state.radial.make_histogram(l.radial, kernels);
+}
+
+/// The padded angular histogram of the triplets at hand, without angular_norm.
+double* angular_histogram(const Fingerprint::Layout& l, State& state) {
+  const FingerprintKernels& kernels = fingerprint_kernels();
+  const std::size_t triplets = find_near(l, state);
+  const std::size_t room = triplets + 3 * kLanes;
+  state.angular.room_for_samples(triplets, l.angular.slots());
+  state.triplets = {state.angular.samples, state.cosine.need(room) + kLanes, state.half_square.need(room) + kLanes};
+  kernels.find_triplets(state.near, state.species.data(), static_cast<std::int32_t>(l.n_species),
+                        l.triplet_block.data(), state.triplets);
+  kernels.locate_triplets(l.angular.view, state.triplets);
+  return state.angular.make_histogram(l.angular, kernels);
+}
+
+/// Brings state.still up to date.
+void find_still(const Fingerprint::Layout& l, const StructureView& structure, State& state, double volume) {
+  State::Still& now = state.trial;
+  now.n = structure.n;
+  now.positions.clear();
+  now.numbers.clear();
+  now.index.assign(structure.n, -1);
+  now.cell.assign(structure.cell, structure.cell + 9);
+  now.pbc.assign(structure.pbc, structure.pbc + 3);
+  for (std::size_t i = 0; i < structure.n; ++i) {
+    if (!structure.is_still(i)) continue;
+    now.index[i] = static_cast<std::int32_t>(now.numbers.size());
+    now.numbers.push_back(structure.numbers[i]);
+    now.positions.insert(now.positions.end(), structure.positions + 3 * i, structure.positions + 3 * i + 3);
+  }
+  if (now == state.still) return;
+  std::swap(state.still, state.trial);
+  State::Still& still = state.still;
+  still.state.reset();
+  still.radial.clear();
+  still.angular.clear();
+  const std::size_t n = still.numbers.size();
+  if (n == 0) return;
+  auto of_still = std::make_unique<State>(l.reach, false);
+  std::int32_t* species = of_still->species.need(n);
+  for (std::size_t i = 0; i < structure.n; ++i)
+    if (still.index[i] >= 0) species[still.index[i]] = state.species.data()[i];
+  of_still->n = n;
+  of_still->neighbors.update(
+      {n, still.positions.data(), still.numbers.data(), still.cell.data(), still.pbc.data(), nullptr});
+  const double* radial = radial_histogram(l, *of_still, volume);
+  still.radial.assign(radial, radial + l.radial.length());
+  if (l.settings.angular) {
+    const double* angular = angular_histogram(l, *of_still);
+    still.angular.assign(angular, angular + l.angular.length());
+    std::vector<std::int32_t> atoms;  // from places among the still atoms to places in the structure
+    for (std::size_t i = 0; i < structure.n; ++i)
+      if (still.index[i] >= 0) atoms.push_back(static_cast<std::int32_t>(i));
+    for (std::size_t k = 0; k < of_still->near_room; ++k)
+      of_still->near_atom.data()[k] = atoms[static_cast<std::size_t>(of_still->near_atom.data()[k])];
+  }
+  still.state = std::move(of_still);
+}
+
+}  // namespace
+
+void Fingerprint::values(const StructureView& structure, double* features, Workspace& workspace) const {
+  const Layout& l = *layout_;
+  State& state = *workspace.state;
+  state.ready = false;
+  const double volume = find_species_and_volume(l, structure, state);
+  if (state.skips_still) find_still(l, structure, state, volume);
+  state.neighbors.update(structure);
+  state.n = structure.n;
+  const double n = static_cast<double>(structure.n);
+
+  double* histogram = radial_histogram(l, state, volume);
+  for (std::size_t k = 0; k < state.still.radial.size(); ++k) histogram[k] += state.still.radial[k];
   const auto bins = static_cast<std::size_t>(l.radial.view.bins);
   for (std::size_t block = 0; block < l.radial.blocks; ++block)
     std::memcpy(features + block * bins,
-                histogram + block * static_cast<std::size_t>(l.radial.view.stride + 0) + l.radial.view.reach,
+                histogram + block * static_cast<std::size_t>(l.radial.view.stride) + l.radial.view.reach,
                 bins * sizeof(double));
 
   if (l.settings.angular) {
     features += l.radial.blocks * bins;
-    const std::size_t triplets = find_near(l, state);
-    const std::size_t room = triplets + 3 * kLanes;
-    state.angular.room_for_samples(triplets, l.angular.slots());
-    state.triplets = {state.angular.samples, state.cosine.need(room) + kLanes, state.half_square.need(room) + kLanes};
-    kernels.find_triplets(state.near, species, static_cast<std::int32_t>(l.n_species), l.triplet_block.data(),
-                          state.triplets);
-    kernels.locate_triplets(l.angular.view, state.triplets);
-    histogram = state.angular.make_histogram(l.angular, kernels);
+    histogram = angular_histogram(l, state);
+    for (std::size_t k = 0; k < state.still.angular.size(); ++k) histogram[k] += state.still.angular[k];
     state.angular_norm = l.settings.eta * volume / (n * n * n);
     const auto angular_bins = static_cast<std::size_t>(l.angular.view.bins);
     const auto reach = static_cast<std::size_t>(l.angular.view.reach);
@@ -573,6 +676,7 @@ void Fingerprint::jacobian(double* jacobian, Workspace& workspace) const {
   const Layout& l = *layout_;
   State& state = *workspace.state;
   if (!state.ready) throw Error("jacobian() needs values() of this workspace first");
+  if (state.skips_still) throw Error("jacobian() needs a workspace that does not skip still atoms");
   const FingerprintKernels& kernels = fingerprint_kernels();
   const std::size_t row_stride = l.radial.length() + (l.settings.angular ? l.angular.length() : 0);
   double* rows = state.rows.need(3 * state.n * row_stride);

@@ -125,7 +125,7 @@ std::size_t find_triplets(const NearNeighbors& near, const std::int32_t* center_
   const Vector quarter = spread(0.25), one = spread(1.0);
   for (std::size_t center = 0; center < near.centers; ++center) {
     const std::int32_t last = near.last[center];
-    for (std::int32_t a = near.first[center]; a + 1 < last; ++a) {
+    for (std::int32_t a = near.first[center]; a + 1 < last && a < near.partners[center]; ++a) {
       const Vector ax = spread(near.ux[a]), ay = spread(near.uy[a]), az = spread(near.uz[a]);
       const Vector cutoff = spread(near.cutoff[a]);
       const std::int32_t* blocks =
@@ -272,7 +272,7 @@ void triplet_gradient(const NearNeighbors& near, const Triplets& triplets, doubl
   std::ptrdiff_t row = 0;
   for (std::size_t center = 0; center < near.centers; ++center) {
     const std::int32_t last = near.last[center];
-    for (std::int32_t a = near.first[center]; a + 1 < last; ++a) {
+    for (std::int32_t a = near.first[center]; a + 1 < last && a < near.partners[center]; ++a) {
       const Vector ax = spread(near.ux[a]), ay = spread(near.uy[a]), az = spread(near.uz[a]);
       const Vector a_cutoff = spread(near.cutoff[a]);
       Vector sum_x = spread(0.0), sum_y = sum_x, sum_z = sum_x, sum_along = sum_x, sum_cut = sum_x;

@@ -58,10 +58,11 @@ struct SlotsInUse {
 };
 
 /// Neighbours within the angular cutoff, by centre: those of centre i are first[i] .. last[i] - 1, first[i] a multiple
-/// of kLanes, and entries up to the next multiple of kLanes are zeros.
+/// of kLanes, and entries up to the next multiple of kLanes are zeros. The first of a triplet's two neighbours comes
+/// before partners[i] (last[i] unless some pairs of neighbours are left out).
 struct NearNeighbors {
   std::size_t centers;
-  const std::int32_t *first, *last;
+  const std::int32_t *first, *last, *partners;
   const std::int32_t* species;
   const double *ux, *uy, *uz;  // unit vectors from the centre
   const double *inverse_r, *cutoff, *cutoff_slope;

@@ -733,9 +733,9 @@ std::vector<double> offsets_of(const BatchView& batch, const std::vector<std::pa
 
 class LocalEvaluator : public Evaluator {
  public:
-  LocalEvaluator(const LocalSurrogate& surrogate, const BatchView& batch)
+  LocalEvaluator(const LocalSurrogate& surrogate, const BatchView& batch, ForcesOn on)
       : gpr_(surrogate.gpr_),
-        prior_(surrogate.prior_ ? surrogate.prior_->evaluator(batch) : nullptr),
+        prior_(surrogate.prior_ ? surrogate.prior_->evaluator(batch, on) : nullptr),
         kappa_(surrogate.kappa_),
         batch_(batch),
         offsets_(offsets_of(batch, surrogate.atom_energies_)),
@@ -783,9 +783,9 @@ LocalSurrogate::LocalSurrogate(std::shared_ptr<const LocalGpr> gpr, std::shared_
   if (!std::isfinite(kappa)) throw Error("kappa must be finite, but it is " + std::to_string(kappa));
 }
 
-std::unique_ptr<Evaluator> LocalSurrogate::evaluator(const BatchView& batch) const {
+std::unique_ptr<Evaluator> LocalSurrogate::evaluator(const BatchView& batch, ForcesOn on) const {
   check_structures(gpr_->environments(), batch);
-  return std::make_unique<LocalEvaluator>(*this, batch);
+  return std::make_unique<LocalEvaluator>(*this, batch, on);
 }
 
 void LocalSurrogate::predict(const BatchView& batch, std::span<double> energies, std::span<double> sigmas,

@@ -106,7 +106,8 @@ struct NeighborList::Lattice {
   }
 };
 
-NeighborList::NeighborList(double cutoff, double skin) : cutoff_(cutoff), skin_(skin) {
+NeighborList::NeighborList(double cutoff, double skin, bool without_still)
+    : cutoff_(cutoff), skin_(skin), without_still_(without_still) {
   if (!(cutoff > 0) || !std::isfinite(cutoff))
     throw Error("the cutoff of a neighbour list must be positive and finite, but it is " + std::to_string(cutoff));
   if (!(skin >= 0) || !std::isfinite(skin))
@@ -126,6 +127,8 @@ void NeighborList::update(const StructureView& structure) {
       stale |= !(dx * dx + dy * dy + dz * dz <= limit);  // true for a position that is not a number, too
     }
   }
+  if (without_still_)
+    for (std::size_t i = 0; i < n && !stale; ++i) stale = still_[i] != (structure.is_still(i) ? 1 : 0);
   if (stale) rebuild(structure);
 
   const double limit = cutoff_ * cutoff_;
@@ -176,6 +179,10 @@ void NeighborList::rebuild(const StructureView& structure) {
                   " has a coordinate of " + std::to_string(structure.positions[k]));
   check_cell(structure);
   const Lattice lattice(structure);
+  if (without_still_) {
+    still_.resize(n);
+    for (std::size_t i = 0; i < n; ++i) still_[i] = structure.is_still(i) ? 1 : 0;
+  }
   candidate_i_.clear();
   candidate_j_.clear();
   candidate_shift_.clear();
@@ -218,6 +225,7 @@ void NeighborList::find_directly(const StructureView& structure, const Lattice& 
   const double reach = cutoff_ + skin_, limit = reach * reach * (1 + kSlack);
   for (std::size_t i = 0; i < structure.n; ++i) {
     for (std::size_t j = i; j < structure.n; ++j) {
+      if (both_still(i, j)) continue;
       std::int64_t low[3] = {0, 0, 0}, high[3] = {0, 0, 0};
       for (int a = 0; a < 3; ++a) {
         if (!lattice.periodic[a]) continue;
@@ -308,7 +316,7 @@ void NeighborList::find_in_bins(const StructureView& structure, const Lattice& l
           const std::size_t b = bin_of(bin);
           for (std::int32_t k = first[b]; k < first[b + 1]; ++k) {
             const std::int32_t j = members[k];
-            if (static_cast<std::size_t>(j) < i) continue;
+            if (static_cast<std::size_t>(j) < i || both_still(i, static_cast<std::size_t>(j))) continue;
             Found one;
             one.j = j;
             for (int a = 0; a < 3; ++a) one.image.n[a] = cell_image.n[a] - wraps[j].n[a] + wraps[i].n[a];

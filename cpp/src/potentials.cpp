@@ -43,8 +43,9 @@ struct Species {
 class RowEvaluator : public Evaluator {
  public:
   /// cutoffs: one of all rows, or one a row.
-  RowEvaluator(const BatchView& batch, std::vector<double> cutoffs, double skin)
-      : batch_(batch), cutoffs_(std::move(cutoffs)), skin_(skin), lists_(batch.size()) {
+  /// without_still: their neighbour lists leave out pairs of atoms with all coordinates fixed.
+  RowEvaluator(const BatchView& batch, std::vector<double> cutoffs, double skin, bool without_still = false)
+      : batch_(batch), without_still_(without_still), cutoffs_(std::move(cutoffs)), skin_(skin), lists_(batch.size()) {
     batch.check();
     for (std::size_t row = 0; row < batch.size(); ++row) new_list(row).check_cell(batch[row]);
   }
@@ -72,18 +73,19 @@ class RowEvaluator : public Evaluator {
                               double* forces) = 0;
 
   const NeighborList& neighbors(std::size_t row, const StructureView& structure) {
-    if (!lists_[row]) lists_[row] = std::make_unique<NeighborList>(new_list(row));
+    if (!lists_[row]) lists_[row] = std::make_unique<NeighborList>(new_list(row, without_still_));
     lists_[row]->update(structure);
     return *lists_[row];
   }
 
-  BatchView batch_;
-
- private:
-  NeighborList new_list(std::size_t row) const {
-    return NeighborList(cutoffs_.size() == 1 ? cutoffs_[0] : cutoffs_[row], skin_);
+  NeighborList new_list(std::size_t row, bool without_still = false) const {
+    return NeighborList(cutoffs_.size() == 1 ? cutoffs_[0] : cutoffs_[row], skin_, without_still);
   }
 
+  BatchView batch_;
+  const bool without_still_;
+
+ private:
   std::vector<double> cutoffs_;
   double skin_;
   std::vector<std::unique_ptr<NeighborList>> lists_;
@@ -169,8 +171,8 @@ const EmtElement& emt_element(std::int32_t number) {
 // A pair energy and, for each atom, a function of the density that its neighbours make (potentials_kernels.hpp).
 class EmbeddedEvaluator : public RowEvaluator {
  public:
-  EmbeddedEvaluator(const BatchView& batch, double cutoff, double slope, double middle)
-      : RowEvaluator(batch, {cutoff}, 0.5), types_(batch), slope_(slope), middle_(middle) {}
+  EmbeddedEvaluator(const BatchView& batch, ForcesOn on, double cutoff, double slope, double middle)
+      : RowEvaluator(batch, {cutoff}, 0.5, on == ForcesOn::moving), types_(batch), slope_(slope), middle_(middle) {}
 
  protected:
   /// Energy of an atom at this density (above 0) and its slope; type: number of its species in `types_`.
@@ -180,35 +182,30 @@ class EmbeddedEvaluator : public RowEvaluator {
 
   double evaluate_row(std::size_t row, std::size_t first, const StructureView& structure, double* forces) override {
     const NeighborList& list = neighbors(row, structure);
-    const std::size_t n = structure.n, pairs = list.size();
+    const std::size_t n = structure.n;
     const std::int32_t* type = types_.of_atom.data() + first;
     grow(atoms_, 2 * n);
-    grow(pairs_, 3 * pairs);
     double *density = atoms_.data(), *d_energy = atoms_.data() + n;
-    double *slope_i = pairs_.data(), *slope_j = slope_i + pairs, *slope = slope_j + pairs;
     std::fill_n(density, n, 0.0);
-    double energy = potential_kernels().embedded_pairs(pairs, list.i(), list.j(), list.r(), type, table_.data(),
-                                                       static_cast<int>(types_.numbers.size()), slope_, middle_,
-                                                       density, slope_i, slope_j, slope);
+    double energy = 0;
+    if (without_still_) {
+      const Still& still = still_of(row, structure, type);
+      energy = still.energy;
+      std::copy(still.density.begin(), still.density.end(), density);
+    }
+    energy += pair_energies(list.size(), list.i(), list.j(), list.r(), type, density);
     for (std::size_t i = 0; i < n; ++i) {
       const std::size_t kind = static_cast<std::size_t>(type[i]);
       d_energy[i] = 0;
       energy += density[i] > 0 ? embedding(kind, density[i], d_energy[i]) : alone(kind);
     }
+    const std::size_t pairs = list.size();
     const std::int32_t *i = list.i(), *j = list.j();
+    const double *slope_i = pairs_.data(), *slope_j = slope_i + pairs;
+    double* slope = pairs_.data() + 2 * pairs;
     for (std::size_t p = 0; p < pairs; ++p) {
-      const double r = list.r()[p];
       slope[p] += d_energy[i[p]] * slope_i[p] + d_energy[j[p]] * slope_j[p];
-      if (!walls_.empty()) {
-        const Wall& wall =
-            walls_[static_cast<std::size_t>(type[i[p]]) * types_.numbers.size() + static_cast<std::size_t>(type[j[p]])];
-        if (r < wall.radius) {
-          const double inside = 1.0 - r / wall.radius;
-          energy += wall.height * inside * inside * inside;
-          slope[p] -= 3.0 * wall.height * inside * inside / wall.radius;
-        }
-      }
-      slope[p] /= r;
+      slope[p] /= list.r()[p];
     }
     add_pair_forces(list, slope, forces);
     return energy;
@@ -223,14 +220,62 @@ class EmbeddedEvaluator : public RowEvaluator {
   std::vector<Wall> walls_;          // the same, or none
 
  private:
+  /// Pair energies and walls; adds to the densities. On return pairs_ (3, pairs) holds the slopes of the density at i,
+  /// of that at j, and of the pair energy.
+  double pair_energies(std::size_t pairs, const std::int32_t* i, const std::int32_t* j, const double* r,
+                       const std::int32_t* type, double* density) {
+    grow(pairs_, 3 * pairs);
+    double *slope_i = pairs_.data(), *slope_j = slope_i + pairs, *slope = slope_j + pairs;
+    const std::size_t types = types_.numbers.size();
+    double energy = potential_kernels().embedded_pairs(pairs, i, j, r, type, table_.data(), static_cast<int>(types),
+                                                       slope_, middle_, density, slope_i, slope_j, slope);
+    if (walls_.empty()) return energy;
+    for (std::size_t p = 0; p < pairs; ++p) {
+      const Wall& wall = walls_[static_cast<std::size_t>(type[i[p]]) * types + static_cast<std::size_t>(type[j[p]])];
+      if (r[p] >= wall.radius) continue;
+      const double inside = 1.0 - r[p] / wall.radius;
+      energy += wall.height * inside * inside * inside;
+      slope[p] -= 3.0 * wall.height * inside * inside / wall.radius;
+    }
+    return energy;
+  }
+
+  /// What pairs of still atoms give.
+  struct Still {
+    double energy = 0;
+    std::vector<double> density;  // (n)
+  };
+  const Still& still_of(std::size_t row, const StructureView& structure, const std::int32_t* type) {
+    if (still_.empty()) still_.resize(batch_.size());
+    if (still_[row]) return *still_[row];
+    NeighborList list = new_list(row);
+    list.update(structure);
+    std::vector<std::int32_t> i, j;
+    std::vector<double> r;
+    for (std::size_t p = 0; p < list.size(); ++p) {
+      if (!structure.is_still(static_cast<std::size_t>(list.i()[p])) ||
+          !structure.is_still(static_cast<std::size_t>(list.j()[p])))
+        continue;
+      i.push_back(list.i()[p]);
+      j.push_back(list.j()[p]);
+      r.push_back(list.r()[p]);
+    }
+    auto still = std::make_unique<Still>();
+    still->density.assign(structure.n, 0.0);
+    still->energy = pair_energies(r.size(), i.data(), j.data(), r.data(), type, still->density.data());
+    still_[row] = std::move(still);
+    return *still_[row];
+  }
+
   double slope_, middle_;
   std::vector<double> atoms_, pairs_;
+  std::vector<std::unique_ptr<Still>> still_;
 };
 
 class EmtEvaluator : public EmbeddedEvaluator {
  public:
-  explicit EmtEvaluator(const BatchView& batch, const EmtCutoff& cutoff = EmtCutoff())
-      : EmbeddedEvaluator(batch, cutoff.list, cutoff.slope, cutoff.middle) {
+  EmtEvaluator(const BatchView& batch, ForcesOn on, const EmtCutoff& cutoff = EmtCutoff())
+      : EmbeddedEvaluator(batch, on, cutoff.list, cutoff.slope, cutoff.middle) {
     const std::size_t count = types_.numbers.size();
     std::vector<double> gamma2(count);
     constexpr double shell_sites[3] = {12, 6, 24};
@@ -677,9 +722,9 @@ PriorPair morse_pair(double r0, double stiffness, double depth, double cutoff = 
 class ManyBodyEvaluator : public EmbeddedEvaluator {
  public:
   /// entry: row of `pairs` for every two of the batch's species, or -1; exponents: of each species.
-  ManyBodyEvaluator(const BatchView& batch, const std::vector<ManyBodyPrior::Pair>& pairs,
+  ManyBodyEvaluator(const BatchView& batch, ForcesOn on, const std::vector<ManyBodyPrior::Pair>& pairs,
                     const std::vector<int>& entry, std::vector<double> exponents)
-      : EmbeddedEvaluator(batch, 2.8 * longest(pairs), 11.5 / (0.6 * longest(pairs)), 2.2 * longest(pairs)),
+      : EmbeddedEvaluator(batch, on, 2.8 * longest(pairs), 11.5 / (0.6 * longest(pairs)), 2.2 * longest(pairs)),
         exponents_(std::move(exponents)) {
     const std::size_t count = exponents_.size();
     for (std::size_t a = 0; a < count; ++a)
@@ -777,8 +822,8 @@ void expect_not_negative(double value, const char* owner, const char* name) {
 
 }  // namespace
 
-std::unique_ptr<Evaluator> Emt::evaluator(const BatchView& batch) const {
-  return std::make_unique<EmtEvaluator>(batch);
+std::unique_ptr<Evaluator> Emt::evaluator(const BatchView& batch, ForcesOn on) const {
+  return std::make_unique<EmtEvaluator>(batch, on);
 }
 
 LennardJones::LennardJones(const Settings& settings) : settings_(settings) {
@@ -793,7 +838,7 @@ LennardJones::LennardJones(const Settings& settings) : settings_(settings) {
                 std::to_string(settings_.rc));
 }
 
-std::unique_ptr<Evaluator> LennardJones::evaluator(const BatchView& batch) const {
+std::unique_ptr<Evaluator> LennardJones::evaluator(const BatchView& batch, ForcesOn) const {
   return std::make_unique<LennardJonesEvaluator>(batch, settings_);
 }
 
@@ -846,7 +891,7 @@ Tersoff::Tersoff(std::vector<Entry> entries) : entries_(std::move(entries)) {
   }
 }
 
-std::unique_ptr<Evaluator> Tersoff::evaluator(const BatchView& batch) const {
+std::unique_ptr<Evaluator> Tersoff::evaluator(const BatchView& batch, ForcesOn) const {
   batch.check();
   const Species types(batch);
   const std::size_t count = types.numbers.size();
@@ -918,7 +963,7 @@ PairPrior::PairPrior(const Settings& settings) : settings_(settings) {
   }
 }
 
-std::unique_ptr<Evaluator> PairPrior::evaluator(const BatchView& batch) const {
+std::unique_ptr<Evaluator> PairPrior::evaluator(const BatchView& batch, ForcesOn) const {
   const Species types(batch);
   std::vector<PriorPair> table;
   for (const std::int32_t a : types.numbers)
@@ -972,14 +1017,14 @@ ManyBodyPrior::ManyBodyPrior(std::vector<Pair> pairs, std::vector<Atom> atoms)
                   " comes twice");
 }
 
-std::unique_ptr<Evaluator> ManyBodyPrior::evaluator(const BatchView& batch) const {
+std::unique_ptr<Evaluator> ManyBodyPrior::evaluator(const BatchView& batch, ForcesOn on) const {
   const Species types(batch);
   std::vector<double> exponents;
   for (const std::int32_t z : types.numbers) {
     const auto found = std::find_if(atoms_.begin(), atoms_.end(), [&](const Atom& atom) { return atom.number == z; });
     exponents.push_back(found == atoms_.end() ? 1.0 : found->exponent);
   }
-  return std::make_unique<ManyBodyEvaluator>(batch, pairs_, entries(batch, types, pairs_), std::move(exponents));
+  return std::make_unique<ManyBodyEvaluator>(batch, on, pairs_, entries(batch, types, pairs_), std::move(exponents));
 }
 
 Tilted::Tilted(std::shared_ptr<const Landscape> landscape, std::vector<double> shift)
@@ -989,11 +1034,11 @@ Tilted::Tilted(std::shared_ptr<const Landscape> landscape, std::vector<double> s
     if (!std::isfinite(value)) throw Error("Tilted needs a finite shift");
 }
 
-std::unique_ptr<Evaluator> Tilted::evaluator(const BatchView& batch) const {
+std::unique_ptr<Evaluator> Tilted::evaluator(const BatchView& batch, ForcesOn on) const {
   if (batch.positions.size() != shift_.size())
     throw Error("Tilted is for batches of " + std::to_string(shift_.size() / 3) + " atoms, but this one has " +
                 std::to_string(batch.positions.size() / 3));
-  return std::make_unique<TiltedEvaluator>(batch, landscape_->evaluator(batch), shift_);
+  return std::make_unique<TiltedEvaluator>(batch, landscape_->evaluator(batch, on), shift_);
 }
 
 // ---- whole batches

@@ -546,7 +546,7 @@ RelaxResult relax(const Landscape& landscape, const BatchView& batch, const Rela
           minimisers.emplace_back(settings, batch[row], confinement);
         }
         if (rows.empty()) break;
-        if (!evaluator) evaluator = landscape.evaluator(batch);
+        if (!evaluator) evaluator = landscape.evaluator(batch, ForcesOn::moving);
         for (std::size_t k = 0; k < rows.size(); ++k)
           std::copy(minimisers[k].positions().begin(), minimisers[k].positions().end(),
                     positions.begin() + 3 * batch.offsets[static_cast<std::size_t>(rows[k])]);
@@ -561,6 +561,10 @@ RelaxResult relax(const Landscape& landscape, const BatchView& batch, const Rela
             std::copy(minimiser.best_positions().begin(), minimiser.best_positions().end(),
                       result.positions.begin() + first);
             std::copy(minimiser.best_forces().begin(), minimiser.best_forces().end(), result.forces.begin() + first);
+            const StructureView structure = batch[row];
+            for (std::size_t i = 0; i < structure.n; ++i)  // the evaluator leaves them open
+              if (structure.is_still(i))
+                std::fill_n(result.forces.begin() + first + static_cast<std::ptrdiff_t>(3 * i), 3, 0.0);
             result.energies[row] = minimiser.best_energy();
             result.evaluations[row] = minimiser.evaluations();
             result.converged[row] = minimiser.converged();

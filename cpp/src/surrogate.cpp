@@ -73,11 +73,12 @@ void check_structures(const Fingerprint& fingerprint, const BatchView& batch) {
 
 class SurrogateEvaluator : public Evaluator {
  public:
-  SurrogateEvaluator(const Surrogate& surrogate, const BatchView& batch)
+  SurrogateEvaluator(const Surrogate& surrogate, const BatchView& batch, ForcesOn on)
       : fingerprint_(surrogate.fingerprint_),
         gpr_(surrogate.gpr_),
-        prior_(surrogate.prior_ ? surrogate.prior_->evaluator(batch) : nullptr),
+        prior_(surrogate.prior_ ? surrogate.prior_->evaluator(batch, on) : nullptr),
         kappa_(surrogate.kappa_),
+        on_(on),
         batch_(batch),
         offsets_(offsets_of(batch, surrogate.atom_energies_)),
         workspaces_(batch.size()),
@@ -102,7 +103,8 @@ class SurrogateEvaluator : public Evaluator {
       const std::size_t row = static_cast<std::size_t>(rows[lane]);
       StructureView structure = batch_[row];
       structure.positions = positions + 3 * batch_.offsets[row];
-      if (!workspaces_[row]) workspaces_[row] = std::make_unique<Fingerprint::Workspace>(*fingerprint_);
+      if (!workspaces_[row])
+        workspaces_[row] = std::make_unique<Fingerprint::Workspace>(*fingerprint_, on_ == ForcesOn::moving);
       has_features[lane] = features_of(*fingerprint_, structure, scratch_.vector.data(), *workspaces_[row]);
       if (!has_features[lane]) std::fill(scratch_.vector.begin(), scratch_.vector.end(), 0.0);
       scratch_.tile.set_features(lane, lanes, scratch_.vector.data());
@@ -133,6 +135,7 @@ class SurrogateEvaluator : public Evaluator {
   std::shared_ptr<const Gpr> gpr_;
   std::unique_ptr<Evaluator> prior_;
   double kappa_;
+  ForcesOn on_;
   BatchView batch_;
   std::vector<double> offsets_;                                      // (n) sums of atom energies
   std::vector<std::unique_ptr<Fingerprint::Workspace>> workspaces_;  // (n), made when a row is first asked for
@@ -155,9 +158,9 @@ Surrogate::Surrogate(std::shared_ptr<const Fingerprint> fingerprint, std::shared
   if (!std::isfinite(kappa)) throw Error("kappa must be finite, but it is " + std::to_string(kappa));
 }
 
-std::unique_ptr<Evaluator> Surrogate::evaluator(const BatchView& batch) const {
+std::unique_ptr<Evaluator> Surrogate::evaluator(const BatchView& batch, ForcesOn on) const {
   check_structures(*fingerprint_, batch);
-  return std::make_unique<SurrogateEvaluator>(*this, batch);
+  return std::make_unique<SurrogateEvaluator>(*this, batch, on);
 }
 
 void Surrogate::predict(const BatchView& batch, std::span<double> energies, std::span<double> sigmas,

@@ -18,7 +18,7 @@ using Surface = double (*)(const StructureView& s, const double* x, double* forc
 class Toy : public Landscape {
  public:
   explicit Toy(Surface surface) : surface_(surface) {}
-  std::unique_ptr<Evaluator> evaluator(const BatchView& batch) const override {
+  std::unique_ptr<Evaluator> evaluator(const BatchView& batch, ForcesOn) const override {
     struct Each : Evaluator {
       BatchView batch;
       Surface surface;
@@ -180,7 +180,8 @@ TEST(fixed_coordinates_never_move_and_do_not_count) {
   CHECK(r.positions[0] == 0 && r.positions[1] == 0 && r.positions[2] == 0 && r.positions[4] == 4);
   CLOSE(r.positions[3], 1.0, 1e-6);
   CLOSE(r.positions[5], 3.0, 1e-5);
-  CLOSE(r.forces[0], 5.0, 1e-12);  // reported all the same
+  CLOSE(r.forces[0], 0.0, 1e-12);  // an evaluator need not give those on atoms that are fixed for good
+  CLOSE(r.forces[4], -2.0, 1e-12);
 }
 
 TEST(no_atom_moves_further_than_max_step) {
@@ -384,7 +385,7 @@ TEST(same_bits_for_any_batch_and_thread_count) {
 
 TEST(errors_of_a_landscape_come_through_threads) {
   struct Refuses : Landscape {
-    std::unique_ptr<Evaluator> evaluator(const BatchView&) const override { throw Error("no such species here"); }
+    std::unique_ptr<Evaluator> evaluator(const BatchView&, ForcesOn) const override { throw Error("no such species here"); }
   };
   Structures s;
   s.add({0, 0, 0});

@@ -105,6 +105,45 @@ double cpu_seconds() {
 
 }  // namespace
 
+TEST(asked_for_moving_atoms_only_the_rest_is_left_out_and_nothing_changes) {
+  for (const bool periodic : {false, true}) {
+    const std::size_t atoms = 12, count = 3;
+    Model model = trained(9, atoms, periodic, 5);
+    model.prior = std::make_shared<ManyBodyPrior>(
+        std::vector<ManyBodyPrior::Pair>{
+            {28, 28, 0.7, 2.4, 3.5, 2.2}, {28, 79, 0.9, 2.6, 4.0, 2.0}, {79, 79, 0.8, 2.8, 3.0, 2.5}},
+        std::vector<ManyBodyPrior::Atom>{{28, 0.6}, {79, 0.9}});
+    const Surrogate surrogate = model.surrogate(2.0);
+    const Emt emt;
+    Structures structures = random_structures(count, atoms, periodic, 6);
+    // Row 0: three quarters are fixed; row 1: all, but for one coordinate of one atom; row 2: none.
+    std::vector<std::uint8_t> fixed(3 * count * atoms, 0);
+    for (std::size_t k = 0; k < 3 * atoms; ++k) fixed[k] = k % 12 < 9;
+    for (std::size_t k = 0; k < 3 * atoms; ++k) fixed[3 * atoms + k] = k != 7;
+    BatchView batch = structures.view();
+    batch.fixed = fixed;
+    const std::vector<double> begin = structures.positions;
+    for (const Landscape* landscape :
+         {static_cast<const Landscape*>(&surrogate), static_cast<const Landscape*>(&emt), model.prior.get()}) {
+      const auto moving = landscape->evaluator(batch, ForcesOn::moving);
+      std::vector<double> x = begin, energies(count), forces(x.size()), wanted(count), wanted_forces(x.size());
+      const std::int64_t rows[] = {0, 1, 2};
+      for (int step = 0; step < 6; ++step) {
+        moving->evaluate(rows, x.data(), energies.data(), forces.data());
+        landscape->evaluator(batch)->evaluate(rows, x.data(), wanted.data(), wanted_forces.data());
+        for (std::size_t row = 0; row < count; ++row)
+          CLOSE(energies[row], wanted[row], 1e-9 * (1 + std::abs(wanted[row])));
+        for (std::size_t k = 0; k < x.size(); ++k)
+          if (!batch[k / (3 * atoms)].is_still(k % (3 * atoms) / 3))
+            CLOSE(forces[k], wanted_forces[k], 1e-8 * (1 + std::abs(wanted_forces[k])));
+        Random random({7, 7}, static_cast<std::uint64_t>(step));
+        for (std::size_t k = 0; k < x.size(); ++k)
+          if (!fixed[k]) x[k] += 0.3 * (random.uniform() - 0.5);
+      }
+    }
+  }
+}
+
 TEST(forces_are_the_derivative) {
   for (const bool periodic : {false, true}) {
     const std::size_t atoms = 8, count = 5;

@@ -41,7 +41,7 @@ class PythonLandscape : public Landscape {
   PythonLandscape(py::function function, std::string text)
       : function_(std::make_shared<PythonFunction>(std::move(function))), text_(std::move(text)) {}
   const std::string& text() const { return text_; }
-  std::unique_ptr<Evaluator> evaluator(const BatchView& batch) const override;
+  std::unique_ptr<Evaluator> evaluator(const BatchView& batch, ForcesOn on = ForcesOn::all) const override;
 
  private:
   friend class PythonEvaluator;
@@ -89,7 +89,7 @@ class PythonEvaluator : public Evaluator {
   BatchView batch_;
 };
 
-std::unique_ptr<Evaluator> PythonLandscape::evaluator(const BatchView& batch) const {
+std::unique_ptr<Evaluator> PythonLandscape::evaluator(const BatchView& batch, ForcesOn) const {
   batch.check();
   return std::make_unique<PythonEvaluator>(function_, batch);
 }

@@ -55,7 +55,8 @@ coordinates and forces into walls not counted; max_step [angstrom]: largest move
 (corner (3,), vectors (3, 3), open (3,) bool), walls that free atoms do not cross (open: no walls along that vector);
 threads = 0: as many as this process may use. The result of a structure depends neither on the batch nor on threads.
 
-Returns positions (m, 3), energies (n,) [eV], forces (m, 3) [eV/angstrom], evaluations (n,), converged (n,) bool.
+Returns positions (m, 3), energies (n,) [eV], forces (m, 3) [eV/angstrom] (0 on atoms with all
+coordinates fixed), evaluations (n,), converged (n,) bool.
 Raises ConfigurationError for settings out of range or a box without volume.)");
 
   py::class_<Minimiser>(m, "Minimiser",

@@ -33,6 +33,10 @@ struct StructureView {
   const std::uint8_t* fixed = nullptr;    // (n, 3); may be null: nothing is fixed
 
   bool periodic() const { return pbc[0] || pbc[1] || pbc[2]; }
+  /// All three coordinates of the atom are fixed.
+  bool is_still(std::size_t atom) const {
+    return fixed != nullptr && fixed[3 * atom] && fixed[3 * atom + 1] && fixed[3 * atom + 2];
+  }
 };
 
 /// n structures packed into plain arrays; the C++ face of Python's `Batch`.

@@ -56,7 +56,9 @@ class Fingerprint {
   /// Scratch of one thread for one structure that moves: neighbour list, triplet arrays, tables of the last values().
   class Workspace {
    public:
-    explicit Workspace(const Fingerprint& fingerprint);
+    /// skips_still: for relaxations in which most atoms are fixed. What atoms with all coordinates fixed make among
+    /// themselves is found once, and contract() leaves their own derivatives incomplete; no jacobian().
+    explicit Workspace(const Fingerprint& fingerprint, bool skips_still = false);
     ~Workspace();
     Workspace(Workspace&&) noexcept;
     struct State;

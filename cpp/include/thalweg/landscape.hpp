@@ -20,6 +20,11 @@ class Evaluator {
                         double* forces) = 0;
 };
 
+/// What an evaluator is asked for. `moving`, for relaxations: forces on atoms with all coordinates fixed may come out
+/// as anything, and these atoms stay where they were when their row was first asked for, so that what they make among
+/// themselves need be found only once.
+enum class ForcesOn { all, moving };
+
 /// Anything that gives every structure an energy: built-in potentials, pair priors, surrogates, acquisition surfaces.
 /// Immutable while evaluators made from it live; shared by threads.
 class Landscape {
@@ -27,7 +32,7 @@ class Landscape {
   virtual ~Landscape() = default;
   /// Throws Error when a species, cell or size of the batch is not covered. The batch's arrays must outlive the
   /// evaluator, but its positions are only read in this call.
-  virtual std::unique_ptr<Evaluator> evaluator(const BatchView& batch) const = 0;
+  virtual std::unique_ptr<Evaluator> evaluator(const BatchView& batch, ForcesOn on = ForcesOn::all) const = 0;
 };
 
 /// Energies (n) and forces (m, 3) of a whole batch; threads = 0: default_threads(). Same bits for any thread count.

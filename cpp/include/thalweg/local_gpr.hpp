@@ -119,7 +119,7 @@ class LocalSurrogate : public Landscape {
   LocalSurrogate(std::shared_ptr<const LocalGpr> gpr, std::shared_ptr<const Landscape> prior,
                  std::vector<std::pair<std::int32_t, double>> atom_energies, double kappa);
 
-  std::unique_ptr<Evaluator> evaluator(const BatchView& batch) const override;
+  std::unique_ptr<Evaluator> evaluator(const BatchView& batch, ForcesOn on = ForcesOn::all) const override;
 
   /// Energies and sigmas (n); if wanted (else empty): sigma of each atom's energy (m), forces and forces of sigma
   /// (m, 3): -d energy/dx, -d sigma/dx. kappa is not applied. sigma is at least 1e-5 sqrt(amplitude): there it is

@@ -16,7 +16,8 @@ namespace thalweg {
 
 class NeighborList {
  public:
-  explicit NeighborList(double cutoff, double skin = 0.5);
+  /// without_still: leaves out pairs of atoms that are fixed in all coordinates.
+  explicit NeighborList(double cutoff, double skin = 0.5, bool without_still = false);
 
   /// Brings the pairs up to date with the structure. Rebuilds the candidates when an atom has moved by more than
   /// skin / 2 since they were found, or when n, cell or pbc changed. The order of pairs is deterministic given the
@@ -42,16 +43,18 @@ class NeighborList {
   void rebuild(const StructureView& structure);
   void find_directly(const StructureView& structure, const Lattice& lattice);
   void find_in_bins(const StructureView& structure, const Lattice& lattice);
+  bool both_still(std::size_t i, std::size_t j) const { return without_still_ && still_[i] && still_[j]; }
   void add_candidate(std::size_t i, std::size_t j, const double* shift);
 
   double cutoff_, skin_;
-  bool built_ = false;
+  bool without_still_, built_ = false;
   std::size_t rebuilds_ = 0, count_ = 0;
   // candidates within cutoff + skin, and the structure they were found for
   std::vector<std::int32_t> candidate_i_, candidate_j_;
   std::vector<double> candidate_shift_, reference_, fractional_;
   double cell_[9] = {};
   std::uint8_t pbc_[3] = {};
+  std::vector<std::uint8_t> still_;  // (n); empty unless without_still
   // pairs within cutoff: the first count_ entries; the arrays are as long as the candidates
   std::vector<std::int32_t> i_, j_;
   std::vector<double> d_, r_;

@@ -18,7 +18,7 @@ namespace thalweg {
 class Emt : public Landscape {
  public:
   Emt() = default;
-  std::unique_ptr<Evaluator> evaluator(const BatchView& batch) const override;
+  std::unique_ptr<Evaluator> evaluator(const BatchView& batch, ForcesOn on = ForcesOn::all) const override;
 };
 
 /// Lennard-Jones, one species or all alike; values of ASE's `LennardJones(sigma, epsilon, rc, ro, smooth)`:
@@ -33,7 +33,7 @@ class LennardJones : public Landscape {
     bool smooth = false;
   };
   explicit LennardJones(const Settings& settings);
-  std::unique_ptr<Evaluator> evaluator(const BatchView& batch) const override;
+  std::unique_ptr<Evaluator> evaluator(const BatchView& batch, ForcesOn on = ForcesOn::all) const override;
   const Settings& settings() const { return settings_; }
 
  private:
@@ -68,7 +68,7 @@ class Tersoff : public Landscape {
   /// Throws Error if there is no entry, one comes twice, or a number makes no sense.
   explicit Tersoff(std::vector<Entry> entries);
   /// Throws Error when a structure of the batch has species i, j, k without an entry (i, j, k).
-  std::unique_ptr<Evaluator> evaluator(const BatchView& batch) const override;
+  std::unique_ptr<Evaluator> evaluator(const BatchView& batch, ForcesOn on = ForcesOn::all) const override;
   /// In rising order of (i, j, k).
   const std::vector<Entry>& entries() const { return entries_; }
 
@@ -108,7 +108,7 @@ class PairPrior : public Landscape {
     bool sharp_cutoff = false;      // repulsive: AGOX's jump at the cutoff and its pole (`convention="agox"`)
   };
   explicit PairPrior(const Settings& settings);
-  std::unique_ptr<Evaluator> evaluator(const BatchView& batch) const override;
+  std::unique_ptr<Evaluator> evaluator(const BatchView& batch, ForcesOn on = ForcesOn::all) const override;
   const Settings& settings() const { return settings_; }
 
  private:
@@ -142,7 +142,7 @@ class ManyBodyPrior : public Landscape {
   /// Throws Error if a pair or an atom comes twice, an atom of a pair is missing, or a number makes no sense.
   ManyBodyPrior(std::vector<Pair> pairs, std::vector<Atom> atoms);
   /// Throws Error when a structure of the batch has two species without an entry; its own pair counts for each species.
-  std::unique_ptr<Evaluator> evaluator(const BatchView& batch) const override;
+  std::unique_ptr<Evaluator> evaluator(const BatchView& batch, ForcesOn on = ForcesOn::all) const override;
   /// In rising order, first <= second.
   const std::vector<Pair>& pairs() const { return pairs_; }
   const std::vector<Atom>& atoms() const { return atoms_; }
@@ -159,7 +159,7 @@ class Tilted : public Landscape {
   /// Throws Error if there is no landscape or a shift is not finite.
   Tilted(std::shared_ptr<const Landscape> landscape, std::vector<double> shift);
   /// Throws Error for a batch with another number of atoms.
-  std::unique_ptr<Evaluator> evaluator(const BatchView& batch) const override;
+  std::unique_ptr<Evaluator> evaluator(const BatchView& batch, ForcesOn on = ForcesOn::all) const override;
 
  private:
   std::shared_ptr<const Landscape> landscape_;

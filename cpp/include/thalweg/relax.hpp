@@ -113,7 +113,8 @@ class Minimiser {
 };
 
 struct RelaxResult {
-  std::vector<double> positions, energies, forces;  // (m, 3), (n), (m, 3) at the best point of each structure
+  std::vector<double> positions, energies, forces;  // (m, 3), (n), (m, 3) at the best point of each structure;
+                                                    // forces on atoms with all coordinates fixed: 0
   std::vector<std::int32_t> evaluations;            // (n)
   std::vector<std::uint8_t> converged;              // (n)
 };

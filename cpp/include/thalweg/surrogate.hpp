@@ -23,7 +23,7 @@ class Surrogate : public Landscape {
             std::shared_ptr<const Landscape> prior, std::vector<std::pair<std::int32_t, double>> atom_energies,
             double kappa);
 
-  std::unique_ptr<Evaluator> evaluator(const BatchView& batch) const override;
+  std::unique_ptr<Evaluator> evaluator(const BatchView& batch, ForcesOn on = ForcesOn::all) const override;
 
   /// Energies and sigmas (n), and if wanted (else empty) their forces (m, 3): -d energy/dx and -d sigma/dx. kappa is
   /// not applied. threads = 0: default_threads().
