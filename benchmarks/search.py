@@ -76,6 +76,8 @@ ARMS = {
     "gofee": {"method": "gofee"},
     "gofee, local model": {"method": "gofee", "model": "local"},
     "gofee, automatic choice of model": {"method": "gofee", "model": "auto"},
+    "gofee, no hops": {"method": "gofee", "hops": 0},
+    "gofee, fitted prior only": {"method": "gofee", "prior": "fitted"},
     "gofee, fixed bonding prior": {"method": "gofee", "prior": "bonding"},
     "gofee, prior 8 % too short": {"method": "gofee", "prior": {"form": "fitted", "radius_scale": 0.92}},
     "gofee, forces in the global model": {"method": "gofee", "use_forces": True},
@@ -93,6 +95,7 @@ CHOICES: dict[str, dict] = {
     "default": {},
     'model="local"': {"model": "local"},
     'model="auto"': {"model": "auto"},
+    'prior="fitted"': {"prior": "fitted"},
     'prior="bonding"': {"prior": "bonding"},
     'prior="none"': {"prior": "none"},
     "fitted prior, 8 % too short": {"prior": {"form": "fitted", "radius_scale": 0.92}},
@@ -106,8 +109,11 @@ CHOICES: dict[str, dict] = {
     "kappa 4, 2, 1, 0.5": {"kappa": {0: 4.0, 10: 2.0, 25: 1.0, 50: 0.5}},
     'sampler="similarity"': {"sampler": "similarity"},
     'sampler="novelty"': {"sampler": "novelty"},
-    "hops=1": {"hops": 1},
+    "hops=0": {"hops": 0},
     "hops=3": {"hops": 3},
+    "hops=30": {"hops": 30},
+    "walkers=4": {"walkers": 4},
+    "walkers=0 (all)": {"walkers": 0},
     "candidates=10": {"candidates": 10},
     "candidates=80": {"candidates": 80},
     "reset_after=10": {"reset_after": 10},
@@ -143,7 +149,7 @@ def one(task: tuple[str, dict, int, int]) -> dict:
     search.callbacks += [count, StopAt(target, tolerance)]
     found = search.run(cap, evaluations=cap)
     energies = search.data.columns["energy"] if len(search.data) else np.zeros(0)
-    reached = np.flatnonzero(energies <= target + tolerance)
+    reached = np.flatnonzero((energies <= target + tolerance) & (energies > target - 1.0))  # lower yet: no energy
     return {
         "seed": seed,
         "delivered": int(reached[0]) + 1 if len(reached) else None,

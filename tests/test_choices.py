@@ -13,6 +13,7 @@ from thalweg import (
     Batch,
     Best,
     Centre,
+    ChosenModel,
     Connected,
     Duplicate,
     Evaluate,
@@ -340,25 +341,37 @@ def test_resets_survive_a_resume(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "starts", "polish", "prior"),
+    ("options", "starts", "polish", "model", "hops"),
     [
-        ({}, 3, {"polish_on": "gp"}, "fitted"),
+        (
+            {},
+            3,
+            {"polish_on": "gp"},
+            ChosenModel({"global": GPR(prior="fitted"), "global, no prior": GPR(prior=None, use_forces=True)}),
+            [SurrogateHops(LCB(2.0), 10, 100, walkers=12)],
+        ),
         # that of the first version
-        ({"prior": "bonding", "starts": 5, "polish": "periodic"}, 5, {"polish_every": 5}, "bonding"),
-        ({"polish": "none"}, 3, {}, "fitted"),
+        (
+            {"prior": "bonding", "starts": 5, "polish": "periodic", "hops": 0},
+            5,
+            {"polish_every": 5},
+            GPR(prior="bonding"),
+            [],
+        ),
+        ({"prior": "fitted", "polish": "none"}, 3, {}, GPR(prior="fitted"), [SurrogateHops(LCB(2.0), 10, 100, walkers=12)]),
     ],
 )
-def test_the_recipe_is_the_search_written_out_by_hand(options, starts, polish, prior):
+def test_the_recipe_is_the_search_written_out_by_hand(options, starts, polish, model, hops):
     """Bit for bit."""
     lcb = LCB(2.0)
     by_hand = Search(
         PROBLEM,
         sample=KMeans(10),
         propose=[Random({0: 12, starts: 12}), Rattle({0: 0, starts: 16}), Permute({0: 0, starts: 12})],
-        refine=[Relax(lcb, 100), MinDistance(0.6), Connected(), Centre()],
+        refine=[Relax(lcb, 100), *hops, MinDistance(0.6), Connected(), Centre()],
         acquire=lcb,
         evaluate=[Duplicate(), Evaluate(EMT(), 0, **polish, polish_steps=40, polish_last=1)],
-        models={"gp": GPR(prior=prior, noise=1e-5)},
+        models={"gp": model},
         seed=7,
         threads=1,
     )

@@ -105,7 +105,7 @@ def test_polish_does_what_was_asked(straight):
     periodic = rows(polish="periodic", polish_every=4, polish_last=0)
     when = np.unique(periodic.columns["iteration"][periodic.columns["origin"] == "polish"])
     assert len(when) and np.all(when % 4 == 3)
-    with pytest.raises(ConfigurationError, match="polish must be 'promising', 'periodic' or 'none'"):
+    with pytest.raises(ConfigurationError, match="polish must be one of 'promising', 'periodic', 'none'"):
         recipes.gofee(PROBLEM, EMT(), polish="sometimes")
 
 

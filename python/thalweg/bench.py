@@ -609,6 +609,7 @@ def _iteration(table: Table, peer: Peer | None) -> None:
             search = recipes.gofee(
                 problem, EMT(), seed=seed, prior=prior, noise=noise, threads=1, permute=0, polish="none",
                 polish_last=0, true_steps=1, random={0: 10, 5: 3}, rattle={0: 0, 5: 7}, surrogate_steps={0: 0, 2: 100},
+                hops=0,
             )  # fmt: skip
             own: list[float] = []
             data = None

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,15 @@ from thalweg.select import model_of
 
 __all__ = ["Duplicate", "Evaluate", "Metropolis", "calculate"]
 
+# An energy so far below every known one [eV per atom] is the calculator's mistake, not a structure: self-consistent
+# calculators are known to end in such states where atoms are too close. Only if the lowest known point has no force
+# above this [eV/angstrom]: below a crushed structure anything may be.
+_TOO_LOW, _SANE_FORCE = 100.0, 100.0
 # Polishing on a model: how far an atom may move at first [angstrom], and the gain that is worth an evaluation [eV].
 _TRUST = 0.4
 _LEAST_GAIN = 2e-4
+# A candidate's polish ends when so many steps together change the energy by less than that [eV].
+_STALLED = (3, 0.02)
 # Steps of a relaxation on the tilted model; the fewer where the more end too far away.
 _MODEL_STEPS = (60, 8, 2)
 
@@ -78,7 +85,8 @@ class Evaluate:
     polish_last : int
         How many of the best are relaxed when a run ends.
     same : float
-        Fingerprints closer than this fraction of their length count as copies when choosing what to polish.
+        Fingerprints closer than this fraction of their length (or of four times the spread of the known ones) count as
+        copies when choosing what to polish.
 
     Raises
     ------
@@ -115,7 +123,7 @@ class Evaluate:
 
     def __call__(self, batch: Batch, ctx: Context) -> Batch:
         if self.steps == 0 and len(batch) and hasattr(self.calculator, "calculate_many"):
-            rows = [ctx.measure_many(batch, self._calculate_many, [_descent(batch[i]) for i in range(len(batch))])]
+            rows = [ctx.measure_many(batch, partial(self._calculate_many, ctx), [_descent(batch[i]) for i in range(len(batch))])]
         else:
             rows = [self._relax(batch[i], ctx, self.steps, self.force_tolerance) for i in range(len(batch))]
         if self._guide(ctx) is not None and self.promising > -np.inf:
@@ -148,7 +156,7 @@ class Evaluate:
     # ------------------------------------------------------------------------------------------------
     def _relax(self, structure: Batch, ctx: Context, steps: int, tolerance: float, **columns: Any) -> Batch:
         """One point, then up to `steps` more; ends early at a failed point."""
-        first = ctx.measure(structure, self._calculate, **{**_descent(structure), **columns})
+        first = ctx.measure(structure, partial(self._calculate, ctx), **{**_descent(structure), **columns})
         if steps == 0 or first.columns["status"][0] != OK:
             return first
         minimiser = self._minimiser(first, steps, tolerance)
@@ -175,7 +183,7 @@ class Evaluate:
         times, a minimiser without it goes on."""
         rows: list[Batch] = []
         guide, here = self._guide(ctx), known
-        radius, misled = _TRUST, 0
+        radius, misled, gains = _TRUST, 0, [np.inf] * _STALLED[0]
         while len(rows) < self.polish_steps:
             if _largest_force(here)[0] < self.polish_tolerance:
                 break
@@ -185,11 +193,14 @@ class Evaluate:
             energy = float(here.columns["energy"][0])
             if not promised > _LEAST_GAIN or energy - promised > limit:
                 break
-            row = ctx.measure(there.bare(), self._calculate, **columns)
+            row = ctx.measure(there.bare(), partial(self._calculate, ctx), **columns)
             rows.append(row)
             if row.columns["status"][0] != OK:
                 break
             gained = energy - float(row.columns["energy"][0])
+            gains = [*gains[1:], gained]
+            if np.isfinite(limit) and sum(map(abs, gains)) < _STALLED[1]:
+                break
             if gained > 0:
                 radius, here = (2 * radius if gained > 0.5 * promised else radius), row
             else:
@@ -224,25 +235,27 @@ class Evaluate:
         rows: list[Batch] = []
         while not minimiser.done:
             here = structure.with_positions(np.array(minimiser.positions))
-            row = ctx.measure(here, self._calculate, **columns)
+            row = ctx.measure(here, partial(self._calculate, ctx), **columns)
             rows.append(row)
             if row.columns["status"][0] != OK:
                 break
             minimiser.tell(float(row.columns["energy"][0]), row.atom_columns["forces"])
         return rows
 
-    def _calculate(self, structure: Batch) -> Measured:
-        return calculate(self.calculator, structure)
+    def _calculate(self, ctx: Context, structure: Batch) -> Measured:
+        return _judged(calculate(self.calculator, structure), ctx)
 
-    def _calculate_many(self, structures: Iterator[Batch]) -> Iterable[tuple[int, Measured, float]]:
+    def _calculate_many(self, ctx: Context, structures: Iterator[Batch]) -> Iterable[tuple[int, Measured, float]]:
         """For `Context.measure_many`: as they finish if the calculator can tell, else all together."""
         if hasattr(self.calculator, "as_completed"):
-            return self.calculator.as_completed(structures)
+            for i, measured, seconds in self.calculator.as_completed(structures):
+                yield i, _judged(measured, ctx), seconds
+            return
         together = Batch.concat(list(structures))
         begin = time.perf_counter()
         found = self.calculator.calculate_many(together) if len(together) else []
         each = (time.perf_counter() - begin) / max(1, len(together))
-        return [(i, measured, each) for i, measured in enumerate(found)]
+        yield from ((i, _judged(measured, ctx), each) for i, measured in enumerate(found))
 
     def _worth_polishing(self, ctx: Context, count: int) -> list[int]:
         """Lowest rows first; not those that a polish started from or went through, are relaxed, or resemble a relaxed
@@ -258,21 +271,47 @@ class Evaluate:
         done = polished | np.isin(np.arange(n), sources) | (largest < self.force_tolerance)
         relaxed = usable & (largest < self.force_tolerance)
         features = ctx.features(self.descriptor)
+        lengths = _lengths(features, features)
         chosen: list[int] = []
         for row in np.argsort(np.where(usable & ~done, objective, np.inf), kind="stable"):
             if len(chosen) == count or done[row] or not usable[row]:
                 break
             others = np.flatnonzero(relaxed).tolist() + chosen
             distance = np.linalg.norm(features[others] - features[row], axis=1)
-            if not np.any(distance < self.same * np.linalg.norm(features[row])):
+            if not np.any(distance < self.same * lengths[row]):
                 chosen.append(int(row))
         return chosen
+
+
+def _judged(measured: Measured, ctx: Context) -> Measured:
+    """A measurement, made a failed one if its energy cannot be."""
+    energy, forces, failure = measured
+    known = ctx.data.columns.get("energy", np.zeros(0))
+    if failure or not np.isfinite(known).any():
+        return measured
+    lowest = ctx.data[int(np.nanargmin(known))]
+    floor = float(lowest.columns["energy"][0]) - _TOO_LOW * len(forces)
+    if energy >= floor or not _largest_force(lowest)[0] <= _SANE_FORCE:
+        return measured
+    reason = (
+        f"CalculationFailed: an energy of {energy:.6g} eV is more than {_TOO_LOW:.0f} eV per atom below the lowest so far"
+    )
+    return math.nan, np.full_like(forces, np.nan), reason
 
 
 def _largest_force(data: Batch) -> np.ndarray:
     """(n,) largest force on a free coordinate's atom [eV/angstrom]; NaN where it is not known."""
     forces = np.where(data.fixed, 0.0, data.atom_columns["forces"])
     return np.sqrt(np.maximum.reduceat((forces**2).sum(axis=1), data.offsets[:-1]))
+
+
+def _lengths(features: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """(n,) what distances from these (n, D) features are measured in: the length of each, or the spread of the known
+    (k, D) ones if that is smaller, as where a slab makes most of every fingerprint."""
+    lengths = np.linalg.norm(features, axis=1)
+    if len(known) > 1:
+        lengths = np.minimum(lengths, 4 * np.linalg.norm(known - known.mean(axis=0), axis=1).max())
+    return lengths
 
 
 def _lowest(problem: Problem, *batches: Batch) -> float:
@@ -291,8 +330,8 @@ def _descent(structure: Batch) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Duplicate:
-    """Rejects a candidate whose fingerprint is closer than `tolerance` times its length to that of an evaluated one, so
-    that the next candidate is evaluated instead.
+    """Rejects a candidate whose fingerprint is closer than `tolerance` times its length (or four times the spread of the
+    known ones, if that is less) to that of an evaluated one, so that the next candidate is evaluated instead.
 
     Parameters
     ----------
@@ -318,7 +357,10 @@ class Duplicate:
         features = self.descriptor.values(batch, threads=ctx.threads)
         relaxed = _largest_force(ctx.data) < self.force_tolerance
         radius = np.where(relaxed, max(self.tolerance, self.near_relaxed), self.tolerance)
-        near = np.array([np.any(np.linalg.norm(known - f, axis=1) < radius * np.linalg.norm(f)) for f in features])
+        lengths = _lengths(features, known)
+        near = np.array(
+            [np.any(np.linalg.norm(known - f, axis=1) < radius * x) for f, x in zip(features, lengths, strict=True)]
+        )
         return batch.with_columns(status=np.where(near, REJECTED, OK).astype(np.uint8))
 
 

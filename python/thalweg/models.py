@@ -543,6 +543,11 @@ class FittedGPR:
         return self.model._initial_kernel(1.0, 1.0) if self._gpr is None else self._gpr.kernel
 
     @property
+    def descriptor(self) -> Any:
+        """The model's."""
+        return self.model.descriptor
+
+    @property
     def prior(self) -> _core.Landscape | None:
         """The mean function in use [eV], with the numbers that were fitted, if they are."""
         return self._mean.landscape

@@ -95,6 +95,11 @@ class CalculatorPrior:
         """How many structures the calculator was asked for so far; 0 for a built-in one, whose calls cost nothing."""
         return self._measure.calls
 
+    @property
+    def each_call_costs(self) -> bool:
+        """Whether the calculator is not a built-in one."""
+        return isinstance(self.landscape, _core.PythonLandscape)
+
     @staticmethod
     def of(prior: Any) -> Any:
         """What a model's `prior` means: a calculator, or {"calculator": name, argument: value, ...}, becomes a

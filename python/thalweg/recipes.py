@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from thalweg.generators import FirstOf, OneOf, Permute, Random, Rattle
 from thalweg.local_model import LocalGPR
 from thalweg.model_choice import ChosenModel
 from thalweg.models import GPR
+from thalweg.priors import CalculatorPrior
 from thalweg.records import Problem
 from thalweg.refine import Centre, Connected, MinDistance, Relax, SurrogateHops, Wrap
 from thalweg.search import Search
@@ -28,7 +29,7 @@ def gofee(
     *,
     store: str | Path | Store | None = None,
     seed: int = 0,
-    prior: Any = "fitted",
+    prior: Any = "auto",
     model: str = "global",
     classic: bool = False,
     random: int | Mapping[int, int] | None = None,
@@ -40,7 +41,8 @@ def gofee(
     acquisition: str = "lcb",
     kappa: float | Mapping[int, float] = 2.0,
     surrogate_steps: int | Mapping[int, int] = 100,
-    hops: int | Mapping[int, int] = 0,
+    hops: int | Mapping[int, int] | None = None,
+    walkers: int = 12,
     reset_after: int = 0,
     true_steps: int = 0,
     starts: int = 3,
@@ -59,14 +61,14 @@ def gofee(
 
     Parameters
     ----------
-    prior : "bonding", "fitted", "repulsive", "none", {"calculator": name, ...} or whatever `GPR` takes
+    prior : "auto", "bonding", "fitted", "repulsive", "none", {"calculator": name, ...} or whatever `GPR` takes
         Prior mean of the Gaussian process: Morse wells at covalent bond lengths; wells whose lengths, depths and shapes
         are fitted to the data (`FittedPrior`); the published repulsion; or a calculator (each relaxation step on the
-        surrogate calls it: see docs/elements.md).
+        surrogate calls it: see docs/elements.md). "auto": the fitted wells, or none and forces learned, whichever has
+        the smaller held-out error (`ChosenModel`): metals take the wells, covalent networks often do without.
     model : "global", "local" or "auto"
         A Gaussian process on one fingerprint per structure, taught energies; a sparse one on the surroundings of each
-        atom, taught energies and forces (`LocalGPR`; several times slower); or whichever has the smaller held-out error
-        (`ChosenModel`).
+        atom, taught energies and forces (`LocalGPR`; several times slower); or whichever has the smaller held-out error.
     classic : bool
         The published settings: repulsive prior, 10 candidates (random only at first, then 3 random + 7 rattle), one true
         step after each evaluation, no duplicates refused, no polish.
@@ -86,8 +88,11 @@ def gofee(
         Weight of the model's uncertainty in the lower confidence bound; larger explores more.
     surrogate_steps : int or {iteration: int}
         Relaxation steps on the LCB surface.
-    hops : int or {iteration: int}
-        Basin hopping on the LCB surface from each relaxed candidate, see `SurrogateHops`.
+    hops : int or {iteration: int}, optional
+        Basin hopping on the LCB surface from each relaxed candidate, see `SurrogateHops`: time between evaluations that
+        saves evaluations. Default 10; 0 where each step would call a calculator that is not built in.
+    walkers : int
+        So many of them hop, the lowest; 0: all.
     reset_after : int
         Iterations without improvement after which the model forgets, see `ResetOnStagnation`; 0: never.
     true_steps : int
@@ -112,12 +117,10 @@ def gofee(
     threads : int
         Threads of one search; 0: as many as there are cores. Results do not depend on it.
     """
-    if model not in ("global", "local", "auto"):
-        raise ConfigurationError(f"model must be 'global', 'local' or 'auto', got {model!r}")
+    _expect(("global", "local", "auto"), model, "model")
     if classic and model != "global":
         raise ConfigurationError("classic=True means the published settings, which have a global model")
-    if polish not in ("promising", "periodic", "none"):
-        raise ConfigurationError(f"polish must be 'promising', 'periodic' or 'none', got {polish!r}")
+    _expect(("promising", "periodic", "none"), polish, "polish")
     several = len(problem.counts) > 1
     if classic:
         prior, true_steps, polish, polish_last, noise = "repulsive", 1, "none", 0, 1e-2
@@ -141,14 +144,24 @@ def gofee(
     lcb = LCB(kappa)
     samplers: dict[str, Any] = {"kmeans": KMeans, "similarity": KernelSimilarity, "novelty": Novelty}
     acquisitions: dict[str, Any] = {"lcb": lambda: lcb, "ei": ExpectedImprovement, "thompson": Thompson}
-    mean = None if isinstance(prior, str) and prior == "none" else prior
-    if use_forces is None:
-        use_forces = not classic and (mean is None or (isinstance(mean, str) and mean == "repulsive"))
-    learners: dict[str, Any] = {
-        "global": GPR(prior=mean, noise=noise, use_forces=use_forces),
-        "local": LocalGPR(prior=mean),
-    }
-    learner = ChosenModel(learners) if model == "auto" else learners[model]
+    automatic = isinstance(prior, str) and prior == "auto"
+    means = ["fitted", None] if automatic else [None if isinstance(prior, str) and prior == "none" else prior]
+    means = [CalculatorPrior.of(mean) for mean in means]  # made once, whichever models take it
+    if hops is None:
+        slow = any(isinstance(mean, CalculatorPrior) and mean.each_call_costs for mean in means)
+        hops = 0 if classic or slow else 10
+
+    def with_forces(mean: Any) -> bool:
+        poor = not classic and (mean is None or (isinstance(mean, str) and mean == "repulsive"))
+        return poor if use_forces is None else use_forces
+
+    learners: dict[str, Any] = {}
+    if model != "local":
+        names = ["global", "global, no prior"]
+        learners = {name: GPR(prior=mean, noise=noise, use_forces=with_forces(mean)) for name, mean in zip(names, means)}
+    if model != "global":
+        learners["local"] = LocalGPR(prior=means[0])
+    learner = ChosenModel(learners) if len(learners) > 1 else next(iter(learners.values()))
     gauges = [Evaluate(
         calculator, true_steps,
         polish_on="gp" if polish == "promising" else None,
@@ -162,7 +175,7 @@ def gofee(
         propose=[Random(random), Rattle(rattle), *([Permute(permute)] if several else [])],
         refine=[
             Relax(lcb, surrogate_steps),
-            *([SurrogateHops(lcb, hops, surrogate_steps)] if hops else []),
+            *([SurrogateHops(lcb, hops, surrogate_steps, walkers=walkers)] if hops else []),
             MinDistance(0.6),
             *_tidy(problem),
         ],
@@ -261,10 +274,14 @@ def _tidy(problem: Problem) -> list[Any]:
 
 
 def _named(options: Mapping[str, Any], name: str, what: str) -> Any:
+    _expect(options, name, what)
+    return options[name]
+
+
+def _expect(options: Iterable[str], name: str, what: str) -> None:
     if name not in options:
         listed = ", ".join(f"'{option}'" for option in options)
-        raise ConfigurationError(f"{what} must be one of {listed}, got {name!r}.{nearest(name, options)}")
-    return options[name]
+        raise ConfigurationError(f"{what} must be one of {listed}, got {name!r}.{nearest(str(name), list(options))}")
 
 
 def _scaled(count: int | Mapping[int, int], factor: float) -> int | Mapping[int, int]:

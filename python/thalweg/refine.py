@@ -125,6 +125,8 @@ class SurrogateHops:
     keep : "best" or "all"
         "best": the lowest structure seen from each candidate, which may be the candidate; "all": the candidates, then
         every accepted structure, hop by hop.
+    walkers : int
+        So many candidates hop, the lowest on the surface; the others stay as they are. 0: all.
     """
 
     on: Any
@@ -139,6 +141,7 @@ class SurrogateHops:
     c1: float = 0.6
     c2: float = 1.5
     keep: Literal["best", "all"] = "best"
+    walkers: int = 0
     name: str = "SurrogateHops"
 
     def __post_init__(self) -> None:
@@ -149,6 +152,8 @@ class SurrogateHops:
                 f"{self.name} needs a temperature above 0 (kT in eV) and a probability swap of 0 to 1, got "
                 f"{self.temperature!r} and {self.swap!r}"
             )
+        if self.walkers < 0:
+            raise ConfigurationError(f"walkers of {self.name} must not be negative (0: all), got {self.walkers!r}")
         if self.keep not in ("best", "all"):
             raise ConfigurationError(f"keep of {self.name} must be 'best' or 'all', got {self.keep!r}")
 
@@ -163,8 +168,12 @@ class SurrogateHops:
                 f"{self.name} hops on a surface that costs nothing: a model, LCB, or a built-in landscape or calculator, "
                 f"got {self.on!r}"
             )
-        counts = np.diff(batch.offsets)
-        here, energy = batch, _core.evaluate(landscape, batch, threads=ctx.threads)[0]
+        energy = _core.evaluate(landscape, batch, threads=ctx.threads)[0]
+        walk = np.zeros(len(batch), bool)
+        walk[np.argsort(energy, kind="stable")[: self.walkers or None]] = True
+        stay, energy = batch.take(~walk), energy[walk]
+        here = start = batch.take(walk)
+        counts = np.diff(here.offsets)
         best, lowest, visited = here.positions, energy, [batch]
         for hop in range(hops):
             key = ctx.key.fold("hop", hop)
@@ -174,7 +183,7 @@ class SurrogateHops:
             whole = _core.closest_contacts(trial) >= self.c1
             if np.isfinite(self.c2):
                 whole &= _core.fragments(trial, self.c2) <= _core.fragments(here, self.c2)
-            draw = np.array([key.fold("accept", row).rng().random() for row in range(len(batch))])
+            draw = np.array([key.fold("accept", row).rng().random() for row in range(len(here))])
             with np.errstate(over="ignore", invalid="ignore"):
                 # `not finite`: a candidate whose own energy makes no sense is left for anything that does
                 downhill = (after <= energy) | ~np.isfinite(energy)
@@ -185,7 +194,9 @@ class SurrogateHops:
             lower = accepted & ~(energy >= lowest)
             best, lowest = _chosen(lower, here.positions, best, counts), np.where(lower, energy, lowest)
             visited.append(here.take(accepted))
-        return Batch.concat(visited) if self.keep == "all" else batch.with_positions(best)
+        if self.keep == "all":
+            return Batch.concat(visited)
+        return Batch.concat([start.with_positions(best), stay]) if len(stay) else start.with_positions(best)
 
     def _moved(self, batch: Batch, ctx: Context, key: Key) -> tuple[Batch, np.ndarray]:
         """Every structure rattled or with atoms swapped, and (n,) whether that could be done."""

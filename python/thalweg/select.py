@@ -153,7 +153,7 @@ class KernelSimilarity:
             )
         if fitted.size == 0:
             return _members(ctx, order[: self.count])
-        features = ctx.features(fitted.model.descriptor)
+        features = ctx.features(fitted.descriptor)
         chosen: list[int] = []
         for row in order.tolist():
             if not chosen or np.max(fitted.similarity(features[row], features[chosen])) <= self.threshold:
