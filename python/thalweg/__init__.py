@@ -18,11 +18,13 @@ from thalweg._core import __version__
 
 if TYPE_CHECKING:
     from thalweg import recipes
+    from thalweg.agent import Agent, Build, Policy, Rebuild, Snap
     from thalweg.callbacks import Print, StopAfter, StopAt
     from thalweg.descriptors import Fingerprint
     from thalweg.errors import ConfigurationError, Stop, StoreError, ThalwegError
     from thalweg.evaluate import Duplicate, Evaluate, Metropolis
     from thalweg.generators import FirstOf, OneOf, Permute, Random, Rattle
+    from thalweg.grid import Grid, GridSettings
     from thalweg.local_model import LocalGPR
     from thalweg.model_choice import ChosenModel
     from thalweg.models import GPR
@@ -48,10 +50,12 @@ if TYPE_CHECKING:
 _WHERE = {
     name: module
     for module, names in {
+        "agent": "Agent Build Policy Rebuild Snap",
         "callbacks": "Print StopAfter StopAt",
         "descriptors": "Fingerprint",
         "errors": "ConfigurationError Stop StoreError ThalwegError",
         "evaluate": "Duplicate Evaluate Metropolis",
+        "grid": "Grid GridSettings",
         "generators": "FirstOf OneOf Permute Random Rattle",
         "local_model": "LocalGPR",
         "models": "GPR",
@@ -67,7 +71,7 @@ _WHERE = {
     }.items()
     for name in names.split()
 }
-_MODULES = ("calculators", "descriptors", "pool", "recipes", "testing")
+_MODULES = ("calculators", "descriptors", "networks", "pool", "recipes", "testing")
 
 __all__ = ["__version__", *_WHERE, *_MODULES]
 

@@ -325,7 +325,8 @@ def _lowest(problem: Problem, *batches: Batch) -> float:
 def _descent(structure: Batch) -> dict[str, Any]:
     """Where the structure came from, to be stored with its energy."""
     names = ("origin", "parent", "candidate", "score")
-    return {name: structure.columns[name][0] for name in names if name in structure.columns}
+    known = {name: structure.columns[name][0] for name in names if name in structure.columns}
+    return {**known, "order": structure.columns["order"]} if "order" in structure.columns else known  # (1, placed)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,9 @@ class Search:
     settle : stage or list
         (Batch, Context) -> Batch each: acceptance, rewards, population rules.
     models : mapping of name to model
-        `fit(data, previous, key=...)` is called before each iteration.
+        `fit(data, previous, key=...)` is called before each iteration; a model with `bound(problem)` is told the problem
+        first. A fitted model's `state` (arrays by name) is stored with each ticket; one that holds "partial" adds to the
+        last that does not.
     store : path, Store or None
         None keeps the journal in memory. An existing store of the same search is continued.
     seed : int
@@ -104,7 +106,9 @@ class Search:
         self.problem, self.sample, self.acquire = problem, sample, acquire
         self.propose, self.refine = _stages(propose, "propose"), _stages(refine, "refine", empty=True)
         self.gauges, self.settle = _stages(evaluate, "evaluate"), _stages(settle, "settle", empty=True)
-        self.models = dict(models or {})
+        self.models = {
+            name: model.bound(problem) if hasattr(model, "bound") else model for name, model in (models or {}).items()
+        }
         self.callbacks = list(callbacks)
         self.seed, self.threads = int(seed), int(threads) or _core.default_threads()
         if choose != "all" and (not isinstance(choose, int) or choose < 1):
@@ -574,6 +578,7 @@ class Search:
         """Rebuilds everything from the journal and re-issues the tickets that were open."""
         open_tickets: dict[int, tuple[Mapping[str, Any], Context]] = {}
         state: Mapping[str, Any] = {}
+        whole: dict[str, Mapping[str, Any]] = {}  # the last states that are not partial
         horizon = 0
         for record in self._store.records():
             body = record.body
@@ -591,6 +596,11 @@ class Search:
                 self._carry = {**self._carry, **_frozen_carry(body["kept"])}
                 self._pending[record.ticket] = body["chosen"]
                 self._count(body["kind"])
+                for name, arrays in body["models"].items():
+                    if "partial" not in arrays:
+                        whole[name] = arrays
+                body = {**body, "models": {n: {**whole.get(n, {}), **arrays} for n, arrays in body["models"].items()}}
+                open_tickets[record.ticket] = body, open_tickets[record.ticket][1]
                 if body["kind"] == "search":
                     state, horizon = body["models"], body["horizon"]
             elif record.kind == "evaluation":

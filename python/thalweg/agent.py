@@ -1,0 +1,543 @@
+"""ASLA: an agent that learns to build structures atom by atom (atomistic structure learning; thesis ch. 4 to 6; Meldgaard,
+Mortensen, Jorgensen, Hammer, J. Phys.: Condens. Matter 32, 404005 (2020)).
+
+    Agent     model: learns Q(state, action) from every evaluated structure, one training step per episode
+    Build     generator: new structures by the agent's policy
+    Rebuild   generator: members of the sample with a few neighbouring atoms taken out and built anew
+    Snap      postprocessing: moves placed atoms to the grid
+
+The target of a state-action pair is the reward of the best episode that contains it (4.1), whatever the order in which
+the atoms of its state were placed:
+
+    reward(E) = 1 - 2 (E - E_best) / span, at least -1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from thalweg.errors import ConfigurationError, nearest
+from thalweg.grid import Grid, GridSettings
+from thalweg.randomness import Key
+from thalweg.records import Batch, Context
+from thalweg.schedule import Schedule, check_schedule, scheduled
+
+if TYPE_CHECKING:
+    from thalweg.records import Problem
+
+__all__ = ["Agent", "Build", "Policy", "Rebuild", "Snap"]
+
+Array = np.ndarray
+# Q (n, species, voxels) of n states.
+QMaps = Callable[[Sequence[Array]], Array]
+
+REPRESENTATIONS = ("one-hot", "gaussian", "agr", "displaced", "harmonics")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How an action is chosen among those allowed.
+
+    Parameters
+    ----------
+    kind : "epsilon-greedy", "softmax" or "uniform"
+        Epsilon-greedy: with probability `epsilon` a random action, else the one of largest Q. Of the random ones a share
+        `uniform` is drawn from all, the others from the part `top` with the largest Q (Paper IV; "the top few percent" of
+        the thesis). Softmax: with probabilities exp(Q / temperature). Uniform: any, for comparison.
+    epsilon : float or None
+        None: 1 / (number of atoms to place).
+    """
+
+    kind: str = "epsilon-greedy"
+    epsilon: float | None = None
+    uniform: float = 0.5
+    top: float = 0.05
+    temperature: float = 0.05
+
+    def __post_init__(self) -> None:
+        kinds = ("epsilon-greedy", "softmax", "uniform")
+        if self.kind not in kinds:
+            raise ConfigurationError(
+                f"policy must be one of {', '.join(map(repr, kinds))}, got {self.kind!r}.{nearest(str(self.kind), kinds)}"
+            )
+        for name in ("epsilon", "uniform", "top"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigurationError(f"{name} of a policy lies between 0 and 1, got {value!r}")
+        if not self.temperature > 0:
+            raise ConfigurationError(f"the temperature of a policy must be above 0, got {self.temperature!r}")
+
+    @property
+    def asks(self) -> bool:
+        """Whether it needs Q at all."""
+        return self.kind != "uniform"
+
+    def choose(self, q: Array, allowed: Array, atoms: int, rng: np.random.Generator) -> int:
+        """Which of the flat actions: q and allowed (S * V,)."""
+        actions = np.flatnonzero(allowed)
+        if self.kind == "uniform":
+            return int(rng.choice(actions))
+        values = q[actions]
+        if self.kind == "softmax":
+            weights = np.exp((values - values.max()) / self.temperature)
+            return int(rng.choice(actions, p=weights / weights.sum()))
+        epsilon = 1.0 / atoms if self.epsilon is None else self.epsilon
+        if rng.random() >= epsilon:
+            return int(actions[np.argmax(values)])
+        if rng.random() < self.uniform:
+            return int(rng.choice(actions))
+        count = max(1, round(self.top * len(actions)))
+        best = actions[np.argpartition(-values, count - 1)[:count]]
+        return int(rng.choice(np.sort(best)))
+
+
+# ---- building ----------------------------------------------------------------------------------------------
+
+
+def build(grid: Grid, q_maps: QMaps, policy: Policy, starts: Sequence[Array], keys: Sequence[Key]) -> list[Array | None]:
+    """Complete builds (k, 2), each from a start of rows already placed (the template's not among them); all in step, so
+    that Q of all of them comes from one call. None where no atom could be placed any more."""
+    states = [np.asarray(start, np.int32).reshape(-1, 2) for start in starts]
+    ratios, rngs = [], [key.rng() for key in keys]
+    for state in states:
+        ratio = grid.empty.copy()
+        for row, position in zip(state, grid.place(state), strict=True):
+            grid.narrow(ratio, position, float(grid.radii[row[0]]))
+        ratios.append(ratio)
+    atoms, lost = int(grid.counts.sum()), [False] * len(states)
+    while True:
+        growing = [i for i, state in enumerate(states) if len(state) < atoms and not lost[i]]
+        if not growing:
+            return [None if gone else state for state, gone in zip(states, lost, strict=True)]
+        if policy.asks:
+            q = q_maps([np.concatenate([grid.template, states[i]]) for i in growing])
+        for k, i in enumerate(growing):
+            used = np.bincount(states[i][:, 0], minlength=len(grid.species))
+            allowed = grid.allowed(ratios[i], used, first=len(states[i]) == 0)
+            if not allowed.any():
+                lost[i] = True
+                continue
+            values = q[k].reshape(-1) if policy.asks else np.zeros(0)
+            species, voxel = divmod(policy.choose(values, allowed.ravel(), atoms, rngs[i]), grid.voxels)
+            row = np.array([[species, voxel]], np.int32)
+            states[i] = np.concatenate([states[i], row])
+            grid.narrow(ratios[i], grid.place(row)[0], float(grid.radii[species]))
+
+
+def _batch(problem: Problem, grid: Grid, builds: Sequence[Array], **columns: Any) -> Batch:
+    """Structures of complete builds; the column `order` says which placed atom came when. In two dimensions atoms keep
+    their height when relaxed."""
+    before = 0 if problem.template is None else problem.template.atoms
+    positions = np.zeros((len(builds), len(problem.numbers), 3))
+    if problem.template is not None:
+        positions[:, :before] = problem.template.positions
+    orders = np.zeros((len(builds), int(grid.counts.sum())), np.int32)
+    kinds = np.searchsorted(grid.species, problem.placed_numbers)
+    for i, rows in enumerate(builds):
+        slots = np.zeros(len(rows), np.int32)  # which placed atom each row becomes: the next of its species
+        for s in range(len(grid.species)):
+            slots[rows[:, 0] == s] = np.flatnonzero(kinds == s)
+        positions[i, before + slots] = grid.place(rows)
+        orders[i] = slots
+    batch = problem.batch(positions, order=orders, **columns)
+    if grid.dimension == 3:
+        return batch
+    fixed = batch.fixed.reshape(len(batch), -1, 3).copy()
+    fixed[:, before:, 2] = True
+    return replace(batch, fixed=fixed.reshape(-1, 3))
+
+
+def _rows(grid: Grid, structure: Batch) -> Array:
+    """The snapped rows (k, 2) of one structure's placed atoms in order of placement."""
+    template = grid.problem.template
+    before = 0 if template is None else template.atoms
+    order = structure.columns.get("order")
+    return grid.snap(
+        structure.positions[before:], structure.numbers[before:], None if order is None else order[0].tolist()
+    )
+
+
+@dataclass(frozen=True)
+class Build:
+    """New structures, atom by atom, by the policy of a trained agent.
+
+    Parameters
+    ----------
+    count : int or {iteration: int}
+        How many, all built in step.
+    grid : GridSettings
+    policy : Policy
+    model : str
+        Name of the `Agent` in `Search(models={...})`.
+    novel : bool
+        A build that equals an evaluated one is begun anew, up to five times (costs no evaluation).
+    """
+
+    count: Schedule[int] = 1
+    _: KW_ONLY
+    grid: GridSettings = field(default_factory=GridSettings)
+    policy: Policy = field(default_factory=Policy)
+    model: str = "agent"
+    novel: bool = False
+    name: str = "Build"
+
+    def __post_init__(self) -> None:
+        check_schedule(self.count, f"the count of {self.name}")
+
+    def __call__(self, ctx: Context) -> Batch:
+        grid = self.grid.of(ctx.problem)
+        starts = [np.zeros((0, 2), np.int32)] * scheduled(self.count, ctx.iteration)
+        builds = _built(grid, ctx, self.model, self.policy, starts, self.novel)
+        return _batch(ctx.problem, grid, builds, parent=-1) if builds else Batch.empty()
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """Members of the sample with one atom and its nearest neighbours taken out and built anew (thesis 5.3).
+
+    Parameters
+    ----------
+    count : int or {iteration: int}
+    least, most : int
+        So many atoms are taken out, drawn evenly (thesis: 4 to 7).
+    others : see `Build`
+    """
+
+    count: Schedule[int] = 1
+    _: KW_ONLY
+    least: int = 4
+    most: int = 7
+    grid: GridSettings = field(default_factory=GridSettings)
+    policy: Policy = field(default_factory=Policy)
+    model: str = "agent"
+    novel: bool = False
+    name: str = "Rebuild"
+
+    def __post_init__(self) -> None:
+        check_schedule(self.count, f"the count of {self.name}")
+        if not 1 <= self.least <= self.most:
+            raise ConfigurationError(f"{self.name} takes out 1 <= least <= most atoms, got {self.least} and {self.most}")
+
+    def __call__(self, ctx: Context) -> Batch:
+        count = scheduled(self.count, ctx.iteration)
+        if not count or not len(ctx.sample):
+            return Batch.empty()
+        grid = self.grid.of(ctx.problem)
+        rng = ctx.key.fold("parents").rng()
+        parents, starts = [], []
+        for _ in range(count):
+            parent = int(rng.integers(len(ctx.sample)))
+            rows = _rows(grid, ctx.sample[parent])
+            taken = int(min(len(rows), rng.integers(self.least, self.most + 1)))
+            positions = grid.place(rows)
+            away = positions - positions[rng.integers(len(rows))]
+            fractional = away @ np.linalg.inv(ctx.problem.cell)
+            away = (fractional - np.rint(fractional) * ctx.problem.pbc) @ ctx.problem.cell
+            out = np.argsort(np.einsum("ij,ij->i", away, away), kind="stable")[:taken]
+            starts.append(np.delete(rows, out, axis=0))
+            parents.append(parent)
+        known = ctx.sample.columns.get("row", np.full(len(ctx.sample), -1))
+        builds = _built(grid, ctx, self.model, self.policy, starts, self.novel, keep_lost=True)
+        good = [i for i, rows in enumerate(builds) if rows is not None]
+        if not good:
+            return Batch.empty()
+        return _batch(ctx.problem, grid, [builds[i] for i in good], parent=known[np.array(parents)[good]])
+
+
+def _built(
+    grid: Grid, ctx: Context, model: str, policy: Policy, starts: Sequence[Array], novel: bool, *, keep_lost: bool = False
+) -> list[Any]:
+    agent = ctx.models.get(model)
+    if policy.asks and agent is None:
+        raise ConfigurationError(
+            f"a policy that asks for Q needs the agent '{model}' among the models of the search: models={{'{model}': "
+            f"Agent(...)}}.{nearest(model, ctx.models)}"
+        )
+    q_maps: QMaps = agent.q_maps if agent is not None else lambda states: np.zeros(0)
+    keys = [ctx.key.fold("build", i) for i in range(len(starts))]
+    builds = build(grid, q_maps, policy, starts, keys)
+    if novel and agent is not None:
+        for attempt in range(5):
+            again = [i for i, rows in enumerate(builds) if rows is not None and agent.knows(rows)]
+            if not again:
+                break
+            fresh = build(grid, q_maps, policy, [starts[i] for i in again], [keys[i].fold(attempt) for i in again])
+            for i, rows in zip(again, fresh, strict=True):
+                builds[i] = rows
+    return builds if keep_lost else [rows for rows in builds if rows is not None]
+
+
+@dataclass(frozen=True)
+class Snap:
+    """Moves each placed atom to the nearest grid point, in order of placement and without collisions (ASLA-P): what is
+    evaluated is then a structure that the agent could have built."""
+
+    grid: GridSettings = field(default_factory=GridSettings)
+    name: str = "Snap"
+
+    def __call__(self, batch: Batch, ctx: Context) -> Batch:
+        if not len(batch):
+            return batch
+        grid, before = self.grid.of(ctx.problem), 0 if ctx.problem.template is None else ctx.problem.template.atoms
+        positions = batch.positions.copy()
+        for i in range(len(batch)):
+            one, first = batch[i], int(batch.offsets[i]) + before
+            order = one.columns["order"][0] if "order" in one.columns else np.arange(one.atoms - before)
+            positions[first + order] = grid.place(_rows(grid, one))
+        return batch.with_positions(positions)
+
+
+# ---- learning ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Agent:
+    """Q-learning from every evaluated structure; needs PyTorch (`pip install 'thalweg[asla]'`).
+
+    Each told iteration is an episode: its lowest structure, snapped to the grid, gives one state-action pair per placed
+    atom. After each episode the network takes one training step on the pairs of the best, the newest and `replay` random
+    episodes, each pair rotated or mirrored at random.
+
+    Parameters
+    ----------
+    grid : GridSettings
+    representation : "one-hot", "gaussian", "agr", "displaced" or "harmonics"
+        See `thalweg.networks`; `representation_options` go to it.
+    network : str
+        A preset of `thalweg.networks.PRESETS`; None: "thesis-2d" or "thesis-3d-dilated-2".
+    span : float or None
+        Of the rewards [eV]; None: one and a half times as far as the median of the last 100 episodes lies above the best,
+        at least 1 eV.
+    lr : float
+        Learning rate of Adam.
+    replay : int
+        Random episodes per training step.
+    symmetry : bool or None
+        Random copies rotated and mirrored; None: in two dimensions.
+    backend : "auto", "core" or "torch", see `thalweg.networks.Trainer`
+    transfer_from : str, optional
+        A snapshot (.npz, `FittedAgent.save`) of an agent for the same species: its weights are where learning starts.
+    snapshot_every : int
+        Episodes between the snapshots of weights and optimiser that the store holds; a resumed search repeats the
+        training since the last one.
+    seed : int
+        Of initial weights and replay.
+    """
+
+    grid: GridSettings = field(default_factory=GridSettings)
+    _: KW_ONLY
+    representation: str = "gaussian"
+    representation_options: Mapping[str, Any] = field(default_factory=dict)
+    network: str | None = None
+    span: float | None = None
+    lr: float = 1e-3
+    replay: int = 3
+    symmetry: bool | None = None
+    backend: str = "auto"
+    transfer_from: str | None = None
+    snapshot_every: int = 50
+    seed: int = 0
+    name: str = field(default="agent", repr=False)
+    built_on: Grid | None = field(default=None, repr=False, compare=False)  # of the search's problem
+
+    def __post_init__(self) -> None:
+        if self.representation not in REPRESENTATIONS:
+            raise ConfigurationError(
+                f"representation must be one of {', '.join(map(repr, REPRESENTATIONS))}, got {self.representation!r}."
+                f"{nearest(str(self.representation), REPRESENTATIONS)}"
+            )
+        if self.span is not None and not self.span > 0:
+            raise ConfigurationError(f"the span of the rewards must be above 0 eV, got {self.span!r}")
+        if not (self.lr > 0 and self.replay >= 0 and self.snapshot_every >= 1):
+            raise ConfigurationError(
+                "an agent needs lr above 0, replay of at least 0 and snapshot_every of at least 1, got "
+                f"{self.lr}, {self.replay} and {self.snapshot_every}"
+            )
+
+    def bound(self, problem: Problem) -> Agent:
+        """The same agent, knowing its problem; a search calls it."""
+        return replace(self, built_on=self.grid.of(problem))
+
+    def fit(self, data: Batch, previous: FittedAgent | None = None, *, key: Any = None) -> FittedAgent:
+        """Learns the episodes that `previous` has not seen."""
+        fitted = previous or FittedAgent(self)
+        fitted.learn(data)
+        return fitted
+
+    def restore(self, data: Batch, state: Mapping[str, Array]) -> FittedAgent:
+        """The agent of this state, bit for bit: the last snapshot, and the training since repeated."""
+        fitted = FittedAgent(self)
+        fitted.load(data, state)
+        return fitted
+
+    def trainer(self) -> Any:
+        """A new network and its optimiser."""
+        from thalweg import networks
+
+        grid = self.built_on
+        if grid is None:
+            raise ConfigurationError("an Agent learns in a search: Search(models={'agent': Agent(...)})")
+        kinds = {
+            "one-hot": networks.OneHot, "gaussian": networks.Gaussian, "agr": networks.AGR,
+            "displaced": networks.DisplacedGaussians, "harmonics": networks.CircularHarmonics,
+        }  # fmt: skip
+        image = kinds[self.representation](len(grid.species), grid.dimension, **self.representation_options)
+        name = self.network or ("thesis-2d" if grid.dimension == 2 else "thesis-3d-dilated-2")
+        network = networks.QNetwork.preset(name, image, seed=self.seed)
+        trainer = networks.Trainer(network, grid.shape, grid.periodic, lr=self.lr, backend=self.backend)
+        if self.transfer_from is not None:
+            _start_from(trainer, self.transfer_from)
+        return trainer
+
+
+class FittedAgent:
+    """What an agent has learned. `losses`: one per episode."""
+
+    def __init__(self, model: Agent):
+        self.model = model
+        self.trainer = model.trainer()
+        self.grid: Any = model.built_on
+        self.builds: list[Array] = []
+        self.energies: list[float] = []
+        self.losses: list[float] = []
+        self._best: dict[bytes, float] = {}  # lowest energy of the episodes that contain a state-action pair
+        self._known: set[bytes] = set()
+        self._rows_seen = 0
+        self._map: Any = None
+
+    def __repr__(self) -> str:
+        return f"FittedAgent({len(self.builds)} episodes, {self.trainer.network.convolution_weights} weights)"
+
+    @property
+    def size(self) -> int:
+        """Episodes learned."""
+        return len(self.builds)
+
+    # ---- what builders ask ------------------------------------------------------------------------------
+    def q_maps(self, states: Sequence[Array]) -> Array:
+        """Q (n, S, V) float32 of n states (k, 2), template's atoms included."""
+        return np.stack([self.trainer.q_map(state).reshape(len(self.grid.species), -1) for state in states])
+
+    def knows(self, rows: Array) -> bool:
+        """Whether this complete build was evaluated."""
+        return _canonical(rows) in self._known
+
+    # ---- learning -----------------------------------------------------------------------------------------
+    def learn(self, data: Batch, *, steps_from: int = 0) -> None:
+        """Takes in the episodes of `data` not yet seen, one training step each from episode `steps_from` on."""
+        for structure, energy in _episodes(data, self._rows_seen):
+            self._take_in(_rows(self.grid, structure), energy)
+            if len(self.builds) > steps_from:
+                self._train()
+        self._rows_seen = len(data)
+
+    def _take_in(self, rows: Array, energy: float) -> None:
+        self.builds.append(rows)
+        self.energies.append(energy)
+        self._known.add(_canonical(rows))
+        for key in _pairs(rows):
+            self._best[key] = min(energy, self._best.get(key, np.inf))
+
+    def _train(self) -> None:
+        self._map = None
+        newest = len(self.builds) - 1
+        rng = Key.of(self.model.seed).fold("replay", newest).rng()
+        energies = np.array(self.energies)
+        chosen = [int(np.argmin(energies)), newest]
+        others = np.setdiff1d(np.arange(newest), chosen)
+        chosen += rng.choice(others, min(self.model.replay, len(others)), replace=False).tolist()
+        symmetry = self.model.symmetry
+        copies = self.grid.symmetries if (self.grid.dimension == 2 if symmetry is None else symmetry) else None
+        placed, offsets, actions, targets = [], [0], [], []
+        for episode in dict.fromkeys(chosen):
+            rows = self.builds[episode]
+            for step, key in enumerate(_pairs(rows)):
+                state, action = np.concatenate([self.grid.template, rows[:step]]), rows[step].copy()
+                if copies is not None:
+                    moved = copies[int(rng.integers(len(copies)))]
+                    state[:, 1], action[1] = moved[state[:, 1]], moved[action[1]]
+                placed.append(state)
+                offsets.append(offsets[-1] + len(state))
+                actions.append(action)
+                targets.append(self.reward(self._best[key]))
+        loss, _ = self.trainer.step(
+            np.concatenate(placed).astype(np.int32), np.array(offsets, np.int64), np.array(actions, np.int32),
+            np.array(targets, np.float32),
+        )  # fmt: skip
+        self.losses.append(float(loss))
+
+    def reward(self, energy: float) -> float:
+        """1 for the best energy so far, falling to -1; -1 for what failed."""
+        recent = np.array(self.energies[-100:])
+        best = min(self.energies)
+        if not np.isfinite(energy) or not np.isfinite(best):
+            return -1.0
+        span = self.model.span
+        if span is None:
+            span = max(1.0, 1.5 * float(np.median(recent[np.isfinite(recent)]) - best)) if np.isfinite(recent).any() else 1.0
+        return max(-1.0, 1.0 - 2.0 * (energy - best) / span)
+
+    # ---- keeping --------------------------------------------------------------------------------------------
+    @property
+    def state(self) -> dict[str, Array]:
+        """For the store: at every `snapshot_every`-th episode the weights and the optimiser, else how many episodes."""
+        here = {"episodes": np.array(len(self.builds)), "losses": np.array(self.losses[-self.model.snapshot_every :])}
+        if len(self.builds) % self.model.snapshot_every:
+            return {**here, "partial": np.array(1)}
+        return {**here, "snapshot": np.array(len(self.builds)), **_named("trainer", self.trainer.state_dict())}
+
+    def load(self, data: Batch, state: Mapping[str, Array]) -> None:
+        """See `Agent.restore`. `state`: a snapshot, and how many episodes there were when it was to be continued."""
+        if "snapshot" in state:
+            inner = {name[8:]: values for name, values in state.items() if name.startswith("trainer.")}
+            self.trainer.load_state_dict(inner)
+        self.learn(data, steps_from=int(state.get("snapshot", 0)))
+
+    def save(self, path: str) -> None:
+        """Weights and optimiser as .npz, for `transfer_from`."""
+        np.savez_compressed(path, **self.trainer.state_dict())
+
+
+def _start_from(trainer: Any, path: str) -> None:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            state = {name: file[name] for name in file.files}
+    except (OSError, ValueError) as problem:
+        raise ConfigurationError(f"transfer_from: {path} is no snapshot of an agent ({problem})") from problem
+    fresh = trainer.state_dict()
+    for name in ("first_moment", "second_moment", "updates"):  # learning starts anew, from other weights
+        state[name] = fresh[name]
+    trainer.load_state_dict(state)
+
+
+def _named(prefix: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return {f"{prefix}.{name}": values for name, values in arrays.items()}
+
+
+def _episodes(data: Batch, begin: int) -> list[tuple[Batch, float]]:
+    """The lowest structure of each iteration from row `begin` on, and its energy; infinity for one that failed."""
+    if begin >= len(data):
+        return []
+    energy = np.where(data.ok, data.columns["energy"], np.inf)[begin:]
+    tickets = data.columns["ticket"][begin:]
+    kinds = data.columns.get("candidate", np.zeros(len(data), np.int64))[begin:]
+    found = []
+    for ticket, candidate in dict.fromkeys(zip(tickets.tolist(), kinds.tolist(), strict=True)):
+        rows = np.flatnonzero((tickets == ticket) & (kinds == candidate))
+        lowest = int(rows[np.argmin(energy[rows])])
+        found.append((data[begin + lowest], float(energy[lowest])))
+    return found
+
+
+def _canonical(rows: Array) -> bytes:
+    """The same bytes for the same atoms in any order."""
+    return rows[np.lexsort((rows[:, 0], rows[:, 1]))].tobytes()
+
+
+def _pairs(rows: Array) -> list[bytes]:
+    """One key per state-action pair of a build; equal for equal pairs."""
+    return [_canonical(rows[:step]) + b"|" + rows[step].tobytes() for step in range(len(rows))]

@@ -1,0 +1,284 @@
+"""The grid on which an agent builds: which voxel holds which atom, where the next may go, and the way back from relaxed
+atoms to voxels (thesis ch. 4 and 6; Meldgaard, Mortensen, Jorgensen, Hammer, J. Phys.: Condens. Matter 32, 404005 (2020);
+Paper IV (21)).
+
+    state    placed (k, 2) int32: index of the species, voxel (flat index into the grid, C order), in order of placement
+    action   the next such row
+    ratio    (species, voxels): distance from a voxel to the nearest atom present, in sums of covalent radii of the two.
+             An action is allowed where c1 <= ratio < c2: no atom closer, and at least one within reach.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from thalweg import _core
+from thalweg.errors import ConfigurationError
+from thalweg.records import Problem
+
+__all__ = ["Grid", "GridSettings"]
+
+Array = np.ndarray
+
+# Where no voxel is allowed, the reach c2 grows by this factor, so many times, before a build is given up.
+_WIDER, _TRIES = 1.25, 6
+
+
+@dataclass(frozen=True)
+class GridSettings:
+    """How to lay a grid over a problem's box.
+
+    Parameters
+    ----------
+    spacing : float
+        In angstrom, of neighbouring points; the nearest that divides the box is taken.
+    dimension : 2 or 3
+        2: one layer of points that the box's first two vectors span.
+    heights : mapping of symbol to angstrom, optional
+        With dimension 2: the z coordinate of each species' atoms (layered pseudo-3D). Default: the middle of the box.
+    hydrogen_last : bool
+        Hydrogen is placed when all else is.
+    """
+
+    spacing: float = 0.2
+    dimension: int = 2
+    _: KW_ONLY
+    heights: Mapping[str, float] | None = None
+    hydrogen_last: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.spacing > 0 and np.isfinite(self.spacing)):
+            raise ConfigurationError(f"the spacing of a grid must be above 0 angstrom, got {self.spacing!r}")
+        if self.dimension not in (2, 3):
+            raise ConfigurationError(f"the dimension of a grid must be 2 or 3, got {self.dimension!r}")
+        if self.heights is not None and self.dimension == 3:
+            raise ConfigurationError("heights are those of a grid of dimension 2; a grid of dimension 3 has them all")
+
+    def of(self, problem: Problem) -> Grid:
+        """The grid over that problem's box."""
+        return Grid(problem, self)
+
+
+class Grid:
+    """The points of a grid over a problem's box, and the rules for placing atoms on them.
+
+    Directions that the box leaves open along a periodic lattice vector are periodic; the others end at the box.
+
+    Attributes
+    ----------
+    shape : points along each of the `dimension` directions
+    periodic : whether each of them is
+    species : (S,) atomic numbers on the grid, rising: those of the placed atoms and of a template's atoms on it
+    template : (t, 2) int32, a template's atoms that lie on the grid, as rows of a state
+
+    Raises ConfigurationError if the grid would have more than 2e7 points, or heights name no species of the problem.
+    """
+
+    def __init__(self, problem: Problem, settings: GridSettings):
+        self.problem, self.settings = problem, settings
+        d = self.dimension = settings.dimension
+        corner, vectors, opened = problem.box_arguments
+        lengths = np.linalg.norm(vectors[:d], axis=1)
+        self.periodic = tuple(bool(x) for x in opened[:d])
+        counts = [
+            max(1, round(length / settings.spacing)) if wraps else int(length / settings.spacing + 1e-9) + 1
+            for length, wraps in zip(lengths, self.periodic, strict=True)
+        ]
+        self.shape = tuple(int(n) for n in counts)
+        if np.prod(self.shape, dtype=float) > 2e7:
+            raise ConfigurationError(
+                f"a grid of {' x '.join(map(str, self.shape))} points is too fine; take a wider spacing or a smaller box"
+            )
+        steps = [
+            v / n if wraps else v / length * settings.spacing
+            for v, n, wraps, length in zip(vectors[:d], self.shape, self.periodic, lengths, strict=True)
+        ]
+        self.steps = np.array(steps)  # (d, 3) from point to point
+        used = sum(((n - 1) * s for n, s, w in zip(self.shape, steps, self.periodic, strict=True) if not w), np.zeros(3))
+        spare = sum((v for v, w in zip(vectors[:d], self.periodic, strict=True) if not w), np.zeros(3)) - used
+        self.corner = corner + spare / 2 + (vectors[2] / 2 if d == 2 else 0.0)
+        template = problem.template
+        on_grid = np.zeros(0, np.int64) if template is None else np.arange(template.atoms)
+        if template is not None:
+            on_grid = on_grid[self._on_grid(template.positions)]
+        numbers = [] if template is None else template.numbers[on_grid].tolist()
+        self.species = np.unique(np.concatenate([problem.placed_numbers, numbers]).astype(np.int32))
+        self.radii = np.array([_core.covalent_radius(int(z)) for z in self.species])
+        self.counts = np.array([int(np.sum(problem.placed_numbers == z)) for z in self.species])
+        self.heights = self._heights()
+        self.template = np.zeros((0, 2), np.int32)
+        if template is not None and len(on_grid):
+            kinds = np.searchsorted(self.species, template.numbers[on_grid])
+            voxels = [self.nearest(position) for position in template.positions[on_grid]]
+            self.template = np.stack([kinds, voxels], axis=1).astype(np.int32)
+
+    # ---- places ------------------------------------------------------------------------------------
+    @property
+    def voxels(self) -> int:
+        return int(np.prod(self.shape))
+
+    @cached_property
+    def points(self) -> Array:
+        """(V, 3) where the points are [angstrom]; with heights, z is that of a species, see `place`."""
+        index = np.indices(self.shape).reshape(self.dimension, -1).T
+        return self.corner + index @ self.steps
+
+    def place(self, rows: Array) -> Array:
+        """(k, 3) positions [angstrom] of the rows of a state."""
+        rows = np.asarray(rows).reshape(-1, 2)
+        positions = self.points[rows[:, 1]].copy()
+        if self.heights is not None:
+            positions[:, 2] = self.heights[rows[:, 0]]
+        return positions
+
+    def nearest(self, position: Array) -> int:
+        """The voxel nearest to a position (its projection, where the grid has two dimensions)."""
+        return int(np.ravel_multi_index(tuple(self._index(position)), self.shape))
+
+    def _index(self, position: Array) -> Array:
+        exact = np.linalg.lstsq(self.steps.T, np.asarray(position) - self.corner, rcond=None)[0]
+        index = np.rint(exact).astype(int)
+        for k, (n, wraps) in enumerate(zip(self.shape, self.periodic, strict=True)):
+            index[k] = index[k] % n if wraps else min(max(index[k], 0), n - 1)
+        return index
+
+    def _on_grid(self, positions: Array) -> Array:
+        """(n,) whether an atom is so near to the grid that it belongs on it."""
+        exact = np.linalg.lstsq(self.steps.T, (positions - self.corner).T, rcond=None)[0].T
+        inside = np.ones(len(positions), bool)
+        for k, (n, wraps) in enumerate(zip(self.shape, self.periodic, strict=True)):
+            if not wraps:
+                inside &= (exact[:, k] > -0.5) & (exact[:, k] < n - 0.5)
+        return inside
+
+    def _heights(self) -> Array | None:
+        """(S,) z of each species on a grid of two dimensions with heights."""
+        given = self.settings.heights
+        if given is None:
+            return None
+        from thalweg.elements import NUMBERS
+
+        names = {NUMBERS[name]: name for name in self.problem.counts}
+        unknown = set(given) - set(names.values())
+        if unknown:
+            raise ConfigurationError(f"heights name {', '.join(sorted(unknown))}, which the problem does not place")
+        default = float(self.corner[2])
+        return np.array([float(given.get(names.get(int(z), ""), default)) for z in self.species])
+
+    # ---- where the next atom may go ------------------------------------------------------------------
+    @cached_property
+    def empty(self) -> Array:
+        """(S, V) the ratio with the template alone; infinity without one."""
+        ratio = np.full((len(self.species), self.voxels), np.inf)
+        template = self.problem.template
+        if template is not None:
+            for position, number in zip(template.positions, template.numbers, strict=True):
+                self.narrow(ratio, position, _core.covalent_radius(int(number)))
+        return ratio
+
+    def narrow(self, ratio: Array, position: Array, radius: float) -> None:
+        """Takes one more atom into account, in place."""
+        for s in range(len(self.species)) if self.heights is not None else [0]:
+            distance = self._distances(position, s)
+            for kind in [s] if self.heights is not None else range(len(self.species)):
+                np.minimum(ratio[kind], distance / (radius + self.radii[kind]), out=ratio[kind])
+
+    def _distances(self, position: Array, species: int) -> Array:
+        """(V,) from a position to all points at that species' height, periodic images included."""
+        away = self.points - position
+        if self.heights is not None:
+            away[:, 2] = self.heights[species] - position[2]
+        pbc = self.problem.pbc
+        if not pbc.any():
+            return np.sqrt(np.einsum("ij,ij->i", away, away))
+        cell = self.problem.cell
+        fractional = away @ np.linalg.inv(cell)
+        fractional -= np.rint(fractional) * pbc
+        away = fractional @ cell
+        square = np.einsum("ij,ij->i", away, away)
+        if np.abs(cell @ cell.T - np.diag(np.diag(cell @ cell.T))).max() > 1e-9:  # skewed: a next image may be nearer
+            for image in itertools.product(*[(-1, 0, 1) if wraps else (0,) for wraps in pbc]):
+                other = away + np.array(image) @ cell
+                square = np.minimum(square, np.einsum("ij,ij->i", other, other))
+        return np.sqrt(square)
+
+    def allowed(self, ratio: Array, used: Array, first: bool = False) -> Array:
+        """(S, V) bool: the actions that may be taken. used (S,): atoms of each species placed so far.
+
+        The first atom where there is no template goes to the middle of a grid without periodic directions (Paper IV),
+        anywhere in one with. Where nothing is within reach, the reach grows.
+        """
+        kinds = used < self.counts
+        if self.settings.hydrogen_last and np.any(kinds & (self.species != 1)):
+            kinds &= self.species != 1
+        free = kinds[:, None] & (ratio >= self.problem.c1)
+        if first and not np.isfinite(ratio).any():
+            if any(self.periodic):
+                return free
+            middle = np.ravel_multi_index(tuple(n // 2 for n in self.shape), self.shape)
+            only = np.zeros_like(free)
+            only[:, middle] = free[:, middle]
+            return only
+        reach = self.problem.c2
+        for _ in range(_TRIES):
+            near = free & (ratio < reach)
+            if near.any():
+                return near
+            reach *= _WIDER
+        return free
+
+    # ---- from relaxed atoms back to voxels ------------------------------------------------------------
+    def snap(self, positions: Array, numbers: Array, order: Sequence[int] | None = None) -> Array:
+        """(k, 2) int32 rows of the atoms, in `order` (default: as they come): each goes to the nearest voxel where it is
+        no closer than c1 to those before it, or, if there is none, to the nearest free one (thesis 5.2)."""
+        positions, numbers = np.asarray(positions, float), np.asarray(numbers)
+        kinds = np.searchsorted(self.species, numbers)
+        ratio, rows = self.empty.copy(), []
+        for atom in range(len(numbers)) if order is None else order:
+            s = int(kinds[atom])
+            nearest = self.nearest(positions[atom])
+            if ratio[s, nearest] < self.problem.c1:
+                distance = self._distances(positions[atom], s)
+                room = ratio[s] >= self.problem.c1
+                if not room.any():
+                    room = ratio[s] > 0
+                nearest = int(np.argmin(np.where(room, distance, np.inf)))
+            rows.append((s, nearest))
+            self.narrow(ratio, self.place(np.array([rows[-1]]))[0], float(self.radii[s]))
+        return np.array(rows, np.int32).reshape(-1, 2)
+
+    # ---- rotated and mirrored copies -----------------------------------------------------------------
+    @cached_property
+    def symmetries(self) -> list[Array]:
+        """Permutations of the voxels, (V,) each, the identity first: mirrors of the grid and, where two directions are
+        alike, their exchange. Only directions at right angles to all others are mirrored; the copies are of whole states, template
+        included."""
+        d, index = self.dimension, np.arange(self.voxels).reshape(self.shape)
+        product = self.steps @ self.steps.T
+        square = [bool(np.all(np.abs(np.delete(product[k], k)) < 1e-9)) for k in range(d)]
+        axes = [k for k in range(d) if square[k] and not (d == 3 and k == 2 and self.problem.template is not None)]
+        found = []
+        swaps = [tuple(range(d))]
+        for a, b in itertools.combinations(axes, 2):
+            alike = self.shape[a] == self.shape[b] and self.periodic[a] == self.periodic[b]
+            if alike and abs(product[a, a] - product[b, b]) < 1e-9:
+                swap = list(range(d))
+                swap[a], swap[b] = b, a
+                swaps.append(tuple(swap))
+        for swap in swaps:
+            for flips in itertools.product(*[(False, True) if k in axes else (False,) for k in range(d)]):
+                moved = index.transpose(swap)
+                for k, flipped in enumerate(flips):
+                    moved = np.flip(moved, k) if flipped else moved
+                found.append(np.ascontiguousarray(moved).ravel())
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """In a few words, for reports and errors."""
+        return {"shape": list(self.shape), "periodic": list(self.periodic), "species": self.species.tolist()}
