@@ -44,6 +44,11 @@ struct Complex {
   V re, im;
 };
 
+template <bool v>
+struct Constant {
+  static constexpr bool value = v;
+};
+
 // ---- transforms -------------------------------------------------------------------------------------------------
 
 template <int radix>
@@ -417,31 +422,38 @@ THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, int firs
       im_rest[c] = add ? load<8>(s + 40) : V8{};
     }
   }
-  for (int side = 0; side < 2; ++side) {
-    const float* a = side == 0 ? a_f : a_g;
-    const float sign = side == 0 ? 1.0f : -1.0f;
+  // The sign of -f's imaginary parts is in the operation: a factor straight from memory costs nothing to spread.
+  const auto side = [&](const float* a, const float* from, auto conjugated) __attribute__((always_inline)) {
     for (int l = 0; l < 8; ++l) {
-      const float* row = rows + (8 * side + l) * 24;
+      const float* row = from + l * 24;
       W d[kWideCount];
 #pragma GCC unroll 8
       for (int k = 0; k < kWideCount; ++k) d[k] = load<kWide>(row + k * kWide);
-      const V8 d_rest = rest ? load<8>(row + 16) : V8{};
+      V8 d_rest{};
+      if constexpr (rest) d_rest = load<8>(row + 16);
 #pragma GCC unroll 8
       for (int c = 0; c < channels; ++c) {
         const float* x = a + channel_at(first + c) + l;
-        const float x_re = x[0], x_im = sign * x[kImaginary];
 #pragma GCC unroll 8
         for (int k = 0; k < kWideCount; ++k) {
-          re[c][k] += x_re * d[k];
-          im[c][k] += x_im * d[k];
+          re[c][k] += x[0] * d[k];
+          if constexpr (decltype(conjugated)::value)
+            im[c][k] -= x[kImaginary] * d[k];
+          else
+            im[c][k] += x[kImaginary] * d[k];
         }
         if constexpr (rest) {
-          re_rest[c] += x_re * d_rest;
-          im_rest[c] += x_im * d_rest;
+          re_rest[c] += x[0] * d_rest;
+          if constexpr (decltype(conjugated)::value)
+            im_rest[c] -= x[kImaginary] * d_rest;
+          else
+            im_rest[c] += x[kImaginary] * d_rest;
         }
       }
     }
-  }
+  };
+  side(a_f, rows, Constant<false>());
+  side(a_g, rows + 8 * 24, Constant<true>());
 #pragma GCC unroll 8
   for (int c = 0; c < channels; ++c) {
     float* s = sums + (first + c) * kSums;

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from thalweg import _core
 from thalweg.errors import ConfigurationError, nearest
 from thalweg.randomness import Key
 
@@ -676,6 +677,19 @@ def _correlate(x: Tensor, weight: Tensor) -> Tensor:
     return out[(..., *[slice(n - w + 1) for n, w in zip(x.shape[2:], weight.shape[2:], strict=True)])]
 
 
+def _not_for_the_core(network: QNetwork) -> str:
+    """Why the compiled step cannot train it, or an empty string."""
+    if not network.representation.linear:
+        return "a representation that is not linear"
+    if network.hidden != 10:
+        return f"{network.hidden} hidden channels (10 are compiled)"
+    if len(set(network.dilations)) > 1:
+        return "a dilation per layer"
+    if network.species > 16 or network.kernel > 63 or network.dilations[0] > 64:
+        return "more than 16 species, kernels beyond 63 or dilations beyond 64"
+    return ""
+
+
 # ---- training --------------------------------------------------------------------------------------------------
 
 
@@ -725,7 +739,18 @@ class Trainer:
             parameter.data = torch.from_numpy(self.parameters[start:stop]).view(parameter.shape)
             start = stop
         self._parameters = [named[name] for name in order]
-        self.backend = "torch"
+        self._convolutions = network.convolution_weights
+        reason = _not_for_the_core(network)
+        if backend == "core" and reason:
+            raise ConfigurationError(f"backend='core' trains no network with {reason}; take 'auto' or 'torch'")
+        self.backend = "torch" if reason or backend == "torch" else "core"
+        self._core: _core.QTraining | None = None
+        if self.backend == "core":
+            self._core = _core.QTraining(
+                list(self.grid_shape), list(self.periodic), species=network.species, kernel=network.kernel,
+                dilation=network.dilations[0], half_window=network.representation.kernels().shape[-1] // 2,
+                slope=network.slope,
+            )  # fmt: skip
 
     @property
     def grid_shape(self) -> tuple[int, ...]:
@@ -737,6 +762,14 @@ class Trainer:
 
     def q_of(self, placed: Array, offsets: Array, actions: Array) -> Array:
         """Q (n,) float32 of n state-action pairs."""
+        if self._core is not None:
+            placed, offsets, actions = self.network._pairs(placed, offsets, actions)
+            with torch.no_grad():
+                kernels, shift = self.network.representation.effective()
+            return self._core.evaluate(
+                self.parameters[: self._convolutions], kernels.numpy().ravel(), shift.numpy(),
+                placed.astype(np.int32), offsets, actions.astype(np.int32), threads=self.threads,
+            )  # fmt: skip
         with torch.no_grad():
             return self.network.q_of(placed, offsets, actions).numpy()
 
@@ -753,6 +786,8 @@ class Trainer:
                 f"targets must be finite numbers ({max(len(offsets) - 1, 1)},), one per state and at least one, "
                 f"got shape {targets.shape}"
             )
+        if self._core is not None:
+            return self._core_gradient(placed, offsets, actions, targets)
         q = self.network.q_of(placed, offsets, actions)
         loss = functional.mse_loss(q, torch.from_numpy(targets).to(q))
         coefficients = self.network.representation.size_of_coefficients() if self.l1 else None
@@ -761,6 +796,30 @@ class Trainer:
         gradients = torch.autograd.grad(loss, self._parameters)
         flat = np.concatenate([g.numpy().ravel() for g in gradients])
         return float(loss.detach()), q.detach().numpy().astype(np.float32), flat
+
+    def _core_gradient(
+        self, placed: Array, offsets: Array, actions: Array, targets: Array
+    ) -> tuple[float, Array, Array]:
+        """The compiled step knows a representation by its kernels and shift; torch takes the derivative on from there."""
+        assert self._core is not None
+        representation, own = self.network.representation, self._parameters[2 * LAYERS :]
+        kernels, shift = representation.effective()
+        loss, q, gradient, by_kernels, by_shift = self._core.gradient(
+            self.parameters[: self._convolutions], kernels.detach().numpy().ravel(), shift.detach().numpy(),
+            placed.astype(np.int32), offsets, actions.astype(np.int32), targets, image=bool(own), threads=self.threads,
+        )  # fmt: skip
+        if not own:
+            return loss, q, gradient
+        pulled = [torch.from_numpy(by_kernels).view(kernels.shape), torch.from_numpy(by_shift)]
+        outputs = [kernels, shift]
+        coefficients = representation.size_of_coefficients() if self.l1 else None
+        if coefficients is not None:
+            loss += self.l1 * float(coefficients.detach())
+            outputs.append(coefficients)
+            pulled.append(torch.tensor(self.l1))
+        used = [k for k, out in enumerate(outputs) if out.requires_grad]
+        more = torch.autograd.grad([outputs[k] for k in used], own, [pulled[k] for k in used])
+        return loss, q, np.concatenate([gradient, *[g.numpy().ravel() for g in more]])
 
     def step(self, placed: Array, offsets: Array, actions: Array, targets: Array) -> tuple[float, Array]:
         """`steps` updates of the weights; the loss and Q (n,) that the last of them started from."""
@@ -773,14 +832,10 @@ class Trainer:
 
     def _adam(self, gradient: Array) -> None:
         self.updates += 1
-        b1, b2 = np.float32(self.beta1), np.float32(self.beta2)
-        self._first *= b1
-        self._first += (1 - b1) * gradient
-        self._second *= b2
-        self._second += (1 - b2) * gradient * gradient
-        rate = np.float32(self.lr / (1 - self.beta1**self.updates))
-        scale = np.float32(1 / math.sqrt(1 - self.beta2**self.updates))
-        self.parameters -= rate * self._first / (np.sqrt(self._second) * scale + np.float32(self.epsilon))
+        _core.adam_step(
+            gradient, self.parameters, self._first, self._second, update=self.updates, rate=self.lr, beta1=self.beta1,
+            beta2=self.beta2, epsilon=self.epsilon,
+        )  # fmt: skip
 
     def weights(self) -> dict[str, Array]:
         """What evaluates the network elsewhere, float32, copies: w1 .. w4 (out, in, *kernel), b1 .. b4 (out,); for a
