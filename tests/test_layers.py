@@ -21,7 +21,7 @@ PYTHON = [
     {"files", "randomness", "schedule", "descriptors", "calculators", "pool", "statistics", "priors"},
     {"records"},
     {"generators", "select", "refine", "evaluate", "models", "local_model", "model_choice", "callbacks", "stagnation"},
-    {"search", "store"},
+    {"search", "store", "networks"},
     {"recipes", "testing"},
     {"config", "campaign", "report", "progress", "bench", "scaffold", "importing"},
     {"cli"},
@@ -46,6 +46,7 @@ CPP = {
     "local_gpr.hpp": {"core.hpp", "landscape.hpp", "environments.hpp"},
     "relax.hpp": {"core.hpp", "landscape.hpp"},
     "build.hpp": {"core.hpp", "random.hpp", "relax.hpp"},
+    "training.hpp": {"core.hpp"},
 }
 
 

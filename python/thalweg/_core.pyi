@@ -24,10 +24,12 @@ __all__: list[str] = [
     "Minimiser",
     "PairPrior",
     "PythonLandscape",
+    "QTraining",
     "Surrogate",
     "Tersoff",
     "Tilted",
     "active_isa",
+    "adam_step",
     "closest_contacts",
     "covalent_radius",
     "default_threads",
@@ -465,6 +467,70 @@ class Minimiser:
     def evaluations(self) -> int: ...
     @property
     def positions(self) -> numpy.typing.NDArray[numpy.float64]: ...
+
+class QTraining:
+    """
+    Q of state-action pairs and gradients of a Q-network for one shape (training.hpp).
+    """
+    def __init__(
+        self,
+        grid: collections.abc.Sequence[int],
+        periodic: collections.abc.Sequence[bool],
+        *,
+        species: int,
+        kernel: int,
+        dilation: int,
+        half_window: int,
+        slope: float = 0.01,
+    ) -> None: ...
+    def evaluate(
+        self,
+        parameters: numpy.typing.ArrayLike,
+        kernels: numpy.typing.ArrayLike,
+        shift: numpy.typing.ArrayLike,
+        placed: numpy.typing.ArrayLike,
+        offsets: numpy.typing.ArrayLike,
+        actions: numpy.typing.ArrayLike,
+        *,
+        threads: int = 1,
+    ) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        Q (n,).
+        """
+    def gradient(
+        self,
+        parameters: numpy.typing.ArrayLike,
+        kernels: numpy.typing.ArrayLike,
+        shift: numpy.typing.ArrayLike,
+        placed: numpy.typing.ArrayLike,
+        offsets: numpy.typing.ArrayLike,
+        actions: numpy.typing.ArrayLike,
+        targets: numpy.typing.ArrayLike,
+        *,
+        image: bool = False,
+        threads: int = 1,
+    ) -> tuple:
+        """
+        Mean square loss, Q (n,), and its derivative by parameters and, with image=True, by kernels and shift (flat, else empty).
+        """
+    @property
+    def parameters(self) -> int: ...
+
+def adam_step(
+    gradient: numpy.typing.ArrayLike,
+    parameters: numpy.typing.NDArray[numpy.float32],
+    first_moment: numpy.typing.NDArray[numpy.float32],
+    second_moment: numpy.typing.NDArray[numpy.float32],
+    *,
+    update: int,
+    rate: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    epsilon: float = 1e-8,
+) -> None:
+    """
+    One step of Adam, in place; update = 1, 2, ...
+    """
 
 def active_isa() -> str: ...
 def closest_contacts(batch: typing.Any, *, threads: int = 0) -> numpy.typing.NDArray[numpy.float64]:

@@ -1,0 +1,723 @@
+#include "thalweg/training.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <string>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "isa.hpp"
+#include "training_kernels.hpp"
+
+namespace thalweg {
+
+THALWEG_DISPATCH(TrainingKernels, training_kernels)
+
+namespace {
+
+static_assert(QNetworkShape::kHidden == kHidden);
+
+constexpr int kLayers = 4;
+constexpr int kMostSlots = 8;                    // partial sums that threads fill; fixed, so that sums are
+constexpr std::int64_t kMostPoints = 1LL << 26;  // of a box
+
+/// Floats on cache lines; spectra are read in long strides, for which huge pages spare most address look-ups.
+class Floats {
+ public:
+  Floats() = default;
+  Floats(const Floats&) = delete;
+  Floats& operator=(const Floats&) = delete;
+  Floats(Floats&& other) noexcept : data_(other.data_), size_(other.size_) {
+    other.data_ = nullptr;
+    other.size_ = 0;
+  }
+  ~Floats() { std::free(data_); }
+
+  /// At least this many, zero when they are new.
+  float* need(std::size_t count) {
+    if (count > size_) {
+      std::free(data_);
+      data_ = nullptr;
+      size_ = 0;
+      constexpr std::size_t kHuge = std::size_t{1} << 21;
+      const std::size_t bytes = count * sizeof(float), unit = bytes >= kHuge ? kHuge : 64;
+      const std::size_t rounded = (bytes + unit - 1) / unit * unit;
+      data_ = static_cast<float*>(std::aligned_alloc(unit, rounded));
+      if (data_ == nullptr) throw std::bad_alloc();
+#ifdef __linux__
+      if (unit == kHuge) madvise(data_, rounded, MADV_HUGEPAGE);
+#endif
+      std::memset(data_, 0, rounded);
+      size_ = count;
+    }
+    return data_;
+  }
+  float* data() const { return data_; }
+
+ private:
+  float* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+bool is_smooth(int n) {
+  for (const int prime : {2, 3, 5})
+    while (n % prime == 0) n /= prime;
+  return n == 1;
+}
+
+int smooth_at_least(int n) {
+  while (!is_smooth(n)) ++n;
+  return n;
+}
+
+/// A Transform with the arrays that it points to.
+struct Plan {
+  Transform transform{};
+  std::vector<float> twiddles[3];
+  std::vector<std::int32_t> pair;
+  int extent[3] = {1, 1, 1};  // of what is transformed
+
+  std::size_t frequencies() const {
+    return static_cast<std::size_t>(transform.size[0]) * static_cast<std::size_t>(transform.size[1]) *
+           static_cast<std::size_t>(transform.size[2]);
+  }
+
+  void make(int dimension, const int* size) {
+    transform.dimension = dimension;
+    for (int d = 0; d < 3; ++d) {
+      const int n = size[d];
+      transform.size[d] = n;
+      Fft& fft = transform.fft[d];
+      fft.n = n;
+      fft.stages = 0;
+      int rest = n;
+      for (const int radix : {5, 4, 3, 2})
+        while (rest % radix == 0) {
+          fft.radix[fft.stages++] = radix;
+          rest /= radix;
+        }
+      twiddles[d].resize(2 * static_cast<std::size_t>(n));
+      for (int j = 0; j < n; ++j) {
+        const double angle = -2 * 3.141592653589793 * j / n;
+        twiddles[d][2 * static_cast<std::size_t>(j)] = static_cast<float>(std::cos(angle));
+        twiddles[d][2 * static_cast<std::size_t>(j) + 1] = static_cast<float>(std::sin(angle));
+      }
+      fft.twiddles = twiddles[d].data();
+    }
+    const int nz = size[0], ny = size[1], nx = size[2];
+    for (int kx = 0; kx < nx; ++kx)
+      for (int ky = 0; ky < ny; ++ky)
+        for (int kz = 0; kz < nz; ++kz) {
+          const int f = (kx * ny + ky) * nz + kz;
+          const int g = ((nx - kx) % nx * ny + (ny - ky) % ny) * nz + (nz - kz) % nz;
+          if (f <= g) {
+            pair.push_back(f);
+            pair.push_back(g);
+          }
+        }
+    transform.pairs = static_cast<int>(pair.size() / 2);
+    transform.pair = pair.data();
+  }
+};
+
+std::string tuple(const int* values, int count) {
+  std::string out = "(";
+  for (int d = 0; d < count; ++d) out += (d > 0 ? ", " : "") + std::to_string(values[d]);
+  return out + ")";
+}
+
+std::size_t size_of(int n) { return static_cast<std::size_t>(n); }
+
+}  // namespace
+
+struct QTraining::Impl {
+  explicit Impl(const QNetworkShape& wanted);
+
+  // One call.
+  struct Call {
+    const QNetworkWeights& weights;
+    const StateActions& pairs;
+    std::span<const float> targets, pull;  // one of them, or none to evaluate only
+    std::span<float> q;
+    bool backward, wants_kernels;
+    int channel_pairs;  // of the images
+    double scale;       // of the loss' derivative
+  };
+
+  // Buffers of one thread.
+  struct Arena {
+    Floats image, activation[kLayers], spectrum[3], product, delta_spectrum, delta, scratch;
+    Floats masks[kLayers];
+    std::vector<float> u, du;
+  };
+
+  // What one share of the groups adds up to.
+  struct Slot {
+    Floats sums[3];
+    std::vector<float> last, kernels;  // (species, kHidden, points), (species, window)
+    std::array<std::array<double, kHidden>, 3> bias{};
+    std::vector<double> last_bias, shift;
+    double loss = 0;
+  };
+
+  // Where the points of one layer's box (0: image) sit in the grid.
+  int coordinate(int d, int layer, int index, int action) const { return action + step[d] * (index - centre[layer]); }
+
+  void check(const QNetworkWeights& weights, const StateActions& pairs) const;
+  double run(const QNetworkWeights& weights, const StateActions& pairs, std::span<const float> targets,
+             std::span<const float> pull, std::span<float> q, const QNetworkGradient& out, bool backward, int threads);
+  void prepare_weights(const QNetworkWeights& weights);
+  void crop_kernels(std::span<const float> kernels, bool whole);
+  void group(const Call& call, std::size_t g, Arena& arena, Slot& slot, bool add);
+  Box box(int layer, const Arena& arena, bool masked) const;
+  void splat(const Call& call, std::size_t sample, float* plane, float* gradient) const;
+  void position(std::int32_t voxel, int* out) const;
+  std::size_t points(int layer) const {
+    return size_of(extent[layer][0]) * size_of(extent[layer][1]) * size_of(extent[layer][2]);
+  }
+  int inputs(int layer) const { return layer == 0 ? shape.species : kHidden; }
+  std::size_t parameter_offset(int layer, bool bias) const {
+    std::size_t at = 0;
+    for (int l = 0; l < kLayers; ++l) {
+      const std::size_t out = size_of(l == kLayers - 1 ? shape.species : kHidden), in = size_of(inputs(l));
+      if (l == layer && !bias) return at;
+      at += out * in * taps;
+      if (l == layer) return at;
+      at += out;
+    }
+    return at;
+  }
+
+  QNetworkShape shape;
+  // Directions z, y, x; a plane has z of one voxel.
+  int grid[3] = {1, 1, 1}, step[3] = {1, 1, 1}, reach[3] = {0, 0, 0};
+  bool periodic[3] = {true, false, false}, torus[3] = {false, false, false};
+  int centre[kLayers] = {0, 0, 0, 0};  // index of the action in each box (0: image, then a_1, a_2, a_3), not in z of 2D
+  int extent[kLayers][3]{};
+  std::size_t taps = 1;  // of a convolution kernel
+  std::size_t window = 1;
+  Plan plan[3];  // of the inputs of layers 1, 2, 3
+  std::size_t weight_cells[3] = {0, 0, 0};
+  std::size_t scratch_size = 0;
+
+  Floats weight_spectrum[3], kernel_planes, kernel_spectrum, kernel_scratch;
+  std::vector<Arena> arenas;
+  std::vector<Slot> slots;
+  std::vector<float> kernels;  // cropped to `used` around their middle, rows along x
+  int used = 0;
+};
+
+QTraining::Impl::Impl(const QNetworkShape& wanted) : shape(wanted) {
+  if (shape.dimension != 2 && shape.dimension != 3)
+    throw Error("dimension must be 2 or 3, but it is " + std::to_string(shape.dimension));
+  if (shape.species < 1 || shape.species > kMostSpecies)
+    throw Error("species must be 1 to " + std::to_string(kMostSpecies) + ", but it is " +
+                std::to_string(shape.species));
+  if (shape.kernel < 1 || shape.kernel % 2 == 0 || shape.kernel > 63)
+    throw Error("kernel must be odd, 1 to 63, but it is " + std::to_string(shape.kernel));
+  if (shape.dilation < 1 || shape.dilation > 64)
+    throw Error("dilation must be 1 to 64, but it is " + std::to_string(shape.dilation));
+  if (shape.half_window < 0 || shape.half_window > 100)
+    throw Error("half_window must be 0 to 100, but it is " + std::to_string(shape.half_window));
+  if (!(shape.slope >= 0 && shape.slope < 1))
+    throw Error("slope must be at least 0 and below 1, but it is " + std::to_string(shape.slope));
+  std::int64_t voxels = 1;
+  for (int d = 0; d < shape.dimension; ++d) {
+    if (shape.grid[size_of(d)] < 1)
+      throw Error("grid must have at least one voxel per direction, but it is " +
+                  tuple(shape.grid.data(), shape.dimension));
+    voxels *= shape.grid[size_of(d)];
+    if (voxels > (std::int64_t{1} << 31) - 1)
+      throw Error("grid " + tuple(shape.grid.data(), shape.dimension) + " has more than 2^31 - 1 voxels");
+  }
+  const int k = shape.kernel, half = k / 2, first = 3 - shape.dimension;
+  for (int layer = 0; layer < kLayers; ++layer) {
+    centre[layer] = (kLayers - layer) * half;
+    extent[layer][0] = 1;
+  }
+  int size[3][3];
+  for (int layer = 0; layer < 3; ++layer) size[layer][0] = 1;
+  for (int d = first; d < 3; ++d) {
+    const std::size_t from = size_of(d - first);
+    grid[d] = shape.grid[from];
+    periodic[d] = shape.periodic[from];
+    step[d] = shape.dilation;
+    reach[d] = shape.half_window;
+    taps *= size_of(k);
+    window *= size_of(2 * shape.half_window + 1);
+    // A periodic lattice that is smaller than its unfolded box is transformed as it is, if its length is smooth.
+    const int lattice = grid[d] % step[d] == 0 ? grid[d] / step[d] : 0;
+    torus[d] = periodic[d] && lattice >= k && lattice < 2 * centre[0] + 1 && is_smooth(lattice);
+    for (int layer = 0; layer < kLayers; ++layer) {
+      const int unfolded = 2 * centre[layer] + 1;
+      extent[layer][d] = torus[d] ? std::min(unfolded, lattice) : unfolded;
+      if (layer < 3) size[layer][d] = smooth_at_least(extent[layer][d]);
+    }
+  }
+  if (shape.dimension == 2) periodic[0] = true;  // no walls
+  for (int layer = 0; layer < 3; ++layer) {
+    double frequencies = 1;
+    for (int d = 0; d < 3; ++d) frequencies *= size[layer][d];
+    if (frequencies > static_cast<double>(kMostPoints))
+      throw Error("the box around an action has " + std::to_string(frequencies) +
+                  " points, too many to train on; choose a smaller kernel or a dilation");
+    std::copy(extent[layer], extent[layer] + 3, plan[layer].extent);
+    plan[layer].make(shape.dimension, size[layer]);
+    weight_cells[layer] = (size_of(inputs(layer)) * kHidden + kCell - 1) / kCell;
+    for (const int* e : {extent[layer], extent[layer + 1]})
+      scratch_size = std::max(scratch_size, transform_scratch(plan[layer].transform, e));
+  }
+}
+
+void QTraining::Impl::position(std::int32_t voxel, int* out) const {
+  for (int d = 2; d >= 0; --d) {
+    out[d] = voxel % grid[d];
+    voxel /= grid[d];
+  }
+}
+
+void QTraining::Impl::check(const QNetworkWeights& weights, const StateActions& pairs) const {
+  const auto expect = [](const char* name, std::size_t wanted, std::size_t came) {
+    if (wanted != came)
+      throw Error(std::string(name) + " must hold " + std::to_string(wanted) + " values, but it holds " +
+                  std::to_string(came));
+  };
+  expect("parameters", parameter_offset(kLayers, false), weights.parameters.size());
+  expect("kernels", size_of(shape.species) * window, weights.kernels.size());
+  expect("shift", size_of(shape.species), weights.shift.size());
+  if (pairs.offsets.empty() || pairs.offsets[0] != 0) throw Error("offsets must start at 0 and have n + 1 entries");
+  for (std::size_t i = 0; i < pairs.size(); ++i)
+    if (pairs.offsets[i + 1] < pairs.offsets[i])
+      throw Error("offsets must not fall, but they do after state " + std::to_string(i));
+  expect("placed", 2 * static_cast<std::size_t>(pairs.offsets.back()), pairs.placed.size());
+  expect("actions", 2 * pairs.size(), pairs.actions.size());
+  const std::int64_t voxels = std::int64_t{grid[0]} * grid[1] * grid[2];
+  for (const auto& [name, rows] : {std::pair{"placed", pairs.placed}, std::pair{"actions", pairs.actions}})
+    for (std::size_t i = 0; i < rows.size(); i += 2)
+      if (rows[i] < 0 || rows[i] >= shape.species || rows[i + 1] < 0 || rows[i + 1] >= voxels)
+        throw Error(std::string(name) + " row " + std::to_string(i / 2) + " is species " + std::to_string(rows[i]) +
+                    ", voxel " + std::to_string(rows[i + 1]) + "; expected species below " +
+                    std::to_string(shape.species) + " and voxels below " + std::to_string(voxels));
+}
+
+/// Values below 1e-9 of the largest change no bit that matters; their gradient does, so `whole` keeps them.
+void QTraining::Impl::crop_kernels(std::span<const float> all, bool whole) {
+  const int half = shape.half_window, edge = 2 * half + 1;
+  const bool solid = shape.dimension == 3;
+  const auto at = [&](std::size_t s, int z, int y, int x) {
+    const int row = solid ? (z + half) * edge + y + half : y + half;
+    return all[s * window + size_of(row * edge + x + half)];
+  };
+  used = half;
+  if (!whole) {
+    float largest = 0;
+    for (const float v : all) largest = std::max(largest, std::abs(v));
+    used = 0;
+    for (std::size_t s = 0; s < size_of(shape.species); ++s)
+      for (int z = solid ? -half : 0; z <= (solid ? half : 0); ++z)
+        for (int y = -half; y <= half; ++y)
+          for (int x = -half; x <= half; ++x)
+            if (std::abs(at(s, z, y, x)) > 1e-9f * largest)
+              used = std::max({used, std::abs(z), std::abs(y), std::abs(x)});
+  }
+  for (int d = 3 - shape.dimension; d < 3; ++d) reach[d] = used;
+  kernels.clear();
+  for (std::size_t s = 0; s < size_of(shape.species); ++s)
+    for (int z = -reach[0]; z <= reach[0]; ++z)
+      for (int y = -used; y <= used; ++y)
+        for (int x = -used; x <= used; ++x) kernels.push_back(at(s, z, y, x));
+}
+
+void QTraining::Impl::prepare_weights(const QNetworkWeights& weights) {
+  const TrainingKernels& k = training_kernels();
+  const int edge = shape.kernel;
+  const int window_extent[3] = {shape.dimension == 3 ? edge : 1, edge, edge};
+  for (int layer = 0; layer < 3; ++layer) {
+    const std::size_t count = size_of(inputs(layer)) * kHidden, cells = weight_cells[layer];
+    const Transform& t = plan[layer].transform;
+    const float* w = weights.parameters.data() + parameter_offset(layer, false);
+    float* planes = kernel_planes.need(taps * kCell);
+    float* spectrum = kernel_spectrum.need(plan[layer].frequencies() * cells * kCell);
+    float* scratch = kernel_scratch.need(transform_scratch(t, window_extent));
+    for (std::size_t j = 0; j < cells; ++j) {
+      for (std::size_t r = 0; r < kCell; ++r) {
+        const std::size_t q = j * kCell + r;
+        for (std::size_t tap = 0; tap < taps; ++tap) planes[tap * kCell + r] = q < count ? w[q * taps + tap] : 0.0f;
+      }
+      k.forward(t, window_extent, planes, spectrum + j * kCell, cells * kCell, scratch);
+    }
+    float* out = weight_spectrum[layer].need(size_of(t.pairs) * 2 * cells * kCell);
+    k.split(t, cells, spectrum, 1.0f / static_cast<float>(plan[layer].frequencies()), out);
+  }
+}
+
+Box QTraining::Impl::box(int layer, const Arena& arena, bool masked) const {
+  Box out{};
+  const float* mask = arena.masks[layer].data();
+  for (int d = 0; d < 3; ++d) {
+    out.extent[d] = extent[layer][d];
+    out.mask[d] = masked ? mask : nullptr;
+    mask += extent[layer][d] * kCell;
+  }
+  return out;
+}
+
+/// Adds the images of one sample's atoms to its lanes of plane (species pairs, points) cells; with `gradient` the
+/// derivative with respect to the plane is there instead, and each kernel's goes to gradient (species, used window).
+void QTraining::Impl::splat(const Call& call, std::size_t sample, float* plane, float* gradient) const {
+  struct Hit {
+    int index, offset;  // along one direction: point of the box, element of the kernel
+  };
+  std::vector<Hit> hits[3];
+  const std::size_t lane = sample % kGroup;
+  const std::size_t part = lane % 8 + (lane < 8 ? 0 : kImaginary);
+  int action[3], atom[3];
+  position(call.pairs.actions[2 * sample + 1], action);
+  const int edge_y = 2 * reach[1] + 1, edge_x = 2 * reach[2] + 1;
+  const std::size_t size = size_of(2 * reach[0] + 1) * size_of(edge_y) * size_of(edge_x);
+  for (std::int64_t row = call.pairs.offsets[sample]; row < call.pairs.offsets[sample + 1]; ++row) {
+    const std::size_t species = size_of(call.pairs.placed[2 * static_cast<std::size_t>(row)]);
+    position(call.pairs.placed[2 * static_cast<std::size_t>(row) + 1], atom);
+    for (int d = 0; d < 3; ++d) {
+      hits[d].clear();
+      const int low = shape.dimension == 2 && d == 0 ? 0 : -step[d] * centre[0];
+      const int high = low + step[d] * (extent[0][d] - 1);
+      for (int r = -reach[d]; r <= reach[d]; ++r) {
+        const int place = atom[d] + r;
+        if (!periodic[d] && (place < 0 || place >= grid[d])) continue;
+        int along = place - action[d];
+        if (!periodic[d]) {
+          if (along >= low && along <= high && (along - low) % step[d] == 0)
+            hits[d].push_back({(along - low) / step[d], r + reach[d]});
+          continue;
+        }
+        // every image within the box
+        along = low + ((along - low) % grid[d] + grid[d]) % grid[d];
+        for (; along <= high; along += grid[d])
+          if ((along - low) % step[d] == 0) hits[d].push_back({(along - low) / step[d], r + reach[d]});
+      }
+    }
+    float* cells = plane + species / 2 * points(0) * kCell + species % 2 * kSecond + part;
+    const float* kernel = kernels.data() + species * size;
+    float* out = gradient == nullptr ? nullptr : gradient + species * size;
+    for (const Hit& z : hits[0])
+      for (const Hit& y : hits[1]) {
+        float* line = cells + static_cast<std::size_t>((z.index * extent[0][1] + y.index) * extent[0][2]) * kCell;
+        const std::size_t from = size_of((z.offset * edge_y + y.offset) * edge_x);
+        if (out == nullptr)
+          for (const Hit& x : hits[2]) line[x.index * kCell] += kernel[from + size_of(x.offset)];
+        else
+          for (const Hit& x : hits[2]) out[from + size_of(x.offset)] += line[x.index * kCell];
+      }
+  }
+}
+
+void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot& slot, bool add) {
+  const TrainingKernels& k = training_kernels();
+  const std::size_t begin = g * kGroup, count = std::min<std::size_t>(kGroup, call.pairs.size() - begin);
+  const float* parameters = call.weights.parameters.data();
+  const std::size_t image_stride = size_of(call.channel_pairs) * kCell, stride = kHiddenCells * kCell;
+  float* scratch = arena.scratch.need(scratch_size);
+
+  // what lies inside the grid
+  bool masked = false;
+  for (int layer = 0; layer < kLayers; ++layer) {
+    float* mask = arena.masks[layer].need(size_of(extent[layer][0] + extent[layer][1] + extent[layer][2]) * kCell);
+    for (int d = 0; d < 3; ++d)
+      for (int i = 0; i < extent[layer][d]; ++i, mask += kCell) {
+        std::fill(mask, mask + kCell, 1.0f);
+        if (periodic[d]) continue;
+        for (std::size_t l = 0; l < count; ++l) {
+          int action[3];
+          position(call.pairs.actions[2 * (begin + l) + 1], action);
+          const int at = coordinate(d, layer, i, action[d]);
+          if (at >= 0 && at < grid[d]) continue;
+          masked = true;
+          float* m = mask + l % 8 + (l < 8 ? 0 : kImaginary);
+          m[0] = m[kSecond] = 0.0f;
+        }
+      }
+  }
+
+  // images, and their spectra
+  const std::size_t image_plane = points(0) * kCell;
+  float* image = arena.image.need(size_of(call.channel_pairs) * image_plane);
+  std::memset(image, 0, size_of(call.channel_pairs) * image_plane * sizeof(float));
+  for (std::size_t l = 0; l < count; ++l) splat(call, begin + l, image, nullptr);
+  const Box image_box = box(0, arena, masked);
+  for (int s = 0; s < shape.species; ++s) {
+    const float shift = call.weights.shift[size_of(s)];
+    if (shift == 0) continue;
+    float* p = image + size_of(s / 2) * image_plane + s % 2 * kSecond;
+    for (int z = 0; z < extent[0][0]; ++z)
+      for (int y = 0; y < extent[0][1]; ++y)
+        for (int x = 0; x < extent[0][2]; ++x, p += kCell)
+          for (int half = 0; half < kCell; half += kImaginary)
+            for (int l = half; l < half + 8; ++l)
+              p[l] += !masked ? shift
+                              : shift * image_box.mask[0][z * kCell + l] * image_box.mask[1][y * kCell + l] *
+                                    image_box.mask[2][x * kCell + l];
+  }
+  float* spectrum[3];
+  for (int layer = 0; layer < 3; ++layer)
+    spectrum[layer] = arena.spectrum[layer].need(plan[layer].frequencies() * (layer == 0 ? image_stride : stride));
+  for (int j = 0; j < call.channel_pairs; ++j)
+    k.forward(plan[0].transform, extent[0], image + size_of(j) * image_plane, spectrum[0] + j * kCell, image_stride,
+              scratch);
+
+  // forward
+  std::size_t most = 0;
+  for (const Plan& p : plan) most = std::max(most, p.frequencies());
+  float* product = arena.product.need(most * std::max(stride, image_stride));
+  float* activation[kLayers] = {};
+  for (int layer = 0; layer < 3; ++layer) {
+    const Transform& t = plan[layer].transform;
+    const int n_in = inputs(layer);
+    k.multiply(t, weight_spectrum[layer].data(), weight_cells[layer], n_in, 1, kHidden, n_in, true, spectrum[layer],
+               layer == 0 ? image_stride : stride, product, stride);
+    const std::size_t plane = points(layer + 1) * kCell;
+    activation[layer + 1] = arena.activation[layer + 1].need(kHiddenCells * plane);
+    const float* bias = parameters + parameter_offset(layer, true);
+    const Box inside = box(layer + 1, arena, masked);
+    for (int j = 0; j < kHiddenCells; ++j) {
+      float* a = activation[layer + 1] + size_of(j) * plane;
+      k.inverse(t, extent[layer + 1], product + j * kCell, stride, a, scratch);
+      k.activate(inside, bias + 2 * j, shape.slope, a);
+      if (layer < 2)
+        k.forward(plan[layer + 1].transform, extent[layer + 1], a, spectrum[layer + 1] + j * kCell, stride, scratch);
+    }
+  }
+  const float* last = parameters + parameter_offset(3, false);
+  const float* last_bias = parameters + parameter_offset(3, true);
+  arena.u.assign(size_of(shape.species) * kGroup, 0.0f);
+  arena.du.assign(size_of(shape.species) * kGroup, 0.0f);
+  k.last(static_cast<int>(taps), shape.species, last, activation[3], arena.u.data());
+  for (std::size_t l = 0; l < count; ++l) {
+    const std::size_t sample = begin + l, s = size_of(call.pairs.actions[2 * sample]);
+    // in double: 1 - q^2 of a saturated q would lose all digits
+    const double q = std::tanh(static_cast<double>(arena.u[s * kGroup + l] + last_bias[s]));
+    call.q[sample] = static_cast<float>(q);
+    if (!call.backward) continue;
+    double dq;
+    if (call.pull.empty()) {
+      const double error = q - static_cast<double>(call.targets[sample]);
+      slot.loss += error * error * call.scale;
+      dq = 2 * error * call.scale;
+    } else {
+      dq = call.pull[sample];
+    }
+    const double du = dq * (1 - q * q);
+    arena.du[s * kGroup + l] = static_cast<float>(du);
+    slot.last_bias[s] += du;
+  }
+  if (!call.backward) return;
+
+  // backward
+  float* delta = arena.delta.need(std::max({points(0), points(1), points(2), kHiddenCells * points(3)}) * kCell);
+  float* delta_spectrum = arena.delta_spectrum.need(most * stride);
+  k.last_back(static_cast<int>(taps), shape.species, last, activation[3], arena.du.data(), delta, slot.last.data());
+  for (int layer = 2; layer >= 0; --layer) {
+    const Transform& t = plan[layer].transform;
+    const std::size_t plane = points(layer + 1) * kCell;
+    const Box inside = box(layer + 1, arena, masked);
+    for (int j = 0; j < kHiddenCells; ++j) {
+      float* d = delta + (layer == 2 ? size_of(j) * plane : 0);
+      if (layer < 2)  // what the layer above left in `product`
+        k.inverse(plan[layer + 1].transform, extent[layer + 1], product + j * kCell, stride, d, scratch);
+      k.pull(inside, shape.slope, activation[layer + 1] + size_of(j) * plane, d);
+      k.forward(t, extent[layer + 1], d, delta_spectrum + j * kCell, stride, scratch);
+      for (int c = 0; c < kCell; ++c)  // frequency zero is the sum over points
+        slot.bias[size_of(layer)][size_of(2 * j + c / kSecond % 2)] += delta_spectrum[j * kCell + c];
+    }
+    const int n_in = inputs(layer);
+    const std::size_t in_stride = layer == 0 ? image_stride : stride;
+    float* sums = slot.sums[layer].need(size_of(t.pairs) * size_of(n_in) * kSums);
+    k.correlate(t, n_in, spectrum[layer], in_stride, delta_spectrum, add, sums);
+    if (layer > 0 || call.wants_kernels)
+      k.multiply(t, weight_spectrum[layer].data(), weight_cells[layer], kHidden, n_in, n_in, 1, false, delta_spectrum,
+                 stride, product, in_stride);
+  }
+  if (!call.wants_kernels) return;
+  for (int j = 0; j < call.channel_pairs; ++j)
+    k.inverse(plan[0].transform, extent[0], product + j * kCell, image_stride, image + size_of(j) * image_plane,
+              scratch);
+  for (std::size_t l = 0; l < count; ++l) splat(call, begin + l, image, slot.kernels.data());
+  for (int s = 0; s < shape.species; ++s) {
+    const float* p = image + size_of(s / 2) * image_plane + s % 2 * kSecond;
+    double sum = 0;
+    for (int z = 0; z < extent[0][0]; ++z)
+      for (int y = 0; y < extent[0][1]; ++y) {
+        float row = 0;
+        for (int x = 0; x < extent[0][2]; ++x, p += kCell)
+          for (std::size_t l = 0; l < count; ++l) {
+            const std::size_t at = l % 8 + (l < 8 ? 0 : kImaginary);
+            row += !masked
+                       ? p[at]
+                       : p[at] * image_box.mask[0][size_of(z) * kCell + at] *
+                             image_box.mask[1][size_of(y) * kCell + at] * image_box.mask[2][size_of(x) * kCell + at];
+          }
+        sum += static_cast<double>(row);
+      }
+    slot.shift[size_of(s)] += sum;
+  }
+}
+
+double QTraining::Impl::run(const QNetworkWeights& weights, const StateActions& pairs, std::span<const float> targets,
+                            std::span<const float> pull, std::span<float> q, const QNetworkGradient& out, bool backward,
+                            int threads) {
+  check(weights, pairs);
+  const std::size_t n = pairs.size();
+  const auto expect = [](const char* name, std::size_t wanted, std::size_t came) {
+    if (wanted != came)
+      throw Error(std::string(name) + " must hold " + std::to_string(wanted) + " values, but it holds " +
+                  std::to_string(came));
+  };
+  expect("q", n, q.size());
+  if (backward && pull.empty()) expect("targets", n, targets.size());
+  if (backward && targets.empty()) expect("pull", n, pull.size());
+  if (!out.parameters.empty()) expect("the gradient of parameters", weights.parameters.size(), out.parameters.size());
+  if (!out.kernels.empty()) expect("the gradient of kernels", weights.kernels.size(), out.kernels.size());
+  if (!out.shift.empty()) expect("the gradient of shift", weights.shift.size(), out.shift.size());
+  for (const std::span<float> g : {out.parameters, out.kernels, out.shift}) std::fill(g.begin(), g.end(), 0.0f);
+  if (n == 0) return 0;
+
+  const TrainingKernels& k = training_kernels();
+  const bool wants_kernels = backward && (!out.kernels.empty() || !out.shift.empty());
+  crop_kernels(weights.kernels, wants_kernels && !out.kernels.empty());
+  prepare_weights(weights);
+  const Call call{
+      weights, pairs, targets, pull, q, backward, wants_kernels, (shape.species + 1) / 2, 1.0 / static_cast<double>(n)};
+
+  const std::size_t groups = (n + kGroup - 1) / kGroup;
+  const int n_slots = static_cast<int>(std::min<std::size_t>(groups, kMostSlots));
+  if (threads <= 0) threads = default_threads();
+  threads = std::min(threads, n_slots);
+  if (arenas.size() < size_of(threads)) arenas.resize(size_of(threads));
+  if (slots.size() < size_of(n_slots)) slots.resize(size_of(n_slots));
+  for (int s = 0; s < n_slots; ++s) {
+    Slot& slot = slots[size_of(s)];
+    slot.loss = 0;
+    slot.bias = {};
+    slot.last.assign(backward ? size_of(shape.species) * kHidden * taps : 0, 0.0f);
+    slot.kernels.assign(wants_kernels ? kernels.size() : 0, 0.0f);
+    slot.last_bias.assign(size_of(shape.species), 0.0);
+    slot.shift.assign(size_of(shape.species), 0.0);
+  }
+  bool failed = false;  // an exception must not leave a parallel region
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+  for (int thread = 0; thread < threads; ++thread) try {
+      for (int s = thread; s < n_slots; s += threads) {
+        const std::size_t first = groups * size_of(s) / size_of(n_slots),
+                          end = groups * size_of(s + 1) / size_of(n_slots);
+        for (std::size_t g = first; g < end; ++g) group(call, g, arenas[size_of(thread)], slots[size_of(s)], g > first);
+      }
+    } catch (...) {
+#pragma omp atomic write
+      failed = true;
+    }
+  if (failed) throw Error("not enough memory to train on this network; choose a smaller kernel or a dilation");
+  if (!backward) return 0;
+
+  double loss = 0;
+  for (int s = 0; s < n_slots; ++s) loss += slots[size_of(s)].loss;
+  if (wants_kernels) {
+    const int half = shape.half_window, edge = 2 * half + 1, solid = shape.dimension == 3 ? half : 0;
+    std::size_t from = 0;
+    for (std::size_t s = 0; s < size_of(shape.species); ++s) {
+      double total = 0;
+      for (int i = 0; i < n_slots; ++i) total += slots[size_of(i)].shift[s];
+      if (!out.shift.empty()) out.shift[s] = static_cast<float>(total);
+      if (out.kernels.empty()) continue;
+      for (int z = -reach[0]; z <= reach[0]; ++z)
+        for (int y = -used; y <= used; ++y)
+          for (int x = -used; x <= used; ++x, ++from) {
+            double sum = 0;
+            for (int i = 0; i < n_slots; ++i) sum += static_cast<double>(slots[size_of(i)].kernels[from]);
+            const int row = ((z + solid) * (solid > 0 ? edge : 1)) + y + half;
+            out.kernels[s * window + size_of(row * edge + x + half)] = static_cast<float>(sum);
+          }
+    }
+  }
+  if (out.parameters.empty()) return loss;
+
+  const int window_extent[3] = {shape.dimension == 3 ? shape.kernel : 1, shape.kernel, shape.kernel};
+  for (int layer = 0; layer < 3; ++layer) {
+    const Plan& p = plan[layer];
+    const std::size_t cells = weight_cells[layer], kernel_count = size_of(inputs(layer)) * kHidden;
+    const float* sums[kMostSlots];
+    for (int s = 0; s < n_slots; ++s) sums[s] = slots[size_of(s)].sums[layer].data();
+    float* spectrum = kernel_spectrum.need(p.frequencies() * cells * kCell);
+    float* planes = kernel_planes.need(taps * kCell);
+    float* scratch = kernel_scratch.need(transform_scratch(p.transform, window_extent));
+    k.join(p.transform, inputs(layer), n_slots, sums, cells, 1.0f / static_cast<float>(p.frequencies()), spectrum);
+    float* w = out.parameters.data() + parameter_offset(layer, false);
+    for (std::size_t j = 0; j < cells; ++j) {
+      k.inverse(p.transform, window_extent, spectrum + j * kCell, cells * kCell, planes, scratch);
+      for (std::size_t r = 0; r < kCell && j * kCell + r < kernel_count; ++r)
+        for (std::size_t tap = 0; tap < taps; ++tap) w[(j * kCell + r) * taps + tap] = planes[tap * kCell + r];
+    }
+    float* bias = out.parameters.data() + parameter_offset(layer, true);
+    for (std::size_t c = 0; c < kHidden; ++c) {
+      double sum = 0;
+      for (int s = 0; s < n_slots; ++s) sum += slots[size_of(s)].bias[size_of(layer)][c];
+      bias[c] = static_cast<float>(sum);
+    }
+  }
+  float* last = out.parameters.data() + parameter_offset(3, false);
+  for (std::size_t i = 0; i < size_of(shape.species) * kHidden * taps; ++i)
+    for (int s = 0; s < n_slots; ++s) last[i] += slots[size_of(s)].last[i];
+  float* last_bias = out.parameters.data() + parameter_offset(3, true);
+  for (std::size_t s = 0; s < size_of(shape.species); ++s) {
+    double sum = 0;
+    for (int i = 0; i < n_slots; ++i) sum += slots[size_of(i)].last_bias[s];
+    last_bias[s] = static_cast<float>(sum);
+  }
+  return loss;
+}
+
+QTraining::QTraining(const QNetworkShape& shape) : impl_(std::make_unique<Impl>(shape)) {}
+QTraining::~QTraining() = default;
+const QNetworkShape& QTraining::shape() const { return impl_->shape; }
+std::size_t QTraining::parameters() const { return impl_->parameter_offset(kLayers, false); }
+std::size_t QTraining::kernel_size() const { return impl_->window; }
+
+void QTraining::evaluate(const QNetworkWeights& weights, const StateActions& pairs, std::span<float> q, int threads) {
+  impl_->run(weights, pairs, {}, {}, q, {}, false, threads);
+}
+
+double QTraining::gradient(const QNetworkWeights& weights, const StateActions& pairs, std::span<const float> targets,
+                           std::span<float> q, const QNetworkGradient& out, int threads) {
+  return impl_->run(weights, pairs, targets, {}, q, out, true, threads);
+}
+
+void QTraining::pull_back(const QNetworkWeights& weights, const StateActions& pairs, std::span<const float> pull,
+                          std::span<float> q, const QNetworkGradient& out, int threads) {
+  if (pull.size() != pairs.size())
+    throw Error("pull must hold " + std::to_string(pairs.size()) + " values, but it holds " +
+                std::to_string(pull.size()));
+  impl_->run(weights, pairs, {}, pull, q, out, true, threads);
+}
+
+void adam_step(const AdamSettings& settings, std::int64_t update, std::span<const float> gradient,
+               std::span<float> parameters, std::span<float> first_moment, std::span<float> second_moment) {
+  const std::size_t n = parameters.size();
+  if (gradient.size() != n || first_moment.size() != n || second_moment.size() != n)
+    throw Error("gradient, parameters and both moments must be of equal length, but they have " +
+                std::to_string(gradient.size()) + ", " + std::to_string(n) + ", " +
+                std::to_string(first_moment.size()) + " and " + std::to_string(second_moment.size()));
+  if (update < 1) throw Error("update must be at least 1, but it is " + std::to_string(update));
+  const double t = static_cast<double>(update);
+  training_kernels().adam(n, gradient.data(), static_cast<float>(settings.beta1), static_cast<float>(settings.beta2),
+                          static_cast<float>(settings.rate / (1 - std::pow(settings.beta1, t))),
+                          static_cast<float>(1 / std::sqrt(1 - std::pow(settings.beta2, t))),
+                          static_cast<float>(settings.epsilon), parameters.data(), first_moment.data(),
+                          second_moment.data());
+}
+
+}  // namespace thalweg

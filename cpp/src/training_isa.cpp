@@ -1,0 +1,654 @@
+// Hot loops of the training step; compiled once per instruction set (see isa.hpp for the rule of these units).
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "training_kernels.hpp"
+
+namespace thalweg::THALWEG_ISA {
+namespace {
+
+#define THALWEG_INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;  // both channels of a cell at once
+#elif defined(__AVX__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+template <int width>
+struct Lanes {
+  typedef float Type __attribute__((vector_size(width * sizeof(float))));
+  typedef float Unaligned __attribute__((vector_size(width * sizeof(float)), aligned(4), may_alias));
+  typedef std::int32_t Integer __attribute__((vector_size(width * sizeof(float))));
+};
+using V = Lanes<kWidth>::Type;
+using V8 = Lanes<8>::Type;
+
+template <int width = kWidth>
+THALWEG_INLINE typename Lanes<width>::Type load(const float* p) {
+  return *reinterpret_cast<const typename Lanes<width>::Unaligned*>(p);
+}
+template <class T>
+THALWEG_INLINE void store(float* p, T v) {
+  *reinterpret_cast<typename Lanes<sizeof(T) / sizeof(float)>::Unaligned*>(p) = v;
+}
+template <class T = V>
+THALWEG_INLINE T spread(float x) {
+  return x - T{};
+}
+
+struct Complex {
+  V re, im;
+};
+
+template <bool v>
+struct Constant {
+  static constexpr bool value = v;
+};
+
+// ---- transforms -------------------------------------------------------------------------------------------------
+
+template <int radix>
+THALWEG_INLINE void butterfly(Complex* a) {
+  if constexpr (radix == 2) {
+    const Complex t = a[1];
+    a[1] = {a[0].re - t.re, a[0].im - t.im};
+    a[0] = {a[0].re + t.re, a[0].im + t.im};
+  } else if constexpr (radix == 3) {
+    const V half = spread(0.5f), root = spread(0.86602540378443865f);
+    const V sr = a[1].re + a[2].re, si = a[1].im + a[2].im;
+    const V dr = root * (a[1].re - a[2].re), di = root * (a[1].im - a[2].im);
+    const V er = a[0].re - half * sr, ei = a[0].im - half * si;
+    a[0] = {a[0].re + sr, a[0].im + si};
+    a[1] = {er + di, ei - dr};
+    a[2] = {er - di, ei + dr};
+  } else if constexpr (radix == 4) {
+    const V b0r = a[0].re + a[2].re, b0i = a[0].im + a[2].im, b1r = a[0].re - a[2].re, b1i = a[0].im - a[2].im;
+    const V b2r = a[1].re + a[3].re, b2i = a[1].im + a[3].im, b3r = a[1].re - a[3].re, b3i = a[1].im - a[3].im;
+    a[0] = {b0r + b2r, b0i + b2i};
+    a[2] = {b0r - b2r, b0i - b2i};
+    a[1] = {b1r + b3i, b1i - b3r};
+    a[3] = {b1r - b3i, b1i + b3r};
+  } else {
+    const V c1 = spread(0.30901699437494742f), c2 = spread(-0.80901699437494742f);
+    const V s1 = spread(0.95105651629515357f), s2 = spread(0.58778525229247313f);
+    const V p1r = a[1].re + a[4].re, p1i = a[1].im + a[4].im, q1r = a[1].re - a[4].re, q1i = a[1].im - a[4].im;
+    const V p2r = a[2].re + a[3].re, p2i = a[2].im + a[3].im, q2r = a[2].re - a[3].re, q2i = a[2].im - a[3].im;
+    const V u1r = (a[0].re + c1 * p1r) + c2 * p2r, u1i = (a[0].im + c1 * p1i) + c2 * p2i;
+    const V u2r = (a[0].re + c2 * p1r) + c1 * p2r, u2i = (a[0].im + c2 * p1i) + c1 * p2i;
+    const V w1r = s1 * q1r + s2 * q2r, w1i = s1 * q1i + s2 * q2i;
+    const V w2r = s2 * q1r - s1 * q2r, w2i = s2 * q1i - s1 * q2i;
+    a[0] = {a[0].re + (p1r + p2r), a[0].im + (p1i + p2i)};
+    a[1] = {u1r + w1i, u1i - w1r};
+    a[4] = {u1r - w1i, u1i + w1r};
+    a[2] = {u2r + w2i, u2i - w2r};
+    a[3] = {u2r - w2i, u2i + w2r};
+  }
+}
+
+// Elements of a strided line; re and im: where the parts of an element are.
+struct In {
+  const float* p;
+  std::ptrdiff_t stride;
+  int count, re, im;
+};
+struct Out {
+  float* p;
+  std::ptrdiff_t stride;
+  int count, re, im;
+};
+
+// One pass: n points left, s interleaved transforms of them. The first reads a line whose tail is zero, the last writes
+// one whose tail nobody wants.
+template <int radix, bool first, bool last>
+THALWEG_INLINE void stage(int n, int s, const float* twiddles, const In& in, const Out& out) {
+  const int m = n / radix;
+  for (int p = 0; p < m; ++p) {
+    V wr[radix] = {}, wi[radix] = {};
+    if constexpr (!last) {
+#pragma GCC unroll 8
+      for (int j = 1; j < radix; ++j) {
+        wr[j] = spread(twiddles[2 * p * j * s]);
+        wi[j] = spread(twiddles[2 * p * j * s + 1]);
+      }
+    }
+    for (int q = 0; q < s; ++q) {
+      Complex a[radix];
+#pragma GCC unroll 8
+      for (int j = 0; j < radix; ++j) {
+        const int k = q + s * (p + m * j);
+        if (first && k >= in.count) {
+          a[j] = {V{}, V{}};
+        } else {
+          const float* x = in.p + k * in.stride;
+          a[j] = {load(x + in.re), load(x + in.im)};
+        }
+      }
+      butterfly<radix>(a);
+#pragma GCC unroll 8
+      for (int j = 0; j < radix; ++j) {
+        const int k = q + s * (radix * p + j);
+        if (last && k >= out.count) continue;
+        float* y = out.p + k * out.stride;
+        if (last || j == 0) {
+          store(y + out.re, a[j].re);
+          store(y + out.im, a[j].im);
+        } else {
+          store(y + out.re, a[j].re * wr[j] - a[j].im * wi[j]);
+          store(y + out.im, a[j].re * wi[j] + a[j].im * wr[j]);
+        }
+      }
+    }
+  }
+}
+
+template <bool first, bool last>
+THALWEG_INLINE void stage_of(int radix, int n, int s, const float* twiddles, const In& in, const Out& out) {
+  switch (radix) {
+    case 2:
+      return stage<2, first, last>(n, s, twiddles, in, out);
+    case 3:
+      return stage<3, first, last>(n, s, twiddles, in, out);
+    case 4:
+      return stage<4, first, last>(n, s, twiddles, in, out);
+    default:
+      return stage<5, first, last>(n, s, twiddles, in, out);
+  }
+}
+
+// in.count points (the rest of n is zero) to the first out.count frequencies. The inverse is the forward transform with
+// real and imaginary parts swapped on both sides. scratch: 2 n cells.
+__attribute__((noinline)) void line(const Fft& fft, In in, Out out, float* scratch) {
+  if (fft.n == 1) {
+    for (int k = 0; k < kImaginary; k += kWidth) {
+      store(out.p + out.re + k, load(in.p + in.re + k));
+      store(out.p + out.im + k, load(in.p + in.im + k));
+    }
+    return;
+  }
+  float* buffers[2] = {scratch, scratch + 2 * kWidth * fft.n};
+  for (int part = 0; part < kImaginary; part += kWidth) {
+    if (fft.stages == 1) {
+      stage_of<true, true>(fft.radix[0], fft.n, 1, fft.twiddles, in, out);
+    } else {
+      int n = fft.n, s = 1;
+      stage_of<true, false>(fft.radix[0], n, s, fft.twiddles, in, {buffers[0], 2 * kWidth, n, 0, kWidth});
+      for (int k = 1; k < fft.stages; ++k) {
+        n /= fft.radix[k - 1];
+        s *= fft.radix[k - 1];
+        const In from{buffers[(k - 1) & 1], 2 * kWidth, fft.n, 0, kWidth};
+        if (k + 1 < fft.stages)
+          stage_of<false, false>(fft.radix[k], n, s, fft.twiddles, from,
+                                 {buffers[k & 1], 2 * kWidth, fft.n, 0, kWidth});
+        else
+          stage_of<false, true>(fft.radix[k], n, s, fft.twiddles, from, out);
+      }
+    }
+    in.p += kWidth;
+    out.p += kWidth;
+  }
+}
+
+// Odd numbers of cells between lines: columns of a power of two would share few cache sets.
+void forward(const Transform& t, const int* extent, const float* plane, float* spectrum, std::size_t stride,
+             float* scratch) {
+  const std::ptrdiff_t nx = t.size[2], ny = t.size[1], nz = t.size[0], row = (nx | 1) * kCell, column = ny | 1;
+  const std::ptrdiff_t step = static_cast<std::ptrdiff_t>(stride);
+  float* slab = scratch;
+  float* columns = slab + extent[1] * row;
+  float* buffer = columns + (t.dimension == 3 ? extent[0] * nx * column * kCell : 0);
+  for (int z = 0; z < extent[0]; ++z) {
+    for (int y = 0; y < extent[1]; ++y)
+      line(t.fft[2],
+           {plane + (z * extent[1] + y) * static_cast<std::ptrdiff_t>(extent[2]) * kCell, kCell, extent[2], 0,
+            kImaginary},
+           {slab + y * row, kCell, t.size[2], 0, kImaginary}, buffer);
+    for (std::ptrdiff_t kx = 0; kx < nx; ++kx) {
+      const In in{slab + kx * kCell, row, extent[1], 0, kImaginary};
+      if (t.dimension == 2)
+        line(t.fft[1], in, {spectrum + kx * ny * step, step, t.size[1], 0, kImaginary}, buffer);
+      else
+        line(t.fft[1], in, {columns + (z * nx + kx) * column * kCell, kCell, t.size[1], 0, kImaginary}, buffer);
+    }
+  }
+  if (t.dimension == 3)
+    for (std::ptrdiff_t kx = 0; kx < nx; ++kx)
+      for (std::ptrdiff_t ky = 0; ky < ny; ++ky)
+        line(t.fft[0], {columns + (kx * column + ky) * kCell, nx * column * kCell, extent[0], 0, kImaginary},
+             {spectrum + (kx * ny + ky) * nz * step, step, t.size[0], 0, kImaginary}, buffer);
+}
+
+void inverse(const Transform& t, const int* extent, const float* spectrum, std::size_t stride, float* plane,
+             float* scratch) {
+  const std::ptrdiff_t nx = t.size[2], ny = t.size[1], nz = t.size[0], row = (nx | 1) * kCell, column = ny | 1;
+  const std::ptrdiff_t step = static_cast<std::ptrdiff_t>(stride);
+  float* slab = scratch;
+  float* columns = slab + extent[1] * row;
+  float* buffer = columns + (t.dimension == 3 ? extent[0] * nx * column * kCell : 0);
+  if (t.dimension == 3)
+    for (std::ptrdiff_t kx = 0; kx < nx; ++kx)
+      for (std::ptrdiff_t ky = 0; ky < ny; ++ky)
+        line(t.fft[0], {spectrum + (kx * ny + ky) * nz * step, step, t.size[0], kImaginary, 0},
+             {columns + (kx * column + ky) * kCell, nx * column * kCell, extent[0], kImaginary, 0}, buffer);
+  for (int z = 0; z < extent[0]; ++z) {
+    for (std::ptrdiff_t kx = 0; kx < nx; ++kx) {
+      const Out out{slab + kx * kCell, row, extent[1], kImaginary, 0};
+      if (t.dimension == 2)
+        line(t.fft[1], {spectrum + kx * ny * step, step, t.size[1], kImaginary, 0}, out, buffer);
+      else
+        line(t.fft[1], {columns + (z * nx + kx) * column * kCell, kCell, t.size[1], kImaginary, 0}, out, buffer);
+    }
+    for (int y = 0; y < extent[1]; ++y)
+      line(t.fft[2], {slab + y * row, kCell, t.size[2], kImaginary, 0},
+           {plane + (z * extent[1] + y) * static_cast<std::ptrdiff_t>(extent[2]) * kCell, kCell, extent[2], kImaginary,
+            0},
+           buffer);
+  }
+}
+
+// ---- products of spectra ----------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+constexpr int kPasses = 1, kOutputs = 10;
+// Frequencies f and -f side by side, the second one conjugated: they share their weights.
+struct Side {
+  const float *f, *g;
+  Side(const float* f_, const float* g_, int) : f(f_), g(g_) {}
+  V re(std::ptrdiff_t k) const {
+    return __builtin_shufflevector(load<8>(f + k), load<8>(g + k), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,
+                                   15);
+  }
+  V im(std::ptrdiff_t k) const {
+    return __builtin_shufflevector(load<8>(f + k + kImaginary), -load<8>(g + k + kImaginary), 0, 1, 2, 3, 4, 5, 6, 7, 8,
+                                   9, 10, 11, 12, 13, 14, 15);
+  }
+};
+THALWEG_INLINE void put(float* f, float* g, std::ptrdiff_t k, int, V re, V im) {
+  store(f + k, __builtin_shufflevector(re, re, 0, 1, 2, 3, 4, 5, 6, 7));
+  store(g + k, __builtin_shufflevector(re, re, 8, 9, 10, 11, 12, 13, 14, 15));
+  store(f + k + kImaginary, __builtin_shufflevector(im, im, 0, 1, 2, 3, 4, 5, 6, 7));
+  store(g + k + kImaginary, -__builtin_shufflevector(im, im, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+#else
+constexpr int kPasses = 2 * 8 / kWidth, kOutputs = 5;
+struct Side {
+  const float* p;
+  float sign;
+  Side(const float* f, const float* g, int pass)
+      : p((pass < kPasses / 2 ? f : g) + pass % (kPasses / 2) * kWidth), sign(pass < kPasses / 2 ? 1.0f : -1.0f) {}
+  V re(std::ptrdiff_t k) const { return load(p + k); }
+  V im(std::ptrdiff_t k) const { return sign * load(p + k + kImaginary); }
+};
+THALWEG_INLINE void put(float* f, float* g, std::ptrdiff_t k, int pass, V re, V im) {
+  float* p = (pass < kPasses / 2 ? f : g) + pass % (kPasses / 2) * kWidth + k;
+  store(p, re);
+  store(p + kImaginary, pass < kPasses / 2 ? im : -im);
+}
+#endif
+
+THALWEG_INLINE std::ptrdiff_t channel_at(int c) { return c / 2 * kCell + c % 2 * kSecond; }
+
+template <int outputs, bool conjugate>
+THALWEG_INLINE void multiply_block(const float* w, std::size_t imaginary, int n_in, int step_in, int first,
+                                   int step_out, const float* in_f, const float* in_g, float* out_f, float* out_g) {
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const Side in(in_f, in_g, pass);
+    V re[outputs] = {}, im[outputs] = {};
+    for (int i = 0; i < n_in; ++i) {
+      const V ar = in.re(channel_at(i)), ai = in.im(channel_at(i));
+      const float* wi = w + i * step_in + first * step_out;
+#pragma GCC unroll 10
+      for (int o = 0; o < outputs; ++o) {
+        const V w_re = spread(wi[o * step_out]),
+                w_im = spread(wi[o * step_out + static_cast<std::ptrdiff_t>(imaginary)]);
+        re[o] += w_re * ar;
+        im[o] += w_re * ai;
+        if (conjugate) {
+          re[o] += w_im * ai;
+          im[o] -= w_im * ar;
+        } else {
+          re[o] -= w_im * ai;
+          im[o] += w_im * ar;
+        }
+      }
+    }
+#pragma GCC unroll 10
+    for (int o = 0; o < outputs; ++o) put(out_f, out_g, channel_at(first + o), pass, re[o], im[o]);
+  }
+}
+
+template <bool conjugate>
+void multiply_all(const Transform& t, const float* weights, std::size_t cells, int n_in, int step_in, int n_out,
+                  int step_out, const float* in, std::size_t in_stride, float* out, std::size_t out_stride) {
+  const std::size_t imaginary = cells * kCell;
+  for (int p = 0; p < t.pairs; ++p) {
+    const std::size_t f = static_cast<std::size_t>(t.pair[2 * p]), g = static_cast<std::size_t>(t.pair[2 * p + 1]);
+    const float* w = weights + static_cast<std::size_t>(p) * 2 * imaginary;
+    int o = 0;
+    for (; o + kOutputs <= n_out; o += kOutputs)
+      multiply_block<kOutputs, conjugate>(w, imaginary, n_in, step_in, o, step_out, in + f * in_stride,
+                                          in + g * in_stride, out + f * out_stride, out + g * out_stride);
+    for (; o < n_out; ++o)
+      multiply_block<1, conjugate>(w, imaginary, n_in, step_in, o, step_out, in + f * in_stride, in + g * in_stride,
+                                   out + f * out_stride, out + g * out_stride);
+  }
+}
+
+void multiply(const Transform& t, const float* weights, std::size_t cells, int n_in, int step_in, int n_out,
+              int step_out, bool conjugate, const float* in, std::size_t in_stride, float* out,
+              std::size_t out_stride) {
+  if (conjugate)
+    multiply_all<true>(t, weights, cells, n_in, step_in, n_out, step_out, in, in_stride, out, out_stride);
+  else
+    multiply_all<false>(t, weights, cells, n_in, step_in, n_out, step_out, in, in_stride, out, out_stride);
+}
+
+using Index8 = Lanes<8>::Integer;
+
+THALWEG_INLINE void transpose(V8* r) {
+  V8 t[8], u[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = __builtin_shuffle(r[2 * i], r[2 * i + 1], Index8{0, 8, 1, 9, 4, 12, 5, 13});
+    t[2 * i + 1] = __builtin_shuffle(r[2 * i], r[2 * i + 1], Index8{2, 10, 3, 11, 6, 14, 7, 15});
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    u[4 * i] = __builtin_shuffle(t[4 * i], t[4 * i + 2], Index8{0, 1, 8, 9, 4, 5, 12, 13});
+    u[4 * i + 1] = __builtin_shuffle(t[4 * i], t[4 * i + 2], Index8{2, 3, 10, 11, 6, 7, 14, 15});
+    u[4 * i + 2] = __builtin_shuffle(t[4 * i + 1], t[4 * i + 3], Index8{0, 1, 8, 9, 4, 5, 12, 13});
+    u[4 * i + 3] = __builtin_shuffle(t[4 * i + 1], t[4 * i + 3], Index8{2, 3, 10, 11, 6, 7, 14, 15});
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = __builtin_shuffle(u[i], u[i + 4], Index8{0, 1, 2, 3, 8, 9, 10, 11});
+    r[i + 4] = __builtin_shuffle(u[i], u[i + 4], Index8{4, 5, 6, 7, 12, 13, 14, 15});
+  }
+}
+
+// Rows of 24 floats, one per sample: real and imaginary parts of the ten channels of d.
+template <bool conjugated>
+THALWEG_INLINE void sample_rows(const float* d, float* rows) {
+  V8 t[8];
+  const auto real = [&](int c) { return load<8>(d + channel_at(c)); };
+  const auto imaginary = [&](int c) {
+    const V8 v = load<8>(d + channel_at(c) + kImaginary);
+    return conjugated ? -v : v;
+  };
+#pragma GCC unroll 8
+  for (int c = 0; c < 8; ++c) t[c] = real(c);
+  transpose(t);
+#pragma GCC unroll 8
+  for (int l = 0; l < 8; ++l) store(rows + 24 * l, t[l]);
+#pragma GCC unroll 8
+  for (int c = 0; c < 8; ++c) t[c] = imaginary(c);
+  transpose(t);
+#pragma GCC unroll 8
+  for (int l = 0; l < 8; ++l) store(rows + 24 * l + 8, t[l]);
+  t[0] = real(8), t[1] = real(9), t[2] = imaginary(8), t[3] = imaginary(9);
+  t[4] = t[5] = t[6] = t[7] = V8{};
+  transpose(t);
+#pragma GCC unroll 8
+  for (int l = 0; l < 8; ++l) store(rows + 24 * l + 16, t[l]);
+}
+
+#if defined(__AVX512F__)
+constexpr int kWide = 16, kChannelBlock = 5;
+#else
+constexpr int kWide = kWidth, kChannelBlock = kWidth == 8 ? 2 : 1;
+#endif
+constexpr int kWideCount = 24 / kWide;  // vectors of kWide in a row, the rest in one of 8
+
+template <int channels>
+THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, int first, const float* rows, bool add,
+                                    float* sums) {
+  using W = Lanes<kWide>::Type;
+  constexpr bool rest = 24 % kWide != 0;
+  W re[channels][kWideCount], im[channels][kWideCount];
+  V8 re_rest[channels], im_rest[channels];
+#pragma GCC unroll 8
+  for (int c = 0; c < channels; ++c) {
+    float* s = sums + (first + c) * kSums;
+#pragma GCC unroll 8
+    for (int k = 0; k < kWideCount; ++k) {
+      re[c][k] = add ? load<kWide>(s + k * kWide) : W{};
+      im[c][k] = add ? load<kWide>(s + 24 + k * kWide) : W{};
+    }
+    if constexpr (rest) {
+      re_rest[c] = add ? load<8>(s + 16) : V8{};
+      im_rest[c] = add ? load<8>(s + 40) : V8{};
+    }
+  }
+  // The sign of -f's imaginary parts is in the operation: a factor straight from memory costs nothing to spread.
+  const auto side = [&](const float* a, const float* from, auto conjugated) __attribute__((always_inline)) {
+    for (int l = 0; l < 8; ++l) {
+      const float* row = from + l * 24;
+      W d[kWideCount];
+#pragma GCC unroll 8
+      for (int k = 0; k < kWideCount; ++k) d[k] = load<kWide>(row + k * kWide);
+      V8 d_rest{};
+      if constexpr (rest) d_rest = load<8>(row + 16);
+#pragma GCC unroll 8
+      for (int c = 0; c < channels; ++c) {
+        const float* x = a + channel_at(first + c) + l;
+#pragma GCC unroll 8
+        for (int k = 0; k < kWideCount; ++k) {
+          re[c][k] += x[0] * d[k];
+          if constexpr (decltype(conjugated)::value)
+            im[c][k] -= x[kImaginary] * d[k];
+          else
+            im[c][k] += x[kImaginary] * d[k];
+        }
+        if constexpr (rest) {
+          re_rest[c] += x[0] * d_rest;
+          if constexpr (decltype(conjugated)::value)
+            im_rest[c] -= x[kImaginary] * d_rest;
+          else
+            im_rest[c] += x[kImaginary] * d_rest;
+        }
+      }
+    }
+  };
+  side(a_f, rows, Constant<false>());
+  side(a_g, rows + 8 * 24, Constant<true>());
+#pragma GCC unroll 8
+  for (int c = 0; c < channels; ++c) {
+    float* s = sums + (first + c) * kSums;
+#pragma GCC unroll 8
+    for (int k = 0; k < kWideCount; ++k) {
+      store(s + k * kWide, re[c][k]);
+      store(s + 24 + k * kWide, im[c][k]);
+    }
+    if constexpr (rest) {
+      store(s + 16, re_rest[c]);
+      store(s + 40, im_rest[c]);
+    }
+  }
+}
+
+void correlate(const Transform& t, int channels, const float* a, std::size_t a_stride, const float* d, bool add,
+               float* sums) {
+  constexpr std::size_t d_stride = kHiddenCells * kCell;
+  alignas(64) float rows[16 * 24];
+  for (int p = 0; p < t.pairs; ++p) {
+    const std::size_t f = static_cast<std::size_t>(t.pair[2 * p]), g = static_cast<std::size_t>(t.pair[2 * p + 1]);
+    sample_rows<false>(d + f * d_stride, rows);
+    sample_rows<true>(d + g * d_stride, rows + 8 * 24);
+    float* s = sums + static_cast<std::ptrdiff_t>(p) * channels * kSums;
+    int c = 0;
+    for (; c + kChannelBlock <= channels; c += kChannelBlock)
+      correlate_block<kChannelBlock>(a + f * a_stride, a + g * a_stride, c, rows, add, s);
+    for (; c < channels; ++c) correlate_block<1>(a + f * a_stride, a + g * a_stride, c, rows, add, s);
+  }
+}
+
+// ---- spectra of kernels -----------------------------------------------------------------------------------------
+
+void split(const Transform& t, std::size_t cells, const float* spectrum, float scale, float* weights) {
+  const std::size_t stride = cells * kCell;
+  const float half = 0.5f * scale;
+  for (int p = 0; p < t.pairs; ++p) {
+    const float* f = spectrum + static_cast<std::size_t>(t.pair[2 * p]) * stride;
+    const float* g = spectrum + static_cast<std::size_t>(t.pair[2 * p + 1]) * stride;
+    float* re = weights + static_cast<std::size_t>(p) * 2 * stride;
+    float* im = re + stride;
+    for (std::size_t j = 0; j < cells; ++j, f += kCell, g += kCell, re += kCell, im += kCell)
+      for (int r = 0; r < 16; ++r) {
+        re[r] = half * (f[r] + g[r]);
+        im[r] = half * (f[16 + r] - g[16 + r]);
+        re[16 + r] = half * (f[16 + r] + g[16 + r]);
+        im[16 + r] = half * (g[r] - f[r]);
+      }
+  }
+}
+
+void join(const Transform& t, int channels, int slots, const float* const* sums, std::size_t cells, float scale,
+          float* spectrum) {
+  const std::size_t stride = cells * kCell, block = static_cast<std::size_t>(channels) * kSums;
+  const float half = 0.5f * scale;
+  for (int p = 0; p < t.pairs; ++p) {
+    float* f = spectrum + static_cast<std::size_t>(t.pair[2 * p]) * stride;
+    float* g = spectrum + static_cast<std::size_t>(t.pair[2 * p + 1]) * stride;
+    alignas(64) float re[kMostCells * kCell] = {}, im[kMostCells * kCell] = {};  // gradient of kernel o channels + c
+    for (int c = 0; c < channels; ++c) {
+      float total[kSums] = {};
+      for (int slot = 0; slot < slots; ++slot) {
+        const float* s = sums[slot] + static_cast<std::size_t>(p) * block + static_cast<std::size_t>(c) * kSums;
+        for (int k = 0; k < kSums; ++k) total[k] += s[k];
+      }
+      const float *with_re = total, *with_im = total + 24;
+      for (int o = 0; o < kHidden; ++o) {
+        const int d_re = o < 8 ? o : 8 + o, d_im = o < 8 ? 8 + o : 10 + o;
+        re[o * channels + c] = half * (with_re[d_re] + with_im[d_im]);
+        im[o * channels + c] = half * (with_im[d_re] - with_re[d_im]);
+      }
+    }
+    for (std::size_t j = 0; j < cells; ++j, f += kCell, g += kCell)
+      for (int r = 0; r < 16; ++r) {
+        const std::size_t k = j * kCell + static_cast<std::size_t>(r);
+        f[r] = re[k] - im[k + 16];
+        f[16 + r] = im[k] + re[k + 16];
+        g[r] = re[k] + im[k + 16];
+        g[16 + r] = re[k + 16] - im[k];
+      }
+  }
+}
+
+// ---- point by point ---------------------------------------------------------------------------------------------
+
+// Calls body(cell's offset, mask of the cell or null) for every cell of the box.
+template <class Body>
+THALWEG_INLINE void for_cells(const Box& box, Body body) {
+  std::ptrdiff_t at = 0;
+  alignas(64) float row[kCell], mask[kCell];
+  for (int z = 0; z < box.extent[0]; ++z)
+    for (int y = 0; y < box.extent[1]; ++y) {
+      if (box.mask[0] == nullptr) {
+        for (int x = 0; x < box.extent[2]; ++x, at += kCell) body(at, static_cast<const float*>(nullptr));
+        continue;
+      }
+      const float *mz = box.mask[0] + z * kCell, *my = box.mask[1] + y * kCell, *mx = box.mask[2];
+      for (int k = 0; k < kCell; ++k) row[k] = mz[k] * my[k];
+      for (int x = 0; x < box.extent[2]; ++x, at += kCell, mx += kCell) {
+        for (int k = 0; k < kCell; ++k) mask[k] = row[k] * mx[k];
+        body(at, static_cast<const float*>(mask));
+      }
+    }
+}
+
+void activate(const Box& box, const float* bias, float slope, float* plane) {
+  alignas(64) float b[kCell];
+  for (int k = 0; k < kCell; ++k) b[k] = bias[k / kSecond % 2];
+  const auto body = [&](std::ptrdiff_t at, const float* mask) __attribute__((always_inline)) {
+    float* p = plane + at;
+    for (int k = 0; k < kCell; k += kWidth) {
+      const V v = load(p + k) + load(b + k), low = slope * v;
+      V a = v > low ? v : low;
+      if (mask != nullptr) a *= load(mask + k);
+      store(p + k, a);
+    }
+  };
+  for_cells(box, body);
+}
+
+void pull(const Box& box, float slope, const float* a, float* d) {
+  const auto body = [&](std::ptrdiff_t at, const float* mask) __attribute__((always_inline)) {
+    for (int k = 0; k < kCell; k += kWidth) {
+      const V v = load(d + at + k);
+      V out = load(a + at + k) > V{} ? v : slope * v;
+      if (mask != nullptr) out *= load(mask + k);
+      store(d + at + k, out);
+    }
+  };
+  for_cells(box, body);
+}
+
+// ---- the last layer: one point ----------------------------------------------------------------------------------
+
+void last(int points, int species, const float* w, const float* a, float* u) {
+  for (int s = 0; s < species; ++s) {
+    V8 sum[2][4] = {};
+    for (int c = 0; c < kHidden; ++c) {
+      const float* plane = a + static_cast<std::ptrdiff_t>(c / 2) * points * kCell + c % 2 * kSecond;
+      const float* weight = w + (s * kHidden + c) * static_cast<std::ptrdiff_t>(points);
+      for (int t = 0; t < points; ++t) {
+        const V8 x = spread<V8>(weight[t]);
+        sum[0][t % 4] += x * load<8>(plane + t * kCell);
+        sum[1][t % 4] += x * load<8>(plane + t * kCell + kImaginary);
+      }
+    }
+    for (int k = 0; k < 2; ++k) store(u + s * kGroup + k * 8, (sum[k][0] + sum[k][1]) + (sum[k][2] + sum[k][3]));
+  }
+}
+
+void last_back(int points, int species, const float* w, const float* a, const float* du, float* d, float* dw) {
+  for (int c = 0; c < kHidden; ++c) {
+    const std::ptrdiff_t begin = static_cast<std::ptrdiff_t>(c / 2) * points * kCell + c % 2 * kSecond;
+    const float* plane = a + begin;
+    float* out = d + begin;
+    for (int s = 0; s < species; ++s) {
+      const V8 low = load<8>(du + s * kGroup), high = load<8>(du + s * kGroup + 8);
+      const std::ptrdiff_t row = (s * kHidden + c) * static_cast<std::ptrdiff_t>(points);
+      for (int t = 0; t < points; ++t) {
+        const float x = w[row + t];
+        const V8 re = x * low, im = x * high;
+        store(out + t * kCell, s == 0 ? re : load<8>(out + t * kCell) + re);
+        store(out + t * kCell + kImaginary, s == 0 ? im : load<8>(out + t * kCell + kImaginary) + im);
+      }
+      for (int t = 0; t < points; t += 8) {
+        V8 r[8];
+        const int count = points - t < 8 ? points - t : 8;
+        for (int k = 0; k < 8; ++k) {
+          const float* p = plane + (t + (k < count ? k : 0)) * kCell;
+          r[k] = low * load<8>(p) + high * load<8>(p + kImaginary);
+        }
+        transpose(r);
+        const V8 sum = ((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7]));
+        for (int k = 0; k < count; ++k) dw[row + t + k] += sum[k];
+      }
+    }
+  }
+}
+
+void adam(std::size_t n, const float* gradient, float beta1, float beta2, float rate, float scale, float epsilon,
+          float* parameters, float* first, float* second) {
+  for (std::size_t k = 0; k < n; ++k) {
+    const float g = gradient[k];
+    first[k] = beta1 * first[k] + (1 - beta1) * g;
+    second[k] = beta2 * second[k] + (1 - beta2) * (g * g);
+    parameters[k] -= rate * first[k] / (std::sqrt(second[k]) * scale + epsilon);
+  }
+}
+
+}  // namespace
+
+const TrainingKernels& training_kernels() {
+  static constexpr TrainingKernels table{forward, inverse, multiply, correlate, activate, pull,
+                                         split,   join,    last,     last_back, adam};
+  return table;
+}
+
+}  // namespace thalweg::THALWEG_ISA

@@ -1,0 +1,91 @@
+// Inner loops of the training step, one table per instruction set (isa.hpp). Plain data and raw pointers only; layouts
+// are drawn in thalweg/training.hpp.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace thalweg {
+
+inline constexpr int kCell = 32;       // floats
+inline constexpr int kImaginary = 16;  // where the imaginary parts of a cell start
+inline constexpr int kSecond = 8;      // where its second channel starts
+inline constexpr int kGroup = 16;      // samples
+inline constexpr int kHidden = 10;     // channels
+inline constexpr int kHiddenCells = kHidden / 2;
+inline constexpr int kMostSpecies = 16;
+inline constexpr int kMostCells = 5;  // of the kernels of one layer
+static_assert(kMostSpecies * kHidden <= kMostCells * kCell && kHidden * kHidden <= kMostCells * kCell);
+inline constexpr int kSums = 48;  // floats per pair of frequencies and input channel, see correlate
+
+/// A mixed-radix transform of n points (Stockham, self-sorting).
+struct Fft {
+  int n, stages;
+  int radix[16];          // 2, 3, 4 or 5 each
+  const float* twiddles;  // (n, 2) exp(-2 pi i j / n)
+};
+
+/// Of two or three directions z, y, x (two: size[0] = 1).
+struct Transform {
+  int dimension;
+  int size[3];
+  Fft fft[3];
+  int pairs;
+  const std::int32_t* pair;  // (pairs, 2) f and -f; equal where f is its own negative
+};
+
+/// What lies inside the grid, 0 or 1: mask[d] (extent[d], kCell) of direction d; mask[0] null: everything.
+struct Box {
+  int extent[3];
+  const float* mask[3];
+};
+
+struct TrainingKernels {
+  /// Spectrum of a plane; points beyond the extent are zero. stride: floats between frequencies. scratch: see
+  /// transform_scratch.
+  void (*forward)(const Transform&, const int* extent, const float* plane, float* spectrum, std::size_t stride,
+                  float* scratch);
+  /// The first points of the (not normalised) inverse.
+  void (*inverse)(const Transform&, const int* extent, const float* spectrum, std::size_t stride, float* plane,
+                  float* scratch);
+  /// out_o(f) = sum_i w_oi(f) in_i(f), or conj(w_oi(f)); w_oi at [pair][o step_out + i step_in], imaginary parts
+  /// `weight_cells` x 32 floats later.
+  void (*multiply)(const Transform&, const float* weights, std::size_t weight_cells, int n_in, int step_in, int n_out,
+                   int step_out, bool conjugate, const float* in, std::size_t in_stride, float* out,
+                   std::size_t out_stride);
+  /// sums[pair][channel][0..23] = sum over samples of Re a (Re d_0..7, Im d_0..7, Re d_8, Re d_9, Im d_8, Im d_9,
+  /// 0...), [24..47] the same with Im a; frequency -f counts conjugated. add: on top of what is there. d: kHidden
+  /// channels.
+  void (*correlate)(const Transform&, int channels, const float* a, std::size_t a_stride, const float* d, bool add,
+                    float* sums);
+  /// plane = leaky(plane + bias), zero outside the box's mask. bias: of the two channels.
+  void (*activate)(const Box&, const float* bias, float slope, float* plane);
+  /// d *= leaky'(a) inside the mask, else 0.
+  void (*pull)(const Box&, float slope, const float* a, float* d);
+  /// weights[pair][re, im][kernel] = scale * spectrum of each real kernel; spectrum[f][cells]: kernel 32 j + r (r < 16)
+  /// is the real part of lane r of cell j, kernel 32 j + 16 + r its imaginary part.
+  void (*split)(const Transform&, std::size_t cells, const float* spectrum, float scale, float* weights);
+  /// The opposite for gradients: adds up the sums of all slots; kernel = o channels + channel.
+  void (*join)(const Transform&, int channels, int slots, const float* const* sums, std::size_t cells, float scale,
+               float* spectrum);
+  /// u (species, kGroup) = sum over channels and points of w (species, kHidden, points) a; a: kHiddenCells planes.
+  void (*last)(int points, int species, const float* w, const float* a, float* u);
+  /// d = sum_s w_s du_s, and dw (species, kHidden, points) += sum over samples of du_s a.
+  void (*last_back)(int points, int species, const float* w, const float* a, const float* du, float* d, float* dw);
+  void (*adam)(std::size_t n, const float* gradient, float beta1, float beta2, float rate, float scale, float epsilon,
+               float* parameters, float* first, float* second);
+};
+
+/// Floats of scratch that a transform with this extent needs.
+inline std::size_t transform_scratch(const Transform& t, const int* extent) {
+  const std::size_t slab = static_cast<std::size_t>(extent[1]) * static_cast<std::size_t>(t.size[2] | 1);
+  const std::size_t columns = t.dimension == 3
+                                  ? static_cast<std::size_t>(extent[0]) * static_cast<std::size_t>(t.size[1] | 1) *
+                                        static_cast<std::size_t>(t.size[2])
+                                  : 0;
+  int longest = t.size[0];
+  for (int d = 1; d < 3; ++d) longest = longest > t.size[d] ? longest : t.size[d];
+  return (slab + columns + 2 * static_cast<std::size_t>(longest)) * kCell;
+}
+
+}  // namespace thalweg
