@@ -363,6 +363,89 @@ class LennardJonesEvaluator : public RowEvaluator {
   std::vector<double> slopes_, planes_;
 };
 
+// ---- smooth carbon
+// ---------------------------------------------------------------------------------------------------
+
+class SmoothCarbonEvaluator : public RowEvaluator {
+ public:
+  SmoothCarbonEvaluator(const BatchView& batch, const SmoothCarbon::Settings& settings)
+      : RowEvaluator(batch, {settings.outer}, 0.5), s_(settings) {}
+
+ protected:
+  double evaluate_row(std::size_t row, std::size_t, const StructureView& structure, double* forces) override {
+    const NeighborList& list = neighbors(row, structure);
+    const std::size_t n = structure.n, pairs = list.size();
+    start_.assign(n + 1, 0);
+    for (std::size_t p = 0; p < pairs; ++p) {
+      if (list.r()[p] == 0) {
+        std::fill_n(forces, 3 * n, kNaN);
+        return kNaN;
+      }
+      ++start_[static_cast<std::size_t>(list.i()[p]) + 1];
+      ++start_[static_cast<std::size_t>(list.j()[p]) + 1];
+    }
+    for (std::size_t i = 0; i < n; ++i) start_[i + 1] += start_[i];
+    next_.assign(start_.begin(), start_.end() - 1);
+    if (bonds_.size() < 2 * pairs) bonds_.resize(2 * pairs);
+    double energy = 0;
+    for (std::size_t p = 0; p < pairs; ++p) {
+      const double r = list.r()[p], e = std::exp(-s_.stiffness * (r - s_.r0)), well = e * e - 2.0 * e;
+      double w = 1.0, d_w = 0.0;
+      if (r > s_.inner) {
+        const double scale = 1.0 / (s_.outer - s_.inner), t = (r - s_.inner) * scale, rest = 1.0 - t;
+        w = 1.0 - t * t * t * (10.0 - t * (15.0 - 6.0 * t));
+        d_w = -30.0 * t * t * rest * rest * scale;
+      }
+      energy += s_.depth * well * w;
+      const double slope = s_.depth * (-2.0 * s_.stiffness * (e * e - e) * w + well * d_w);
+      const std::size_t from[2] = {static_cast<std::size_t>(list.i()[p]), static_cast<std::size_t>(list.j()[p])};
+      for (int way = 0; way < 2; ++way) {
+        Bond& bond = bonds_[next_[from[way]]++];
+        const double sign = way == 0 ? 1.0 / r : -1.0 / r;
+        for (std::size_t k = 0; k < 3; ++k) {
+          bond.unit[k] = sign * list.d()[3 * p + k];
+          bond.slope[k] = 0.5 * slope * bond.unit[k];  // the other half with the bond back
+        }
+        bond.inverse_r = 1.0 / r;
+        bond.w = w;
+        bond.d_w = d_w;
+        bond.j = from[1 - way];
+      }
+    }
+    for (std::size_t i = 0; i < n; ++i)
+      for (std::size_t a = start_[i]; a < start_[i + 1]; ++a)
+        for (std::size_t b = a + 1; b < start_[i + 1]; ++b) energy += bend(bonds_[a], bonds_[b]);
+    for (std::size_t i = 0; i < n; ++i)
+      for (std::size_t a = start_[i]; a < start_[i + 1]; ++a)
+        for (std::size_t k = 0; k < 3; ++k) {
+          forces[3 * i + k] += bonds_[a].slope[k];
+          forces[3 * bonds_[a].j + k] -= bonds_[a].slope[k];
+        }
+    return energy;
+  }
+
+ private:
+  // From an atom to a neighbour; slope: dE / d(r_j - r_i).
+  struct Bond {
+    double unit[3], slope[3], inverse_r, w, d_w;
+    std::size_t j;
+  };
+
+  double bend(Bond& a, Bond& b) const {
+    const double cosine = a.unit[0] * b.unit[0] + a.unit[1] * b.unit[1] + a.unit[2] * b.unit[2], off = cosine + 0.5;
+    const double energy = s_.angle * off * off, turn = 2.0 * s_.angle * off * a.w * b.w;
+    for (int k = 0; k < 3; ++k) {
+      a.slope[k] += energy * a.d_w * b.w * a.unit[k] + turn * a.inverse_r * (b.unit[k] - cosine * a.unit[k]);
+      b.slope[k] += energy * b.d_w * a.w * b.unit[k] + turn * b.inverse_r * (a.unit[k] - cosine * b.unit[k]);
+    }
+    return energy * a.w * b.w;
+  }
+
+  const SmoothCarbon::Settings s_;
+  std::vector<std::size_t> start_, next_;
+  std::vector<Bond> bonds_;
+};
+
 // ---- Tersoff
 // ---------------------------------------------------------------------------------------------------------
 
@@ -840,6 +923,25 @@ LennardJones::LennardJones(const Settings& settings) : settings_(settings) {
 
 std::unique_ptr<Evaluator> LennardJones::evaluator(const BatchView& batch, ForcesOn) const {
   return std::make_unique<LennardJonesEvaluator>(batch, settings_);
+}
+
+SmoothCarbon::SmoothCarbon(const Settings& settings) : settings_(settings) {
+  expect_not_negative(settings.depth, "SmoothCarbon", "depth");
+  expect_positive(settings.stiffness, "SmoothCarbon", "stiffness");
+  expect_positive(settings.r0, "SmoothCarbon", "r0");
+  expect_not_negative(settings.angle, "SmoothCarbon", "angle");
+  expect_positive(settings.inner, "SmoothCarbon", "inner");
+  if (!(settings.outer > settings.inner) || !std::isfinite(settings.outer))
+    throw Error("SmoothCarbon needs inner < outer, but inner is " + std::to_string(settings.inner) + " and outer is " +
+                std::to_string(settings.outer));
+}
+
+std::unique_ptr<Evaluator> SmoothCarbon::evaluator(const BatchView& batch, ForcesOn) const {
+  for (const std::int32_t number : batch.numbers)
+    if (number != 6)
+      throw Error("SmoothCarbon is for carbon alone, but there is " + std::string(chemical_symbol(number)) +
+                  "; take another calculator");
+  return std::make_unique<SmoothCarbonEvaluator>(batch, settings_);
 }
 
 std::vector<std::string> Tersoff::names() {

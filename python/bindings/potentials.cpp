@@ -167,6 +167,14 @@ void bind_potentials(py::module_& m) {
       .def(py::init<>())
       .def("__repr__", [](const Emt&) { return "Emt()"; });
 
+  py::class_<SmoothCarbon, Landscape, std::shared_ptr<SmoothCarbon>>(
+      m, "SmoothCarbon",
+      "A smooth model of carbon: Morse wells and an angle term, both switched to zero between inner and outer.")
+      .def(py::init([](double depth, double stiffness, double r0, double angle, double inner, double outer) {
+             return std::make_shared<SmoothCarbon>(SmoothCarbon::Settings{depth, stiffness, r0, angle, inner, outer});
+           }),
+           py::kw_only(), py::arg("depth") = 3.0, py::arg("stiffness") = 2.0, py::arg("r0") = 1.45,
+           py::arg("angle") = 2.0, py::arg("inner") = 2.0, py::arg("outer") = 3.0);
   py::class_<LennardJones, Landscape, std::shared_ptr<LennardJones>>(
       m, "LennardJones",
       "Lennard-Jones, all species alike; values of ASE's calculator. sigma, rc, ro in angstrom, epsilon in eV; rc = 0: "

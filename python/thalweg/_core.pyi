@@ -18,6 +18,7 @@ __all__: list[str] = [
     "Kernel",
     "Landscape",
     "LennardJones",
+    "SmoothCarbon",
     "LocalGpr",
     "LocalSurrogate",
     "ManyBodyPrior",
@@ -54,6 +55,18 @@ class Emt(Landscape):
     """
     def __init__(self) -> None: ...
     def __repr__(self) -> str: ...
+
+class SmoothCarbon(Landscape):
+    def __init__(
+        self,
+        *,
+        depth: float = 3.0,
+        stiffness: float = 2.0,
+        r0: float = 1.45,
+        angle: float = 2.0,
+        inner: float = 2.0,
+        outer: float = 3.0,
+    ) -> None: ...
 
 class LennardJones(Landscape):
     """

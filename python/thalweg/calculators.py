@@ -29,7 +29,7 @@ from ase.data import atomic_numbers
 from thalweg import _core
 from thalweg.errors import ConfigurationError, nearest
 
-__all__ = ["EMT", "LennardJones", "Tersoff", "landscape_of", "make_calculator", "read_tersoff"]
+__all__ = ["EMT", "LennardJones", "SmoothCarbon", "Tersoff", "landscape_of", "make_calculator", "read_tersoff"]
 
 
 class _Builtin(Calculator):
@@ -118,6 +118,27 @@ def _lennard_jones(parameters: Mapping[str, Any]) -> _core.Landscape:
         ro=float(parameters["ro"] or 0.0),
         smooth=bool(parameters["smooth"]),
     )
+
+
+class SmoothCarbon(_Builtin):
+    """A smooth model of carbon: Morse wells (depth in eV, stiffness in 1/angstrom, r0 in angstrom) and
+    angle (cos theta + 1/2)^2 [eV] for two neighbours of an atom, both switched to zero from inner to outer [angstrom].
+
+    For statistics and tests of agents, which need a surface that slopes everywhere; graphene is its lowest sheet. Raises
+    ConfigurationError for parameters that make no sense and for atoms other than carbon.
+    """
+
+    default_parameters = {  # noqa: RUF012
+        "depth": 3.0,
+        "stiffness": 2.0,
+        "r0": 1.45,
+        "angle": 2.0,
+        "inner": 2.0,
+        "outer": 3.0,
+    }
+
+    def _make_landscape(self) -> _core.Landscape:
+        return _core.SmoothCarbon(**{name: float(value) for name, value in self.parameters.items()})
 
 
 class Tersoff(_Builtin):
@@ -283,7 +304,7 @@ def landscape_of(calculator: Any) -> _core.Landscape | None:
     Subclasses are not: they may compute anything.
     """
     kind = type(calculator)
-    if kind in (EMT, LennardJones, Tersoff):
+    if kind in (EMT, LennardJones, SmoothCarbon, Tersoff):
         return calculator.landscape
     # ASE's own are only loaded if somebody uses them: they bring half of SciPy along
     if kind is _loaded("ase.calculators.emt", "EMT") and not calculator.parameters.asap_cutoff:
@@ -311,7 +332,7 @@ def _loaded(module: str, name: str) -> Any:
     return getattr(sys.modules.get(module), name, None)
 
 
-_BUILTIN = {"emt": EMT, "lj": LennardJones, "tersoff": Tersoff}
+_BUILTIN = {"emt": EMT, "lj": LennardJones, "smooth-carbon": SmoothCarbon, "tersoff": Tersoff}
 _XTB = {"gfn1-xtb": "GFN1-xTB", "gfn2-xtb": "GFN2-xTB"}
 _BASE_ARGUMENTS = ("restart", "ignore_bad_restart_file", "label", "atoms", "directory")
 

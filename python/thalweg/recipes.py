@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from thalweg.agent import Agent, Build, Policy, Rebuild, Snap
 from thalweg.errors import ConfigurationError, nearest
 from thalweg.evaluate import Duplicate, Evaluate, Metropolis
 from thalweg.generators import FirstOf, OneOf, Permute, Random, Rattle
+from thalweg.grid import GridSettings
 from thalweg.local_model import LocalGPR
 from thalweg.model_choice import ChosenModel
 from thalweg.models import GPR
@@ -20,7 +22,7 @@ from thalweg.select import LCB, ExpectedImprovement, KernelSimilarity, KMeans, L
 from thalweg.stagnation import ResetOnStagnation
 from thalweg.store import Store
 
-__all__ = ["RECIPES", "basin_hopping", "gofee", "random_search"]
+__all__ = ["RECIPES", "asla", "basin_hopping", "gofee", "random_search"]
 
 
 def gofee(
@@ -144,24 +146,14 @@ def gofee(
     lcb = LCB(kappa)
     samplers: dict[str, Any] = {"kmeans": KMeans, "similarity": KernelSimilarity, "novelty": Novelty}
     acquisitions: dict[str, Any] = {"lcb": lambda: lcb, "ei": ExpectedImprovement, "thompson": Thompson}
-    automatic = isinstance(prior, str) and prior == "auto"
-    means = ["fitted", None] if automatic else [None if isinstance(prior, str) and prior == "none" else prior]
-    means = [CalculatorPrior.of(mean) for mean in means]  # made once, whichever models take it
+    means = _means(prior)
     if hops is None:
         slow = any(isinstance(mean, CalculatorPrior) and mean.each_call_costs for mean in means)
         hops = 0 if classic or slow else 10
-
-    def with_forces(mean: Any) -> bool:
-        poor = not classic and (mean is None or (isinstance(mean, str) and mean == "repulsive"))
-        return poor if use_forces is None else use_forces
-
-    learners: dict[str, Any] = {}
-    if model != "local":
-        names = ["global", "global, no prior"]
-        learners = {name: GPR(prior=mean, noise=noise, use_forces=with_forces(mean)) for name, mean in zip(names, means)}
+    learners = {} if model == "local" else _global_models(means, noise, False if classic and use_forces is None else use_forces)
     if model != "global":
         learners["local"] = LocalGPR(prior=means[0])
-    learner = ChosenModel(learners) if len(learners) > 1 else next(iter(learners.values()))
+    learner = _one_of(learners)
     gauges = [Evaluate(
         calculator, true_steps,
         polish_on="gp" if polish == "promising" else None,
@@ -182,6 +174,112 @@ def gofee(
         acquire=_named(acquisitions, acquisition, "acquisition")(),
         evaluate=gauges if classic else [Duplicate(), *gauges],
         models={"gp": ResetOnStagnation(learner, reset_after) if reset_after else learner},
+        store=store,
+        seed=seed,
+        threads=threads,
+    )
+
+
+def asla(
+    problem: Problem,
+    calculator: Any,
+    *,
+    store: str | Path | Store | None = None,
+    seed: int = 0,
+    grid: float = 0.2,
+    dimension: int = 2,
+    heights: Mapping[str, float] | None = None,
+    hydrogen_last: bool = False,
+    postprocess: str = "none",
+    evaluate_on_grid: bool = True,
+    surrogate_after: int = 30,
+    surrogate_steps: int = 60,
+    true_steps: int = 50,
+    acquisition: str = "none",
+    candidates: int = 10,
+    kappa: float | Mapping[int, float] = 1.0,
+    rebuild: int = 0,
+    rebuild_after: int = 50,
+    sample: int = 20,
+    representation: str = "gaussian",
+    representation_options: Mapping[str, Any] | None = None,
+    network: str | None = None,
+    policy: str = "epsilon-greedy",
+    epsilon: float | None = None,
+    temperature: float = 0.05,
+    novel: bool = False,
+    span: float | None = None,
+    lr: float = 1e-3,
+    replay: int = 3,
+    symmetry: bool | None = None,
+    transfer_from: str | None = None,
+    prior: Any = "auto",
+    backend: str = "auto",
+    threads: int = 0,
+) -> Search:
+    """Atomistic structure learning (ASLA; thesis ch. 4 to 6): an agent places atom after atom on a grid and learns from
+    every energy which placements pay. Needs `pip install 'thalweg[asla]'`.
+
+    Parameters
+    ----------
+    grid : float
+        Spacing of the grid [angstrom].
+    dimension : 2 or 3
+    heights : mapping of symbol to angstrom, optional
+        z of each species in two dimensions (layered pseudo-3D).
+    hydrogen_last : bool
+        Hydrogen is placed when all else is.
+    postprocess : "none", "surrogate" or "true"
+        Relaxation of what was built: not at all, on the mean of a Gaussian process from iteration `surrogate_after` on
+        (ASLA-P), or in the true potential, every point counted (the control for a perfect surrogate).
+    evaluate_on_grid : bool
+        After a surrogate relaxation atoms are moved back to the grid before the energy (ASLA-P as published); False: the
+        relaxed structure is evaluated, and its snapped copy learned.
+    acquisition : "none" or "lcb"
+        "lcb": `candidates` builds per iteration, of which the one with the lowest confidence bound is evaluated (ASLA-PA).
+    rebuild : int
+        So many of the candidates are rebuilt from parts of known structures, from iteration `rebuild_after` on; their
+        parents are the `sample` lowest that a kernel tells apart.
+    representation, representation_options, network, span, lr, replay, symmetry, transfer_from, backend : see `Agent`
+    policy : "epsilon-greedy", "softmax" or "uniform"
+    epsilon, temperature : see `Policy`
+    novel : see `Build`
+    prior : see `gofee`; of the surrogate.
+    threads : int
+        Threads of one search; 0: as many as there are cores. Results do not depend on it.
+    """
+    _expect(("none", "surrogate", "true"), postprocess, "postprocess")
+    _expect(("none", "lcb"), acquisition, "acquisition")
+    if rebuild and acquisition == "none" and rebuild != 1:
+        raise ConfigurationError(f"without an acquisition there is one candidate: rebuild must be 0 or 1, got {rebuild}")
+    grids = GridSettings(grid, dimension, heights=heights, hydrogen_last=hydrogen_last)
+    asking = {"grid": grids, "policy": Policy(policy, epsilon, temperature=temperature), "novel": novel}
+    count = candidates if acquisition == "lcb" else 1
+    if not 0 <= rebuild <= count:
+        raise ConfigurationError(f"rebuild must be 0 to {count}, the candidates of an iteration, got {rebuild}")
+    surrogate = postprocess == "surrogate" or acquisition == "lcb" or rebuild > 0
+    lcb = LCB(kappa)
+    refine: list[Any] = []
+    if postprocess == "surrogate":
+        refine = [Relax("gp", {0: 0, surrogate_after: surrogate_steps}), *([Snap(grids)] if evaluate_on_grid else [])]
+    models: dict[str, Any] = {
+        "agent": Agent(
+            grids, representation=representation, representation_options=dict(representation_options or {}),
+            network=network, span=span, lr=lr, replay=replay, symmetry=symmetry, transfer_from=transfer_from,
+            backend=backend, seed=seed,
+        )  # fmt: skip
+    }
+    if surrogate:
+        models["gp"] = _one_of(_global_models(_means(prior)))
+    build = Build({0: count, rebuild_after: count - rebuild} if rebuild else count, **asking)
+    return Search(
+        problem,
+        sample=KernelSimilarity(sample) if rebuild else None,
+        propose=[build, *([Rebuild({0: 0, rebuild_after: rebuild}, **asking)] if rebuild else [])],
+        refine=refine,
+        acquire=lcb if acquisition == "lcb" else None,
+        evaluate=Evaluate(calculator, true_steps if postprocess == "true" else 0),
+        models=models,
         store=store,
         seed=seed,
         threads=threads,
@@ -266,6 +364,27 @@ def random_search(
     )
 
 
+def _means(prior: Any) -> list[Any]:
+    """Prior means to choose from; a calculator is made once, whichever models take it."""
+    if isinstance(prior, str) and prior == "auto":
+        return ["fitted", None]
+    return [None if isinstance(prior, str) and prior == "none" else CalculatorPrior.of(prior)]
+
+
+def _global_models(means: Sequence[Any], noise: float = 1e-5, use_forces: bool | None = None) -> dict[str, Any]:
+    """A Gaussian process for each; it learns forces, if that is left open, where the prior knows little."""
+    names = ["global", "global, no prior"]
+    poor = [mean is None or (isinstance(mean, str) and mean == "repulsive") for mean in means]
+    return {
+        name: GPR(prior=mean, noise=noise, use_forces=little if use_forces is None else use_forces)
+        for name, mean, little in zip(names, means, poor, strict=False)
+    }
+
+
+def _one_of(learners: Mapping[str, Any]) -> Any:
+    return ChosenModel(learners) if len(learners) > 1 else next(iter(learners.values()))
+
+
 def _tidy(problem: Problem) -> list[Any]:
     """Free clusters in one piece and in the middle of the cell, periodic structures inside it."""
     if problem.periodic:
@@ -293,6 +412,7 @@ def _scaled(count: int | Mapping[int, int], factor: float) -> int | Mapping[int,
 
 RECIPES: dict[str, Callable[..., Search]] = {
     "gofee": gofee,
+    "asla": asla,
     "basin_hopping": basin_hopping,
     "random_search": random_search,
 }

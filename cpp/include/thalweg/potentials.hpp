@@ -85,6 +85,29 @@ class Tersoff : public Landscape {
   std::vector<Entry> entries_;
 };
 
+/// A smooth model of carbon, for statistics and tests of agents that learn from structures far from any minimum: where a
+/// bond-order potential is flat or harsh it has a slope. Morse pairs and a term for the angle at each atom with two
+/// neighbours,
+///   E = sum_{i<j} depth ((1 - e^{-a (r - r0)})^2 - 1) w(r) + sum_i sum_{j<k} angle (cos theta_jik + 1/2)^2 w(r_ij) w(r_ik),
+/// w from 1 at `inner` to 0 at `outer` with two continuous derivatives. Threefold coordination with 120 degrees is its
+/// ideal; the lowest structures in the plane are those of graphene.
+class SmoothCarbon : public Landscape {
+ public:
+  struct Settings {
+    double depth = 3.0, stiffness = 2.0, r0 = 1.45;  // eV, 1/angstrom, angstrom
+    double angle = 2.0;                              // eV
+    double inner = 2.0, outer = 3.0;                 // angstrom
+  };
+  /// Throws Error for numbers that make no sense.
+  explicit SmoothCarbon(const Settings& settings);
+  /// Throws Error where a structure has atoms other than carbon.
+  std::unique_ptr<Evaluator> evaluator(const BatchView& batch, ForcesOn on = ForcesOn::all) const override;
+  const Settings& settings() const { return settings_; }
+
+ private:
+  Settings settings_;
+};
+
 /// Pair prior of a surrogate, from covalent radii alone; defined for every species with a covalent radius. Every pair,
 /// images included, counts once. Both forms have two continuous derivatives: a quintic switch takes them to zero
 /// between

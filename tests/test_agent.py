@@ -1,0 +1,361 @@
+"""The agent's world: grids, masks, snapping, policies, targets, and that a killed search learns what it would have."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from ase import Atoms
+from thalweg import Batch, GridSettings, Policy, Problem, StopAt, _core, recipes
+from thalweg.agent import _canonical, _pairs, build
+from thalweg.calculators import EMT, SmoothCarbon
+from thalweg.errors import ConfigurationError
+from thalweg.randomness import Key
+
+FLAT = Problem("C4", cell=[5.0, 4.4, 10.0], pbc=(True, True, False), box=([0, 0, 4.5], [[5.0, 0, 0], [0, 4.4, 0], [0, 0, 1]]))
+MIXED = Problem("C2H2", cell=12.0, box=([3, 3, 5.5], [[5.0, 0, 0], [0, 4.0, 0], [0, 0, 1.0]]))
+SETTINGS = GridSettings(0.31)
+
+
+def no_q(states):
+    raise AssertionError("a uniform policy asks for no Q")
+
+
+def uniform_builds(grid, n, seed=0):
+    starts = [np.zeros((0, 2), np.int32)] * n
+    return build(grid, no_q, Policy("uniform"), starts, [Key.of(seed).fold(i) for i in range(n)])
+
+
+# ---- grid --------------------------------------------------------------------------------------------------
+
+
+def test_periodic_directions_are_divided_evenly_and_open_ones_end_at_the_box():
+    periodic, opened = SETTINGS.of(FLAT), SETTINGS.of(MIXED)
+    assert periodic.shape == (16, 14) and periodic.periodic == (True, True)
+    assert np.allclose(periodic.steps, [[5.0 / 16, 0, 0], [0, 4.4 / 14, 0]])
+    assert np.allclose(periodic.points[:, 2], 5.0)
+    assert opened.shape == (17, 13) and opened.periodic == (False, False)
+    low, high = opened.points.min(axis=0), opened.points.max(axis=0)
+    assert np.all(low[:2] >= 3) and high[0] <= 8 and high[1] <= 7
+    assert np.allclose(low[0] - 3, 8 - high[0])  # in the middle
+
+
+def test_three_dimensions():
+    grid = GridSettings(0.5, 3).of(Problem("Ni2", cell=10.0, box=4.0))
+    assert grid.shape == (9, 9, 9)
+    assert grid.nearest(grid.points[123] + 0.2) == 123
+
+
+def test_heights_are_those_of_the_species():
+    grid = GridSettings(0.3, heights={"H": 6.4}).of(MIXED)
+    z = grid.place(np.array([[0, 5], [1, 5]]))[:, 2]
+    assert grid.species.tolist() == [1, 6]
+    assert np.allclose(z, [6.4, 6.0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (lambda: GridSettings(0.0), "spacing"),
+        (lambda: GridSettings(0.2, 4), "2 or 3"),
+        (lambda: GridSettings(0.2, 3, heights={"C": 1.0}), "heights"),
+        (lambda: GridSettings(0.2, heights={"Au": 1.0}).of(MIXED), "Au"),
+        (lambda: GridSettings(0.0005).of(FLAT), "too fine"),
+        (lambda: Policy("greedy"), "epsilon-greedy"),
+        (lambda: Policy(epsilon=1.5), "epsilon"),
+    ],
+)
+def test_bad_settings_are_named(settings, words):
+    with pytest.raises(ConfigurationError, match=words):
+        settings()
+
+
+def ratio_by_hand(grid, voxel, species, atoms):
+    """Smallest distance to any image, in covalent sums."""
+    at = grid.place(np.array([[species, voxel]]))[0]
+    least = np.inf
+    shifts = itertools.product(*[(-2, -1, 0, 1, 2) if wraps else (0,) for wraps in grid.problem.pbc])
+    for shift, (position, number) in itertools.product(list(shifts), atoms):
+        radius = grid.radii[species] + _core.covalent_radius(int(number))
+        least = min(least, float(np.linalg.norm(position + np.array(shift) @ grid.problem.cell - at)) / radius)
+    return least
+
+
+@pytest.mark.parametrize("problem", [FLAT, MIXED])
+def test_ratios_are_the_nearest_distances_in_covalent_sums(problem):
+    grid = SETTINGS.of(problem)
+    rows = next(rows for rows in uniform_builds(grid, 5) if rows is not None)
+    ratio = grid.empty.copy()
+    for row, position in zip(rows, grid.place(rows), strict=True):
+        grid.narrow(ratio, position, grid.radii[row[0]])
+    atoms = [(p, grid.species[r[0]]) for r, p in zip(rows, grid.place(rows), strict=True)]
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        s, v = int(rng.integers(len(grid.species))), int(rng.integers(grid.voxels))
+        assert np.isclose(ratio[s, v], ratio_by_hand(grid, v, s, atoms), rtol=1e-12, atol=1e-12)
+
+
+def test_a_skewed_cell_has_its_nearest_images():
+    cell = np.array([[4.0, 0, 0], [3.1, 2.6, 0], [0, 0, 9.0]])
+    problem = Problem("C2", cell=cell, pbc=(True, True, False), box=([0, 0, 4.0], [cell[0], cell[1], [0, 0, 1.0]]))
+    grid = GridSettings(0.5).of(problem)
+    ratio = grid.empty.copy()
+    position = grid.place(np.array([[0, 3]]))[0]
+    grid.narrow(ratio, position, grid.radii[0])
+    for voxel in range(grid.voxels):
+        assert np.isclose(ratio[0, voxel], ratio_by_hand(grid, voxel, 0, [(position, 6)]), atol=1e-12)
+
+
+@pytest.mark.parametrize("problem", [FLAT, MIXED])
+def test_builds_keep_bond_lengths_and_use_up_their_atoms(problem):
+    grid = SETTINGS.of(problem)
+    for rows in uniform_builds(grid, 20):
+        assert rows is not None
+        assert np.bincount(rows[:, 0], minlength=len(grid.species)).tolist() == grid.counts.tolist()
+        structure = problem.batch(grid.place(rows[np.argsort(-rows[:, 0], kind="stable")])[None])
+        closest = _core.closest_contacts(structure)[0]
+        assert closest >= problem.c1 - 1e-9
+
+
+def test_hydrogen_last():
+    grid = GridSettings(0.31, hydrogen_last=True).of(MIXED)
+    for rows in uniform_builds(grid, 10):
+        assert grid.species[rows[:, 0]].tolist() == [6, 6, 1, 1]
+
+
+def test_the_first_atom_of_an_open_grid_goes_to_its_middle():
+    grid = SETTINGS.of(MIXED)
+    assert {int(rows[0, 1]) for rows in uniform_builds(grid, 10)} == {8 * 13 + 6}
+
+
+def test_snapping_a_build_gives_the_build():
+    grid = SETTINGS.of(FLAT)
+    for rows in uniform_builds(grid, 10):
+        assert np.array_equal(grid.snap(grid.place(rows), grid.species[rows[:, 0]]), rows)
+
+
+def test_snapping_crowded_atoms_keeps_them_apart():
+    grid = SETTINGS.of(FLAT)
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        positions = grid.points[0] + np.array([1.5, 1.5, 0]) + 0.4 * rng.normal(size=(4, 3)) * [1, 1, 0]
+        rows = grid.snap(positions, [6] * 4)
+        assert len(set(rows[:, 1].tolist())) == 4
+        assert _core.closest_contacts(FLAT.batch(grid.place(rows)[None]))[0] >= FLAT.c1
+
+
+def test_a_template_is_on_the_grid_and_kept_free():
+    first = Atoms("C", [[1.25, 1.0, 5.0]], cell=FLAT.cell, pbc=FLAT.pbc)
+    problem = Problem("C3", template=first, box=FLAT.box)
+    grid = SETTINGS.of(problem)
+    assert grid.template.tolist() == [[0, grid.nearest(first.positions[0])]]
+    assert grid.empty.min() < 0.2
+    assert grid.allowed(grid.empty, np.zeros(1, int), first=True).any()
+
+
+def test_copies_keep_every_distance():
+    for grid in (SETTINGS.of(FLAT), SETTINGS.of(MIXED), GridSettings(0.5).of(Problem("C3", cell=9.0, box=4.0))):
+        assert np.array_equal(grid.symmetries[0], np.arange(grid.voxels))
+        assert len(grid.symmetries) == (8 if grid.shape[0] == grid.shape[1] else 4)
+        rows = next(r for r in uniform_builds(grid, 3) if r is not None)
+        numbers = grid.species[rows[:, 0]]
+        distances = Atoms(numbers, grid.place(rows), cell=grid.problem.cell, pbc=grid.problem.pbc).get_all_distances(mic=True)
+        for copy in grid.symmetries:
+            moved = rows.copy()
+            moved[:, 1] = copy[rows[:, 1]]
+            atoms = Atoms(numbers, grid.place(moved), cell=grid.problem.cell, pbc=grid.problem.pbc)
+            assert np.allclose(atoms.get_all_distances(mic=True), distances, atol=1e-9)
+
+
+# ---- policy and targets ------------------------------------------------------------------------------------
+
+
+def test_policies_choose_as_often_as_they_say():
+    q, allowed = np.linspace(-1, 1, 200), np.ones(200, bool)
+    allowed[150:] = False
+    rng = np.random.default_rng(0)
+    draws = 4000
+    greedy = [Policy(epsilon=0.2, top=0.1).choose(q, allowed, 10, rng) for _ in range(draws)]
+    best = np.mean(np.array(greedy) == 149)
+    assert abs(best - (0.8 + 0.1 / 15 + 0.1 / 150)) < 4 * np.sqrt(0.16 / draws)
+    assert max(greedy) == 149
+    among_top = np.mean((np.array(greedy) >= 135) & (np.array(greedy) < 149))
+    assert abs(among_top - (0.1 * 14 / 15 + 0.1 * 14 / 150)) < 4 * np.sqrt(0.1 / draws)
+    soft = np.array([Policy("softmax", temperature=0.5).choose(q, allowed, 10, rng) for _ in range(draws)])
+    weights = np.exp(q[:150] / 0.5)
+    assert abs(np.mean(soft >= 100) - weights[100:].sum() / weights.sum()) < 4 * np.sqrt(0.25 / draws)
+    plain = np.array([Policy("uniform").choose(np.zeros(0), allowed, 10, rng) for _ in range(draws)])
+    assert abs(np.mean(plain < 75) - 0.5) < 4 * np.sqrt(0.25 / draws) and plain.max() < 150
+
+
+def test_pairs_know_no_order_of_placement():
+    rows = np.array([[0, 5], [1, 7], [0, 9]], np.int32)
+    other = rows[[1, 0, 2]]
+    assert _pairs(rows)[2] == _pairs(other)[2]  # the same state, the same action
+    assert _pairs(rows)[1] != _pairs(other)[1]
+    assert _canonical(rows) == _canonical(other[::-1])
+
+
+# ---- learning ------------------------------------------------------------------------------------------------
+
+torch = pytest.importorskip("torch", reason="the agent learns with PyTorch: pip install 'thalweg[asla]'")
+
+
+def toy(**options):
+    first = Atoms("C", [[0, 0, 5.0]], cell=[5.0, 4.4, 10.0], pbc=(True, True, False))
+    problem = Problem("C3", template=first, box=FLAT.box)
+    return recipes.asla(problem, SmoothCarbon(), grid=0.4, threads=1, **options)
+
+
+def rows_of(search):
+    return search.data.positions, search.data.columns["energy"]
+
+
+def test_an_agent_learns_and_its_targets_are_those_of_the_best_episode():
+    with toy(seed=1) as search:
+        search.run(12)
+        agent = search.models["agent"].fit(search.data, None)
+        assert agent.size == 12 and len(agent.losses) == 12
+        for rows, energy in zip(agent.builds, agent.energies, strict=True):
+            for step in range(len(rows)):
+                containing = [
+                    e
+                    for other, e in zip(agent.builds, agent.energies, strict=True)
+                    for k in range(len(other))
+                    if _canonical(other[:k]) == _canonical(rows[:step]) and np.array_equal(other[k], rows[step])
+                ]
+                assert agent._best[_pairs(rows)[step]] == min(containing) <= energy
+        assert agent.reward(min(agent.energies)) == 1.0
+        assert agent.reward(np.inf) == -1.0
+        steps = [agent.reward(min(agent.energies) + x) for x in (0.1, 0.2, 50.0)]
+        assert 1 > steps[0] > steps[1] > steps[2] == -1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"postprocess": "surrogate", "surrogate_after": 3}, {"acquisition": "lcb", "candidates": 4, "rebuild": 2,
+     "rebuild_after": 3}, {"representation": "agr"}, {"postprocess": "true", "true_steps": 3}],
+)  # fmt: skip
+def test_a_resumed_agent_goes_on_as_if_nothing_had_happened(tmp_path, options):
+    with toy(seed=2, **options) as straight:
+        straight.run(9)
+        expected = rows_of(straight)
+    for part in (3, 2, 4):
+        with toy(seed=2, store=tmp_path / "run.journal", **options) as search:
+            search.run(part)
+    with toy(seed=2, store=tmp_path / "run.journal", **options) as search:
+        assert all(np.array_equal(a, b) for a, b in zip(rows_of(search), expected, strict=True))
+
+
+def test_snapshots_are_kept_and_training_since_is_repeated(tmp_path):
+    from dataclasses import replace
+
+    def search(store=None):
+        found = toy(seed=3, store=store)
+        found.models["agent"] = replace(found.models["agent"], snapshot_every=4)
+        return found
+
+    with search() as straight:
+        straight.run(11)
+        expected = straight.models["agent"].fit(straight.data).trainer.parameters
+    for part in (6, 5):
+        with search(tmp_path / "run.journal") as resumed:
+            resumed.run(part)
+            resumed.ask()
+            found = resumed._fitted["agent"].trainer.parameters.copy()
+    assert np.array_equal(found, expected)
+
+
+def test_relaxed_structures_are_snapped_before_their_energy(tmp_path):
+    with toy(seed=4, postprocess="surrogate", surrogate_after=2) as search:
+        search.run(6)
+        grid = search.models["agent"].built_on
+        for structure in search.data.to_ase():
+            fractional = structure.positions[1:, :2] / np.diag(grid.steps[:, :2])
+            assert np.allclose(fractional, np.rint(fractional), atol=1e-9)
+    with toy(seed=4, postprocess="surrogate", surrogate_after=2, evaluate_on_grid=False) as search:
+        search.run(6)
+        positions = search.data.positions.reshape(-1, 4, 3)[4:, 1:, :2] / np.diag(grid.steps[:, :2])
+        assert not np.allclose(positions, np.rint(positions), atol=1e-3)
+        assert np.allclose(search.data.positions[:, 2], 5.0)  # in the plane
+
+
+def test_transfer_starts_from_the_other_agents_weights(tmp_path):
+    with toy(seed=5) as small:
+        small.run(4)
+        agent = small.models["agent"].fit(small.data)
+        agent.save(tmp_path / "small.npz")
+    first = Atoms("C", [[0, 0, 5.0]], cell=[5.0, 8.8, 10.0], pbc=(True, True, False))
+    large = Problem("C7", template=first, box=([0, 0, 4.5], [[5.0, 0, 0], [0, 8.8, 0], [0, 0, 1.0]]))
+    with recipes.asla(large, SmoothCarbon(), grid=0.4, transfer_from=str(tmp_path / "small.npz"), seed=9) as search:
+        begun = search.models["agent"].fit(Batch.empty())
+        assert np.array_equal(begun.trainer.parameters, agent.trainer.parameters)
+        search.run(2)
+    with pytest.raises(ConfigurationError, match="no snapshot"):
+        recipes.asla(large, SmoothCarbon(), transfer_from=str(tmp_path / "none.npz")).run(1)
+
+
+def test_three_dimensions_and_several_species():
+    problem = Problem("Ni2Au2", cell=12.0, box=4.0)
+    with recipes.asla(problem, EMT(), grid=0.8, dimension=3, seed=1, network="light-3d", threads=1) as search:
+        search.run(3)
+        assert search.evaluations == 3 and np.isfinite(search.best_energy)
+
+
+def test_an_agent_finds_a_small_minimum_sooner_than_chance():
+    """Four carbons on a coarse grid: the best energy of 150 episodes, agent against uniform, 3 seeds each."""
+    best = {}
+    for policy in ("epsilon-greedy", "uniform"):
+        runs = []
+        for seed in range(3):
+            with toy(seed=seed, policy=policy) as search:
+                search.run(150)
+                runs.append(np.mean(search.data.columns["energy"][-50:]))
+        best[policy] = np.mean(runs)
+    assert best["epsilon-greedy"] < best["uniform"] - 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"postprocess": "relax"}, "postprocess must be one of"),
+        ({"acquisition": "ei"}, "acquisition must be one of"),
+        ({"rebuild": 3}, "rebuild"),
+        ({"representation": "gausian"}, "Did you mean 'gaussian'"),
+        ({"policy": "greedy"}, "policy"),
+        ({"span": -1.0}, "span"),
+        ({"network": "thesis"}, "preset"),
+    ],
+)
+def test_bad_options_of_the_recipe_are_named(options, words):
+    with pytest.raises(ConfigurationError, match=words):
+        toy(**options).run(1)
+
+
+def test_the_recipe_can_be_asked_for_in_a_file(tmp_path):
+    from thalweg.config import Configuration
+
+    text = """
+[problem]
+symbols = "C4"
+cell = [5.0, 4.4, 10.0]
+pbc = [true, true, false]
+box = { corner = [0, 0, 4.5], vectors = [[5.0, 0, 0], [0, 4.4, 0], [0, 0, 1.0]] }
+[calculator]
+name = "smooth-carbon"
+[search]
+method = "asla"
+grid = 0.4
+postprocess = "surrogate"
+heights = { C = 5.0 }
+"""
+    path = tmp_path / "asla.toml"
+    path.write_text(text)
+    configuration = Configuration.load(path)
+    with configuration.make_search(seed=1, store=None) as search:
+        search.callbacks.append(StopAt(-1e9))
+        search.run(3)
+        assert search.evaluations == 3
+    assert json.loads(json.dumps(search._meta()))
