@@ -174,7 +174,7 @@ void bind_potentials(py::module_& m) {
              return std::make_shared<SmoothCarbon>(SmoothCarbon::Settings{depth, stiffness, r0, angle, inner, outer});
            }),
            py::kw_only(), py::arg("depth") = 3.0, py::arg("stiffness") = 2.0, py::arg("r0") = 1.45,
-           py::arg("angle") = 2.0, py::arg("inner") = 2.0, py::arg("outer") = 3.0);
+           py::arg("angle") = 2.0, py::arg("inner") = 1.8, py::arg("outer") = 2.5);
   py::class_<LennardJones, Landscape, std::shared_ptr<LennardJones>>(
       m, "LennardJones",
       "Lennard-Jones, all species alike; values of ASE's calculator. sigma, rc, ro in angstrom, epsilon in eV; rc = 0: "

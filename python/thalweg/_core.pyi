@@ -64,8 +64,8 @@ class SmoothCarbon(Landscape):
         stiffness: float = 2.0,
         r0: float = 1.45,
         angle: float = 2.0,
-        inner: float = 2.0,
-        outer: float = 3.0,
+        inner: float = 1.8,
+        outer: float = 2.5,
     ) -> None: ...
 
 class LennardJones(Landscape):

@@ -133,8 +133,8 @@ class SmoothCarbon(_Builtin):
         "stiffness": 2.0,
         "r0": 1.45,
         "angle": 2.0,
-        "inner": 2.0,
-        "outer": 3.0,
+        "inner": 1.8,
+        "outer": 2.5,
     }
 
     def _make_landscape(self) -> _core.Landscape:

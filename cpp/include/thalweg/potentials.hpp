@@ -96,7 +96,7 @@ class SmoothCarbon : public Landscape {
   struct Settings {
     double depth = 3.0, stiffness = 2.0, r0 = 1.45;  // eV, 1/angstrom, angstrom
     double angle = 2.0;                              // eV
-    double inner = 2.0, outer = 3.0;                 // angstrom
+    double inner = 1.8, outer = 2.5;                 // angstrom
   };
   /// Throws Error for numbers that make no sense.
   explicit SmoothCarbon(const Settings& settings);
