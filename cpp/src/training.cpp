@@ -152,17 +152,23 @@ struct QTraining::Impl {
     std::size_t stamped;
   };
 
+  /// A stretch of one direction where a stamp covers the box of a_1.
+  struct Run {
+    int phase, box, stamp, count;
+  };
+  /// Rows of a stamp (of channel 0) and where they go in an arena's rows.
+  struct Piece {
+    std::size_t stamp, row;
+    int rows;
+  };
+
   // Buffers of one thread.
   struct Arena {
     Floats image, activation[kLayers], spectrum[3], product, delta_spectrum, delta, scratch;
     Floats masks[kLayers];
     std::vector<float> u, du;
     Floats rows, delta_rows;  // (kGroup, rows of a_1's box, row_size)
-  };
-
-  /// A stretch of one direction where a stamp covers the box of a_1.
-  struct Run {
-    int phase, box, stamp, count;
+    std::vector<Piece> pieces;
   };
 
   // What one share of the groups adds up to.
@@ -192,8 +198,7 @@ struct QTraining::Impl {
   void make_stamps(const QNetworkWeights& weights);
   int kernel_element(const int* phase, int z, int y, int x) const;
   bool is_clean(const StateActions& pairs, std::size_t sample, bool constant) const;
-  template <class Body>
-  void for_stamps(const Call& call, std::size_t sample, Body body) const;
+  void find_pieces(const Call& call, std::size_t lane, std::size_t sample, std::vector<Piece>& pieces) const;
   std::size_t points(int layer) const {
     return size_of(extent[layer][0]) * size_of(extent[layer][1]) * size_of(extent[layer][2]);
   }
@@ -530,10 +535,9 @@ bool QTraining::Impl::is_clean(const StateActions& pairs, std::size_t sample, bo
   return true;
 }
 
-/// Calls body(offset of a stamp's row, row of the box of a_1, column, rows) for all stamps of a sample's atoms. Columns
-/// may stick out of the box by a stamp's width.
-template <class Body>
-void QTraining::Impl::for_stamps(const Call& call, std::size_t sample, Body body) const {
+/// Appends the stamps of a sample's atoms. Their rows may stick out of the box by a stamp's width.
+void QTraining::Impl::find_pieces(const Call& call, std::size_t lane, std::size_t sample,
+                                  std::vector<Piece>& pieces) const {
   std::vector<Run> runs[3];
   int action[3], atom[3];
   position(call.pairs.actions[2 * sample + 1], action);
@@ -563,9 +567,13 @@ void QTraining::Impl::for_stamps(const Call& call, std::size_t sample, Body body
         for (const Run& x : runs[2]) {
           const int phase = (z.phase * step[1] + y.phase) * step[2] + x.phase;
           const std::size_t base = (species * size_of(phases) + size_of(phase)) * kHidden * stamp_size;
-          for (int i = 0; i < z.count; ++i)
-            body(base + size_of((z.stamp + i) * stamp.out[1] + y.stamp) * size_of(stamp.out_row),
-                 size_of((z.box + z.stamp + i) * extent[1][1] + y.box + y.stamp), x.box, y.count);
+          for (int i = 0; i < z.count; ++i) {
+            const int row_at = (z.box + z.stamp + i) * extent[1][1] + y.box + y.stamp;
+            pieces.push_back({base + size_of((z.stamp + i) * stamp.out[1] + y.stamp) * size_of(stamp.out_row),
+                              (lane * size_of(extent[1][0] * extent[1][1]) + size_of(row_at)) * size_of(row_size) +
+                                  size_of(row_begin + x.box),
+                              y.count});
+          }
         }
   }
 }
@@ -629,6 +637,9 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
 
   // forward
   const std::size_t image_rows = size_of(extent[1][0] * extent[1][1] * row_size);
+  arena.pieces.clear();
+  if (stamped)
+    for (std::size_t l = 0; l < count; ++l) find_pieces(call, l, call.order[begin + l], arena.pieces);
   float* rows = stamped ? arena.rows.need(kGroup * image_rows) : nullptr;
   std::size_t most = 0;
   for (const Plan& p : plan) most = std::max(most, p.frequencies());
@@ -650,11 +661,9 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
       if (by_stamps)
         for (int second = 0; second < 2; ++second) {
           std::memset(rows, 0, kGroup * image_rows * sizeof(float));
-          for (std::size_t l = 0; l < count; ++l)
-            for_stamps(call, call.order[begin + l], [&](std::size_t from, std::size_t row, int column, int n) {
-              k.add_rows(n, stamp.out_row, stamps.data() + size_of(2 * j + second) * stamp_size + from, stamp.out_row,
-                         rows + l * image_rows + row * size_of(row_size) + row_begin + column, row_size);
-            });
+          for (const Piece& p : arena.pieces)
+            k.add_rows(p.rows, stamp.out_row, stamps.data() + size_of(2 * j + second) * stamp_size + p.stamp,
+                       stamp.out_row, rows + p.row, row_size);
           k.interleave(extent[1][0] * extent[1][1], extent[1][2], rows + row_begin,
                        static_cast<std::ptrdiff_t>(image_rows), row_size, second, a);
         }
@@ -714,11 +723,9 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
         for (int second = 0; second < 2; ++second) {
           k.separate(extent[1][0] * extent[1][1], extent[1][2], d, second, delta_rows + row_begin,
                      static_cast<std::ptrdiff_t>(image_rows), row_size);
-          for (std::size_t l = 0; l < count; ++l)
-            for_stamps(call, call.order[begin + l], [&](std::size_t to, std::size_t row, int column, int n) {
-              k.add_rows(n, stamp.out_row, delta_rows + l * image_rows + row * size_of(row_size) + row_begin + column,
-                         row_size, slot.stamps.data() + size_of(2 * j + second) * stamp_size + to, stamp.out_row);
-            });
+          for (const Piece& p : arena.pieces)
+            k.add_rows(p.rows, stamp.out_row, delta_rows + p.row, row_size,
+                       slot.stamps.data() + size_of(2 * j + second) * stamp_size + p.stamp, stamp.out_row);
         }
         continue;
       }
