@@ -18,7 +18,7 @@ SOURCE = Path(__file__).parents[1]
 PYTHON = [
     {"_core"},
     {"errors", "elements"},
-    {"files", "randomness", "schedule", "descriptors", "calculators", "pool", "statistics", "priors"},
+    {"files", "randomness", "schedule", "descriptors", "calculators", "pool", "statistics", "priors", "torch_ops"},
     {"records"},
     {"generators", "select", "refine", "evaluate", "models", "local_model", "model_choice", "callbacks", "stagnation"},
     {"search", "store", "networks"},

@@ -146,8 +146,20 @@ struct QTraining::Impl {
     std::span<const float> targets, pull;  // one of them, or none to evaluate only
     std::span<float> q;
     bool backward, wants_kernels;
-    int channel_pairs;  // of the images
-    double scale;       // of the loss' derivative
+    int channel_pairs;                   // of the images
+    double scale;                        // of the loss' derivative
+    std::span<const std::size_t> order;  // of samples: the first `stamped` ones need no images
+    std::size_t stamped;
+  };
+
+  /// A stretch of one direction where a stamp covers the box of a_1.
+  struct Run {
+    int phase, box, stamp, count;
+  };
+  /// Rows of a stamp (of channel 0) and where they go in an arena's rows.
+  struct Piece {
+    std::size_t stamp, row;
+    int rows;
   };
 
   // Buffers of one thread.
@@ -155,6 +167,8 @@ struct QTraining::Impl {
     Floats image, activation[kLayers], spectrum[3], product, delta_spectrum, delta, scratch;
     Floats masks[kLayers];
     std::vector<float> u, du;
+    Floats rows, delta_rows;  // (kGroup, rows of a_1's box, row_size)
+    std::vector<Piece> pieces;
   };
 
   // What one share of the groups adds up to.
@@ -163,6 +177,9 @@ struct QTraining::Impl {
     std::vector<float> last, kernels;  // (species, kHidden, points), (species, window)
     std::array<std::array<double, kHidden>, 3> bias{};
     std::vector<double> last_bias, shift;
+    Floats stamps;
+    std::array<double, kHidden> constant{};  // bias gradient of the stamped groups alone
+    bool has_sums = false;                   // of the first layer
     double loss = 0;
   };
 
@@ -172,12 +189,16 @@ struct QTraining::Impl {
   void check(const QNetworkWeights& weights, const StateActions& pairs) const;
   double run(const QNetworkWeights& weights, const StateActions& pairs, std::span<const float> targets,
              std::span<const float> pull, std::span<float> q, const QNetworkGradient& out, bool backward, int threads);
-  void prepare_weights(const QNetworkWeights& weights);
+  void prepare_weights(const QNetworkWeights& weights, bool first);
   void crop_kernels(std::span<const float> kernels, bool whole);
   void group(const Call& call, std::size_t g, Arena& arena, Slot& slot, bool add);
   Box box(int layer, const Arena& arena, bool masked) const;
-  void splat(const Call& call, std::size_t sample, float* plane, float* gradient) const;
+  void splat(const Call& call, std::size_t lane, std::size_t sample, float* plane, float* gradient) const;
   void position(std::int32_t voxel, int* out) const;
+  void make_stamps(const QNetworkWeights& weights);
+  int kernel_element(const int* phase, int z, int y, int x) const;
+  bool is_clean(const StateActions& pairs, std::size_t sample, bool constant) const;
+  void find_pieces(const Call& call, std::size_t lane, std::size_t sample, std::vector<Piece>& pieces) const;
   std::size_t points(int layer) const {
     return size_of(extent[layer][0]) * size_of(extent[layer][1]) * size_of(extent[layer][2]);
   }
@@ -211,6 +232,18 @@ struct QTraining::Impl {
   std::vector<Slot> slots;
   std::vector<float> kernels;  // cropped to `used` around their middle, rows along x
   int used = 0;
+
+  // The first layer without images: an atom adds its stamp, w_1 convolved with the part of its kernel that lies on the
+  // lattice, to z_1. Stamps belong to (species, phase), phase = where the atom sits between lattice points.
+  //   stamps [species][phase][kHidden][z][y][stamp.out_row]
+  // Only where the whole kernel lies inside the grid and no constant is cut off by a wall; other samples take images.
+  Stamp stamp{};
+  int phases = 1, low[3] = {0, 0, 0};  // lattice points of a kernel before its middle
+  int row_size = 0, row_begin = 0;     // of the arenas' rows: stamps may stick out on both sides
+  std::size_t stamp_size = 0;          // of one channel
+  Floats stamps, taps_reversed;        // (species, kHidden, z, y, tap_row)
+  std::vector<float> lattice;          // (species, phase, stamp.kernel)
+  std::vector<float> first_bias;       // with what the constants add in the middle of the grid
 };
 
 QTraining::Impl::Impl(const QNetworkShape& wanted) : shape(wanted) {
@@ -252,11 +285,11 @@ QTraining::Impl::Impl(const QNetworkShape& wanted) : shape(wanted) {
     taps *= size_of(k);
     window *= size_of(2 * shape.half_window + 1);
     // A periodic lattice that is smaller than its unfolded box is transformed as it is, if its length is smooth.
-    const int lattice = grid[d] % step[d] == 0 ? grid[d] / step[d] : 0;
-    torus[d] = periodic[d] && lattice >= k && lattice < 2 * centre[0] + 1 && is_smooth(lattice);
+    const int length = grid[d] % step[d] == 0 ? grid[d] / step[d] : 0;
+    torus[d] = periodic[d] && length >= k && length < 2 * centre[0] + 1 && is_smooth(length);
     for (int layer = 0; layer < kLayers; ++layer) {
       const int unfolded = 2 * centre[layer] + 1;
-      extent[layer][d] = torus[d] ? std::min(unfolded, lattice) : unfolded;
+      extent[layer][d] = torus[d] ? std::min(unfolded, length) : unfolded;
       if (layer < 3) size[layer][d] = smooth_at_least(extent[layer][d]);
     }
   }
@@ -334,11 +367,11 @@ void QTraining::Impl::crop_kernels(std::span<const float> all, bool whole) {
         for (int x = -used; x <= used; ++x) kernels.push_back(at(s, z, y, x));
 }
 
-void QTraining::Impl::prepare_weights(const QNetworkWeights& weights) {
+void QTraining::Impl::prepare_weights(const QNetworkWeights& weights, bool first) {
   const TrainingKernels& k = training_kernels();
   const int edge = shape.kernel;
   const int window_extent[3] = {shape.dimension == 3 ? edge : 1, edge, edge};
-  for (int layer = 0; layer < 3; ++layer) {
+  for (int layer = first ? 0 : 1; layer < 3; ++layer) {
     const std::size_t count = size_of(inputs(layer)) * kHidden, cells = weight_cells[layer];
     const Transform& t = plan[layer].transform;
     const float* w = weights.parameters.data() + parameter_offset(layer, false);
@@ -370,12 +403,12 @@ Box QTraining::Impl::box(int layer, const Arena& arena, bool masked) const {
 
 /// Adds the images of one sample's atoms to its lanes of plane (species pairs, points) cells; with `gradient` the
 /// derivative with respect to the plane is there instead, and each kernel's goes to gradient (species, used window).
-void QTraining::Impl::splat(const Call& call, std::size_t sample, float* plane, float* gradient) const {
+void QTraining::Impl::splat(const Call& call, std::size_t lane, std::size_t sample, float* plane,
+                            float* gradient) const {
   struct Hit {
     int index, offset;  // along one direction: point of the box, element of the kernel
   };
   std::vector<Hit> hits[3];
-  const std::size_t lane = sample % kGroup;
   const std::size_t part = lane % 8 + (lane < 8 ? 0 : kImaginary);
   int action[3], atom[3];
   position(call.pairs.actions[2 * sample + 1], action);
@@ -386,21 +419,21 @@ void QTraining::Impl::splat(const Call& call, std::size_t sample, float* plane, 
     position(call.pairs.placed[2 * static_cast<std::size_t>(row) + 1], atom);
     for (int d = 0; d < 3; ++d) {
       hits[d].clear();
-      const int low = shape.dimension == 2 && d == 0 ? 0 : -step[d] * centre[0];
-      const int high = low + step[d] * (extent[0][d] - 1);
+      const int start = shape.dimension == 2 && d == 0 ? 0 : -step[d] * centre[0];
+      const int finish = start + step[d] * (extent[0][d] - 1);
       for (int r = -reach[d]; r <= reach[d]; ++r) {
         const int place = atom[d] + r;
         if (!periodic[d] && (place < 0 || place >= grid[d])) continue;
         int along = place - action[d];
         if (!periodic[d]) {
-          if (along >= low && along <= high && (along - low) % step[d] == 0)
-            hits[d].push_back({(along - low) / step[d], r + reach[d]});
+          if (along >= start && along <= finish && (along - start) % step[d] == 0)
+            hits[d].push_back({(along - start) / step[d], r + reach[d]});
           continue;
         }
         // every image within the box
-        along = low + ((along - low) % grid[d] + grid[d]) % grid[d];
-        for (; along <= high; along += grid[d])
-          if ((along - low) % step[d] == 0) hits[d].push_back({(along - low) / step[d], r + reach[d]});
+        along = start + ((along - start) % grid[d] + grid[d]) % grid[d];
+        for (; along <= finish; along += grid[d])
+          if ((along - start) % step[d] == 0) hits[d].push_back({(along - start) / step[d], r + reach[d]});
       }
     }
     float* cells = plane + species / 2 * points(0) * kCell + species % 2 * kSecond + part;
@@ -415,6 +448,133 @@ void QTraining::Impl::splat(const Call& call, std::size_t sample, float* plane, 
         else
           for (const Hit& x : hits[2]) out[from + size_of(x.offset)] += line[x.index * kCell];
       }
+  }
+}
+
+void QTraining::Impl::make_stamps(const QNetworkWeights& weights) {
+  const TrainingKernels& k = training_kernels();
+  const std::size_t species = size_of(shape.species);
+  phases = 1;
+  for (int d = 0; d < 3; ++d) {
+    low[d] = reach[d] / step[d];
+    stamp.kernel[d] = low[d] + (reach[d] + step[d] - 1) / step[d] + 1;
+    stamp.taps[d] = shape.dimension == 2 && d == 0 ? 1 : shape.kernel;
+    stamp.out[d] = stamp.kernel[d] + stamp.taps[d] - 1;
+    phases *= step[d];
+  }
+  stamp.tap_row = (stamp.taps[2] + 7) / 8 * 8;
+  stamp.out_row = (stamp.kernel[2] - 1 + stamp.tap_row + 7) / 8 * 8;
+  stamp_size = size_of(stamp.out[0]) * size_of(stamp.out[1]) * size_of(stamp.out_row);
+  row_begin = (stamp.out[2] + 7) / 8 * 8;
+  row_size = row_begin + (extent[1][2] + 7) / 8 * 8 + stamp.out_row;
+  const std::size_t kernel_size = size_of(stamp.kernel[0]) * size_of(stamp.kernel[1]) * size_of(stamp.kernel[2]);
+  const std::size_t tap_size = size_of(stamp.taps[0]) * size_of(stamp.taps[1]) * size_of(stamp.tap_row);
+
+  lattice.assign(species * size_of(phases) * kernel_size, 0.0f);
+  const int edge_y = 2 * reach[1] + 1, edge_x = 2 * reach[2] + 1;
+  std::size_t at = 0;
+  for (std::size_t s = 0; s < species; ++s)
+    for (int phase = 0; phase < phases; ++phase) {
+      const int f[3] = {phase / (step[1] * step[2]), phase / step[2] % step[1], phase % step[2]};
+      for (int z = 0; z < stamp.kernel[0]; ++z)
+        for (int y = 0; y < stamp.kernel[1]; ++y)
+          for (int x = 0; x < stamp.kernel[2]; ++x, ++at) {
+            const int from = kernel_element(f, z, y, x);
+            if (from >= 0) lattice[at] = kernels[s * size_of((2 * reach[0] + 1) * edge_y * edge_x) + size_of(from)];
+          }
+    }
+  float* reversed = taps_reversed.need(species * kHidden * tap_size);
+  const float* w = weights.parameters.data();
+  first_bias.assign(weights.parameters.begin() + static_cast<std::ptrdiff_t>(parameter_offset(0, true)),
+                    weights.parameters.begin() + static_cast<std::ptrdiff_t>(parameter_offset(0, true)) + kHidden);
+  for (std::size_t s = 0; s < species; ++s)
+    for (std::size_t o = 0; o < kHidden; ++o) {
+      const float* from = w + (o * species + s) * taps;
+      float* to = reversed + (s * kHidden + o) * tap_size;
+      double sum = 0;
+      for (std::size_t t = 0; t < taps; ++t) {
+        const std::size_t back = taps - 1 - t, line = back / size_of(stamp.taps[2]);
+        to[line * size_of(stamp.tap_row) + back % size_of(stamp.taps[2])] = from[t];
+        sum += static_cast<double>(from[t]);
+      }
+      first_bias[o] += static_cast<float>(sum * static_cast<double>(weights.shift[s]));
+    }
+  float* out = stamps.need(species * size_of(phases) * kHidden * stamp_size);
+  std::memset(out, 0, species * size_of(phases) * kHidden * stamp_size * sizeof(float));
+  for (std::size_t s = 0; s < species; ++s)
+    for (std::size_t phase = 0; phase < size_of(phases); ++phase)
+      k.stamp(stamp, lattice.data() + (s * size_of(phases) + phase) * kernel_size, reversed + s * kHidden * tap_size,
+              out + (s * size_of(phases) + phase) * kHidden * stamp_size);
+}
+
+/// Which element of a cropped kernel a lattice point of this phase meets; -1: none.
+int QTraining::Impl::kernel_element(const int* phase, int z, int y, int x) const {
+  const int point[3] = {z, y, x};
+  int at = 0;
+  for (int d = 0; d < 3; ++d) {
+    const int r = step[d] * (point[d] - low[d]) - phase[d] + reach[d];
+    if (r < 0 || r > 2 * reach[d]) return -1;
+    at = at * (2 * reach[d] + 1) + r;
+  }
+  return at;
+}
+
+/// No kernel of the sample's atoms, and with `constant` no box around it, is cut off by a wall.
+bool QTraining::Impl::is_clean(const StateActions& pairs, std::size_t sample, bool constant) const {
+  int at[3];
+  if (constant) {
+    position(pairs.actions[2 * sample + 1], at);
+    for (int d = 0; d < 3; ++d)
+      if (!periodic[d] && (at[d] - step[d] * centre[0] < 0 || at[d] + step[d] * centre[0] >= grid[d])) return false;
+  }
+  for (std::int64_t row = pairs.offsets[sample]; row < pairs.offsets[sample + 1]; ++row) {
+    position(pairs.placed[2 * static_cast<std::size_t>(row) + 1], at);
+    for (int d = 0; d < 3; ++d)
+      if (!periodic[d] && (at[d] < reach[d] || at[d] + reach[d] >= grid[d])) return false;
+  }
+  return true;
+}
+
+/// Appends the stamps of a sample's atoms. Their rows may stick out of the box by a stamp's width.
+void QTraining::Impl::find_pieces(const Call& call, std::size_t lane, std::size_t sample,
+                                  std::vector<Piece>& pieces) const {
+  std::vector<Run> runs[3];
+  int action[3], atom[3];
+  position(call.pairs.actions[2 * sample + 1], action);
+  for (std::int64_t row = call.pairs.offsets[sample]; row < call.pairs.offsets[sample + 1]; ++row) {
+    const std::size_t species = size_of(call.pairs.placed[2 * static_cast<std::size_t>(row)]);
+    position(call.pairs.placed[2 * static_cast<std::size_t>(row) + 1], atom);
+    for (int d = 0; d < 3; ++d) {
+      runs[d].clear();
+      const bool flat = shape.dimension == 2 && d == 0;
+      const int before = low[d] + (flat ? 0 : stamp.taps[d] / 2), middle = flat ? 0 : centre[1];
+      // the stamp begins at floor(delta / step) + middle - before, delta = atom - action + images
+      const int first = -step[d] * (middle - before + stamp.out[d]) - step[d];
+      const int last = step[d] * (extent[1][d] - middle + before) + step[d];
+      int delta = atom[d] - action[d];
+      const int period = flat || !periodic[d] ? 0 : grid[d];
+      if (period > 0) delta = first + ((delta - first) % period + period) % period;
+      for (; delta <= last; delta += period) {
+        const int lattice_point = (delta >= 0 ? delta : delta - step[d] + 1) / step[d];
+        const int begin = lattice_point + middle - before;
+        const int from = std::max(0, -begin), to = std::min(stamp.out[d], extent[1][d] - begin);
+        if (from < to) runs[d].push_back({delta - step[d] * lattice_point, begin, from, to - from});
+        if (period == 0) break;
+      }
+    }
+    for (const Run& z : runs[0])
+      for (const Run& y : runs[1])
+        for (const Run& x : runs[2]) {
+          const int phase = (z.phase * step[1] + y.phase) * step[2] + x.phase;
+          const std::size_t base = (species * size_of(phases) + size_of(phase)) * kHidden * stamp_size;
+          for (int i = 0; i < z.count; ++i) {
+            const int row_at = (z.box + z.stamp + i) * extent[1][1] + y.box + y.stamp;
+            pieces.push_back({base + size_of((z.stamp + i) * stamp.out[1] + y.stamp) * size_of(stamp.out_row),
+                              (lane * size_of(extent[1][0] * extent[1][1]) + size_of(row_at)) * size_of(row_size) +
+                                  size_of(row_begin + x.box),
+                              y.count});
+          }
+        }
   }
 }
 
@@ -435,7 +595,7 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
         if (periodic[d]) continue;
         for (std::size_t l = 0; l < count; ++l) {
           int action[3];
-          position(call.pairs.actions[2 * (begin + l) + 1], action);
+          position(call.pairs.actions[2 * call.order[begin + l] + 1], action);
           const int at = coordinate(d, layer, i, action[d]);
           if (at >= 0 && at < grid[d]) continue;
           masked = true;
@@ -446,32 +606,41 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
   }
 
   // images, and their spectra
+  const bool stamped = begin + count <= call.stamped;
   const std::size_t image_plane = points(0) * kCell;
-  float* image = arena.image.need(size_of(call.channel_pairs) * image_plane);
-  std::memset(image, 0, size_of(call.channel_pairs) * image_plane * sizeof(float));
-  for (std::size_t l = 0; l < count; ++l) splat(call, begin + l, image, nullptr);
   const Box image_box = box(0, arena, masked);
-  for (int s = 0; s < shape.species; ++s) {
-    const float shift = call.weights.shift[size_of(s)];
-    if (shift == 0) continue;
-    float* p = image + size_of(s / 2) * image_plane + s % 2 * kSecond;
-    for (int z = 0; z < extent[0][0]; ++z)
-      for (int y = 0; y < extent[0][1]; ++y)
-        for (int x = 0; x < extent[0][2]; ++x, p += kCell)
-          for (int half = 0; half < kCell; half += kImaginary)
-            for (int l = half; l < half + 8; ++l)
-              p[l] += !masked ? shift
-                              : shift * image_box.mask[0][z * kCell + l] * image_box.mask[1][y * kCell + l] *
-                                    image_box.mask[2][x * kCell + l];
-  }
+  float* image = nullptr;
   float* spectrum[3];
-  for (int layer = 0; layer < 3; ++layer)
+  for (int layer = stamped ? 1 : 0; layer < 3; ++layer)
     spectrum[layer] = arena.spectrum[layer].need(plan[layer].frequencies() * (layer == 0 ? image_stride : stride));
-  for (int j = 0; j < call.channel_pairs; ++j)
-    k.forward(plan[0].transform, extent[0], image + size_of(j) * image_plane, spectrum[0] + j * kCell, image_stride,
-              scratch);
+  if (!stamped) {
+    image = arena.image.need(size_of(call.channel_pairs) * image_plane);
+    std::memset(image, 0, size_of(call.channel_pairs) * image_plane * sizeof(float));
+    for (std::size_t l = 0; l < count; ++l) splat(call, l, call.order[begin + l], image, nullptr);
+    for (int s = 0; s < shape.species; ++s) {
+      const float shift = call.weights.shift[size_of(s)];
+      if (shift == 0) continue;
+      float* p = image + size_of(s / 2) * image_plane + s % 2 * kSecond;
+      for (int z = 0; z < extent[0][0]; ++z)
+        for (int y = 0; y < extent[0][1]; ++y)
+          for (int x = 0; x < extent[0][2]; ++x, p += kCell)
+            for (int half = 0; half < kCell; half += kImaginary)
+              for (int l = half; l < half + 8; ++l)
+                p[l] += !masked ? shift
+                                : shift * image_box.mask[0][z * kCell + l] * image_box.mask[1][y * kCell + l] *
+                                      image_box.mask[2][x * kCell + l];
+    }
+    for (int j = 0; j < call.channel_pairs; ++j)
+      k.forward(plan[0].transform, extent[0], image + size_of(j) * image_plane, spectrum[0] + j * kCell, image_stride,
+                scratch);
+  }
 
   // forward
+  const std::size_t image_rows = size_of(extent[1][0] * extent[1][1] * row_size);
+  arena.pieces.clear();
+  if (stamped)
+    for (std::size_t l = 0; l < count; ++l) find_pieces(call, l, call.order[begin + l], arena.pieces);
+  float* rows = stamped ? arena.rows.need(kGroup * image_rows) : nullptr;
   std::size_t most = 0;
   for (const Plan& p : plan) most = std::max(most, p.frequencies());
   float* product = arena.product.need(most * std::max(stride, image_stride));
@@ -479,15 +648,27 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
   for (int layer = 0; layer < 3; ++layer) {
     const Transform& t = plan[layer].transform;
     const int n_in = inputs(layer);
-    k.multiply(t, weight_spectrum[layer].data(), weight_cells[layer], n_in, 1, kHidden, n_in, true, spectrum[layer],
-               layer == 0 ? image_stride : stride, product, stride);
+    const bool by_stamps = layer == 0 && stamped;
+    if (!by_stamps)
+      k.multiply(t, weight_spectrum[layer].data(), weight_cells[layer], n_in, 1, kHidden, n_in, true, spectrum[layer],
+                 layer == 0 ? image_stride : stride, product, stride);
     const std::size_t plane = points(layer + 1) * kCell;
     activation[layer + 1] = arena.activation[layer + 1].need(kHiddenCells * plane);
-    const float* bias = parameters + parameter_offset(layer, true);
+    const float* bias = by_stamps ? first_bias.data() : parameters + parameter_offset(layer, true);
     const Box inside = box(layer + 1, arena, masked);
     for (int j = 0; j < kHiddenCells; ++j) {
       float* a = activation[layer + 1] + size_of(j) * plane;
-      k.inverse(t, extent[layer + 1], product + j * kCell, stride, a, scratch);
+      if (by_stamps)
+        for (int second = 0; second < 2; ++second) {
+          std::memset(rows, 0, kGroup * image_rows * sizeof(float));
+          for (const Piece& p : arena.pieces)
+            k.add_rows(p.rows, stamp.out_row, stamps.data() + size_of(2 * j + second) * stamp_size + p.stamp,
+                       stamp.out_row, rows + p.row, row_size);
+          k.interleave(extent[1][0] * extent[1][1], extent[1][2], rows + row_begin,
+                       static_cast<std::ptrdiff_t>(image_rows), row_size, second, a);
+        }
+      else
+        k.inverse(t, extent[layer + 1], product + j * kCell, stride, a, scratch);
       k.activate(inside, bias + 2 * j, shape.slope, a);
       if (layer < 2)
         k.forward(plan[layer + 1].transform, extent[layer + 1], a, spectrum[layer + 1] + j * kCell, stride, scratch);
@@ -499,7 +680,7 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
   arena.du.assign(size_of(shape.species) * kGroup, 0.0f);
   k.last(static_cast<int>(taps), shape.species, last, activation[3], arena.u.data());
   for (std::size_t l = 0; l < count; ++l) {
-    const std::size_t sample = begin + l, s = size_of(call.pairs.actions[2 * sample]);
+    const std::size_t sample = call.order[begin + l], s = size_of(call.pairs.actions[2 * sample]);
     // in double: 1 - q^2 of a saturated q would lose all digits
     const double q = std::tanh(static_cast<double>(arena.u[s * kGroup + l] + last_bias[s]));
     call.q[sample] = static_cast<float>(q);
@@ -531,14 +712,33 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
       if (layer < 2)  // what the layer above left in `product`
         k.inverse(plan[layer + 1].transform, extent[layer + 1], product + j * kCell, stride, d, scratch);
       k.pull(inside, shape.slope, activation[layer + 1] + size_of(j) * plane, d);
+      if (layer == 0 && stamped) {
+        alignas(64) float sum[kCell];
+        k.total(points(1), d, sum);
+        for (int c = 0; c < kCell; ++c) {
+          slot.bias[0][size_of(2 * j + c / kSecond % 2)] += sum[c];
+          slot.constant[size_of(2 * j + c / kSecond % 2)] += sum[c];
+        }
+        float* delta_rows = arena.delta_rows.need(kGroup * image_rows);  // what lies beyond the box stays zero
+        for (int second = 0; second < 2; ++second) {
+          k.separate(extent[1][0] * extent[1][1], extent[1][2], d, second, delta_rows + row_begin,
+                     static_cast<std::ptrdiff_t>(image_rows), row_size);
+          for (const Piece& p : arena.pieces)
+            k.add_rows(p.rows, stamp.out_row, delta_rows + p.row, row_size,
+                       slot.stamps.data() + size_of(2 * j + second) * stamp_size + p.stamp, stamp.out_row);
+        }
+        continue;
+      }
       k.forward(t, extent[layer + 1], d, delta_spectrum + j * kCell, stride, scratch);
       for (int c = 0; c < kCell; ++c)  // frequency zero is the sum over points
         slot.bias[size_of(layer)][size_of(2 * j + c / kSecond % 2)] += delta_spectrum[j * kCell + c];
     }
+    if (layer == 0 && stamped) return;
     const int n_in = inputs(layer);
     const std::size_t in_stride = layer == 0 ? image_stride : stride;
     float* sums = slot.sums[layer].need(size_of(t.pairs) * size_of(n_in) * kSums);
-    k.correlate(t, n_in, spectrum[layer], in_stride, delta_spectrum, add, sums);
+    k.correlate(t, n_in, spectrum[layer], in_stride, delta_spectrum, layer == 0 ? slot.has_sums : add, sums);
+    if (layer == 0) slot.has_sums = true;
     if (layer > 0 || call.wants_kernels)
       k.multiply(t, weight_spectrum[layer].data(), weight_cells[layer], kHidden, n_in, n_in, 1, false, delta_spectrum,
                  stride, product, in_stride);
@@ -547,7 +747,7 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
   for (int j = 0; j < call.channel_pairs; ++j)
     k.inverse(plan[0].transform, extent[0], product + j * kCell, image_stride, image + size_of(j) * image_plane,
               scratch);
-  for (std::size_t l = 0; l < count; ++l) splat(call, begin + l, image, slot.kernels.data());
+  for (std::size_t l = 0; l < count; ++l) splat(call, l, call.order[begin + l], image, slot.kernels.data());
   for (int s = 0; s < shape.species; ++s) {
     const float* p = image + size_of(s / 2) * image_plane + s % 2 * kSecond;
     double sum = 0;
@@ -590,9 +790,19 @@ double QTraining::Impl::run(const QNetworkWeights& weights, const StateActions& 
   const TrainingKernels& k = training_kernels();
   const bool wants_kernels = backward && (!out.kernels.empty() || !out.shift.empty());
   crop_kernels(weights.kernels, wants_kernels && !out.kernels.empty());
-  prepare_weights(weights);
+  // Samples that need no images go first, so that few groups mix both kinds.
+  const bool constant = std::any_of(weights.shift.begin(), weights.shift.end(), [](float v) { return v != 0; }) ||
+                        (wants_kernels && !out.shift.empty());
+  std::vector<std::size_t> order, rest;
+  order.reserve(n);
+  for (std::size_t i = 0; i < n; ++i) (is_clean(pairs, i, constant) ? order : rest).push_back(i);
+  const std::size_t stamped = order.size();
+  order.insert(order.end(), rest.begin(), rest.end());
+  if (stamped > 0) make_stamps(weights);
+  prepare_weights(weights, stamped < n);
   const Call call{
-      weights, pairs, targets, pull, q, backward, wants_kernels, (shape.species + 1) / 2, 1.0 / static_cast<double>(n)};
+      weights, pairs,  targets, pull, q, backward, wants_kernels, (shape.species + 1) / 2, 1.0 / static_cast<double>(n),
+      order,   stamped};
 
   const std::size_t groups = (n + kGroup - 1) / kGroup;
   const int n_slots = static_cast<int>(std::min<std::size_t>(groups, kMostSlots));
@@ -606,6 +816,10 @@ double QTraining::Impl::run(const QNetworkWeights& weights, const StateActions& 
     slot.bias = {};
     slot.last.assign(backward ? size_of(shape.species) * kHidden * taps : 0, 0.0f);
     slot.kernels.assign(wants_kernels ? kernels.size() : 0, 0.0f);
+    slot.has_sums = false;
+    slot.constant = {};
+    const std::size_t stamp_floats = size_of(shape.species) * size_of(phases) * kHidden * stamp_size;
+    if (backward && stamped > 0) std::memset(slot.stamps.need(stamp_floats), 0, stamp_floats * sizeof(float));
     slot.last_bias.assign(size_of(shape.species), 0.0);
     slot.shift.assign(size_of(shape.species), 0.0);
   }
@@ -626,21 +840,70 @@ double QTraining::Impl::run(const QNetworkWeights& weights, const StateActions& 
 
   double loss = 0;
   for (int s = 0; s < n_slots; ++s) loss += slots[size_of(s)].loss;
+  const auto over_slots = [&](auto term) {
+    double sum = 0;
+    for (int i = 0; i < n_slots; ++i) sum += static_cast<double>(term(slots[size_of(i)]));
+    return sum;
+  };
+
+  // stamps first: what they give is added to
+  const std::size_t species = size_of(shape.species);
+  const std::size_t kernel_size = size_of(stamp.kernel[0]) * size_of(stamp.kernel[1]) * size_of(stamp.kernel[2]);
+  const std::size_t tap_size = size_of(stamp.taps[0]) * size_of(stamp.taps[1]) * size_of(stamp.tap_row);
+  std::vector<float> by_taps, by_lattice;
+  std::array<double, kHidden> by_constant{};
+  if (stamped > 0) {
+    const std::size_t floats = species * size_of(phases) * kHidden * stamp_size;
+    float* sum = slots[0].stamps.data();
+    for (int i = 1; i < n_slots; ++i) {
+      const float* other = slots[size_of(i)].stamps.data();
+      for (std::size_t at = 0; at < floats; ++at) sum[at] += other[at];
+    }
+    by_taps.assign(species * kHidden * tap_size, 0.0f);
+    by_lattice.assign(wants_kernels ? lattice.size() : 0, 0.0f);
+    for (std::size_t s = 0; s < species; ++s)
+      for (std::size_t phase = 0; phase < size_of(phases); ++phase) {
+        const std::size_t which = s * size_of(phases) + phase;
+        k.stamp_taps(stamp, lattice.data() + which * kernel_size, sum + which * kHidden * stamp_size,
+                     by_taps.data() + s * kHidden * tap_size);
+        if (wants_kernels)
+          k.stamp_kernel(stamp, taps_reversed.data() + s * kHidden * tap_size, sum + which * kHidden * stamp_size,
+                         by_lattice.data() + which * kernel_size);
+      }
+    for (std::size_t o = 0; o < kHidden; ++o)
+      by_constant[o] = over_slots([&](const Slot& slot) { return slot.constant[o]; });
+  }
   if (wants_kernels) {
     const int half = shape.half_window, edge = 2 * half + 1, solid = shape.dimension == 3 ? half : 0;
+    const int edge_y = 2 * reach[1] + 1, edge_x = 2 * reach[2] + 1;
+    const std::size_t cropped = size_of((2 * reach[0] + 1) * edge_y * edge_x);
+    std::vector<double> by_kernel(species * cropped);
+    for (std::size_t at = 0; at < by_kernel.size(); ++at)
+      by_kernel[at] = over_slots([&](const Slot& slot) { return slot.kernels[at]; });
     std::size_t from = 0;
-    for (std::size_t s = 0; s < size_of(shape.species); ++s) {
-      double total = 0;
-      for (int i = 0; i < n_slots; ++i) total += slots[size_of(i)].shift[s];
+    if (stamped > 0)
+      for (std::size_t s = 0; s < species; ++s)
+        for (int phase = 0; phase < phases; ++phase) {
+          const int f[3] = {phase / (step[1] * step[2]), phase / step[2] % step[1], phase % step[2]};
+          for (int z = 0; z < stamp.kernel[0]; ++z)
+            for (int y = 0; y < stamp.kernel[1]; ++y)
+              for (int x = 0; x < stamp.kernel[2]; ++x, ++from)
+                if (const int to = kernel_element(f, z, y, x); to >= 0)
+                  by_kernel[s * cropped + size_of(to)] += static_cast<double>(by_lattice[from]);
+        }
+    from = 0;
+    for (std::size_t s = 0; s < species; ++s) {
+      double total = over_slots([&](const Slot& slot) { return slot.shift[s]; });
+      for (std::size_t o = 0; o < kHidden; ++o)
+        for (std::size_t t = 0; t < taps; ++t)
+          total += by_constant[o] * static_cast<double>(weights.parameters[(o * species + s) * taps + t]);
       if (!out.shift.empty()) out.shift[s] = static_cast<float>(total);
       if (out.kernels.empty()) continue;
       for (int z = -reach[0]; z <= reach[0]; ++z)
         for (int y = -used; y <= used; ++y)
           for (int x = -used; x <= used; ++x, ++from) {
-            double sum = 0;
-            for (int i = 0; i < n_slots; ++i) sum += static_cast<double>(slots[size_of(i)].kernels[from]);
             const int row = ((z + solid) * (solid > 0 ? edge : 1)) + y + half;
-            out.kernels[s * window + size_of(row * edge + x + half)] = static_cast<float>(sum);
+            out.kernels[s * window + size_of(row * edge + x + half)] = static_cast<float>(by_kernel[from]);
           }
     }
   }
@@ -651,24 +914,35 @@ double QTraining::Impl::run(const QNetworkWeights& weights, const StateActions& 
     const Plan& p = plan[layer];
     const std::size_t cells = weight_cells[layer], kernel_count = size_of(inputs(layer)) * kHidden;
     const float* sums[kMostSlots];
-    for (int s = 0; s < n_slots; ++s) sums[s] = slots[size_of(s)].sums[layer].data();
+    int n_sums = 0;
+    for (int s = 0; s < n_slots; ++s)
+      if (layer > 0 || slots[size_of(s)].has_sums) sums[n_sums++] = slots[size_of(s)].sums[layer].data();
+    float* bias = out.parameters.data() + parameter_offset(layer, true);
+    for (std::size_t c = 0; c < kHidden; ++c)
+      bias[c] = static_cast<float>(over_slots([&](const Slot& slot) { return slot.bias[size_of(layer)][c]; }));
+    if (n_sums == 0) continue;
     float* spectrum = kernel_spectrum.need(p.frequencies() * cells * kCell);
     float* planes = kernel_planes.need(taps * kCell);
     float* scratch = kernel_scratch.need(transform_scratch(p.transform, window_extent));
-    k.join(p.transform, inputs(layer), n_slots, sums, cells, 1.0f / static_cast<float>(p.frequencies()), spectrum);
+    k.join(p.transform, inputs(layer), n_sums, sums, cells, 1.0f / static_cast<float>(p.frequencies()), spectrum);
     float* w = out.parameters.data() + parameter_offset(layer, false);
     for (std::size_t j = 0; j < cells; ++j) {
       k.inverse(p.transform, window_extent, spectrum + j * kCell, cells * kCell, planes, scratch);
       for (std::size_t r = 0; r < kCell && j * kCell + r < kernel_count; ++r)
         for (std::size_t tap = 0; tap < taps; ++tap) w[(j * kCell + r) * taps + tap] = planes[tap * kCell + r];
     }
-    float* bias = out.parameters.data() + parameter_offset(layer, true);
-    for (std::size_t c = 0; c < kHidden; ++c) {
-      double sum = 0;
-      for (int s = 0; s < n_slots; ++s) sum += slots[size_of(s)].bias[size_of(layer)][c];
-      bias[c] = static_cast<float>(sum);
-    }
   }
+  if (stamped > 0)
+    for (std::size_t s = 0; s < species; ++s)
+      for (std::size_t o = 0; o < kHidden; ++o) {
+        float* w = out.parameters.data() + (o * species + s) * taps;
+        const float* from = by_taps.data() + (s * kHidden + o) * tap_size;
+        const float shift = static_cast<float>(static_cast<double>(weights.shift[s]) * by_constant[o]);
+        for (std::size_t t = 0; t < taps; ++t) {
+          const std::size_t back = taps - 1 - t, line = back / size_of(stamp.taps[2]);
+          w[t] += from[line * size_of(stamp.tap_row) + back % size_of(stamp.taps[2])] + shift;
+        }
+      }
   float* last = out.parameters.data() + parameter_offset(3, false);
   for (std::size_t i = 0; i < size_of(shape.species) * kHidden * taps; ++i)
     for (int s = 0; s < n_slots; ++s) last[i] += slots[size_of(s)].last[i];

@@ -633,6 +633,118 @@ void last_back(int points, int species, const float* w, const float* a, const fl
   }
 }
 
+// ---- the first layer, atom by atom ------------------------------------------------------------------------------
+
+void add_rows(int rows, int width, const float* from, std::ptrdiff_t from_row, float* to, std::ptrdiff_t to_row) {
+  for (int r = 0; r < rows; ++r, from += from_row, to += to_row) {
+    int x = 0;
+    if constexpr (kWidth == 16)
+      for (; x + 16 <= width; x += 16) store(to + x, load(to + x) + load(from + x));
+    for (; x < width; x += 8) store(to + x, load<8>(to + x) + load<8>(from + x));
+  }
+}
+
+void interleave(int rows, int width, const float* images, std::ptrdiff_t image, std::ptrdiff_t row, int second,
+                float* plane) {
+  float* out = plane + second * kSecond;
+  for (int r = 0; r < rows; ++r)
+    for (int x = 0; x < width; x += 8, out += 8 * kCell) {
+      const int count = width - x < 8 ? width - x : 8;
+      for (int half = 0; half < 2; ++half) {
+        V8 t[8];
+#pragma GCC unroll 8
+        for (int l = 0; l < 8; ++l) t[l] = load<8>(images + (8 * half + l) * image + r * row + x);
+        transpose(t);
+        for (int k = 0; k < count; ++k) store(out + k * kCell + half * kImaginary, t[k]);
+      }
+      if (count < 8) out -= (8 - count) * kCell;
+    }
+}
+
+void separate(int rows, int width, const float* plane, int second, float* images, std::ptrdiff_t image,
+              std::ptrdiff_t row) {
+  const float* in = plane + second * kSecond;
+  for (int r = 0; r < rows; ++r)
+    for (int x = 0; x < width; x += 8, in += 8 * kCell) {
+      const int count = width - x < 8 ? width - x : 8;
+      for (int half = 0; half < 2; ++half) {
+        V8 t[8];
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; ++k) t[k] = k < count ? load<8>(in + k * kCell + half * kImaginary) : V8{};
+        transpose(t);
+#pragma GCC unroll 8
+        for (int l = 0; l < 8; ++l) store(images + (8 * half + l) * image + r * row + x, t[l]);
+      }
+      if (count < 8) in -= (8 - count) * kCell;
+    }
+}
+
+void total(std::size_t points, const float* plane, float* cell) {
+  V sum[kCell / kWidth] = {};
+  for (std::size_t t = 0; t < points; ++t, plane += kCell)
+#pragma GCC unroll 8
+    for (int k = 0; k < kCell / kWidth; ++k) sum[k] += load(plane + k * kWidth);
+  for (int k = 0; k < kCell / kWidth; ++k) store(cell + k * kWidth, sum[k]);
+}
+
+// Calls body(element of the kernel, its offset in `out`) for every element.
+template <class Body>
+THALWEG_INLINE void for_kernel(const Stamp& s, Body body) {
+  int n = 0;
+  for (int z = 0; z < s.kernel[0]; ++z)
+    for (int y = 0; y < s.kernel[1]; ++y)
+      for (int x = 0; x < s.kernel[2]; ++x, ++n)
+        body(n, (static_cast<std::ptrdiff_t>(z) * s.out[1] + y) * s.out_row + x);
+}
+
+void stamp(const Stamp& s, const float* kernel, const float* taps, float* out) {
+  const std::ptrdiff_t channel = static_cast<std::ptrdiff_t>(s.out[0]) * s.out[1] * s.out_row;
+  const auto body = [&](int n, std::ptrdiff_t at) __attribute__((always_inline)) {
+    const float factor = kernel[n];
+    if (factor == 0) return;
+    const float* w = taps;
+    for (int o = 0; o < kHidden; ++o)
+      for (int z = 0; z < s.taps[0]; ++z)
+        for (int y = 0; y < s.taps[1]; ++y) {
+          float* p = out + o * channel + at + (static_cast<std::ptrdiff_t>(z) * s.out[1] + y) * s.out_row;
+          for (int x = 0; x < s.tap_row; x += 8, w += 8, p += 8) store(p, load<8>(p) + factor * load<8>(w));
+        }
+  };
+  for_kernel(s, body);
+}
+
+void stamp_taps(const Stamp& s, const float* kernel, const float* out, float* by_taps) {
+  const std::ptrdiff_t channel = static_cast<std::ptrdiff_t>(s.out[0]) * s.out[1] * s.out_row;
+  const auto body = [&](int n, std::ptrdiff_t at) __attribute__((always_inline)) {
+    const float factor = kernel[n];
+    if (factor == 0) return;
+    float* w = by_taps;
+    for (int o = 0; o < kHidden; ++o)
+      for (int z = 0; z < s.taps[0]; ++z)
+        for (int y = 0; y < s.taps[1]; ++y) {
+          const float* p = out + o * channel + at + (static_cast<std::ptrdiff_t>(z) * s.out[1] + y) * s.out_row;
+          for (int x = 0; x < s.tap_row; x += 8, w += 8, p += 8) store(w, load<8>(w) + factor * load<8>(p));
+        }
+  };
+  for_kernel(s, body);
+}
+
+void stamp_kernel(const Stamp& s, const float* taps, const float* out, float* by_kernel) {
+  const std::ptrdiff_t channel = static_cast<std::ptrdiff_t>(s.out[0]) * s.out[1] * s.out_row;
+  const auto body = [&](int n, std::ptrdiff_t at) __attribute__((always_inline)) {
+    const float* w = taps;
+    V8 sum{};
+    for (int o = 0; o < kHidden; ++o)
+      for (int z = 0; z < s.taps[0]; ++z)
+        for (int y = 0; y < s.taps[1]; ++y) {
+          const float* p = out + o * channel + at + (static_cast<std::ptrdiff_t>(z) * s.out[1] + y) * s.out_row;
+          for (int x = 0; x < s.tap_row; x += 8, w += 8, p += 8) sum += load<8>(w) * load<8>(p);
+        }
+    by_kernel[n] += ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+  };
+  for_kernel(s, body);
+}
+
 void adam(std::size_t n, const float* gradient, float beta1, float beta2, float rate, float scale, float epsilon,
           float* parameters, float* first, float* second) {
   for (std::size_t k = 0; k < n; ++k) {
@@ -646,8 +758,9 @@ void adam(std::size_t n, const float* gradient, float beta1, float beta2, float 
 }  // namespace
 
 const TrainingKernels& training_kernels() {
-  static constexpr TrainingKernels table{forward, inverse, multiply, correlate, activate, pull,
-                                         split,   join,    last,     last_back, adam};
+  static constexpr TrainingKernels table{forward,  inverse, multiply, correlate,  activate,     pull,
+                                         split,    join,    last,     last_back,  add_rows,     interleave,
+                                         separate, total,   stamp,    stamp_taps, stamp_kernel, adam};
   return table;
 }
 

@@ -40,6 +40,13 @@ struct Box {
   const float* mask[3];
 };
 
+/// Sizes of a full convolution out[n + t] = sum kernel[n] taps[t]. kernel: dense. taps (kHidden, z, y, tap_row): rows
+/// padded with zeros to tap_row, a multiple of 8. out (kHidden, z, y, out_row): out_row >= kernel[2] - 1 + tap_row.
+struct Stamp {
+  int kernel[3], taps[3], tap_row;
+  int out[3], out_row;
+};
+
 struct TrainingKernels {
   /// Spectrum of a plane; points beyond the extent are zero. stride: floats between frequencies. scratch: see
   /// transform_scratch.
@@ -72,6 +79,20 @@ struct TrainingKernels {
   void (*last)(int points, int species, const float* w, const float* a, float* u);
   /// d = sum_s w_s du_s, and dw (species, kHidden, points) += sum over samples of du_s a.
   void (*last_back)(int points, int species, const float* w, const float* a, const float* du, float* d, float* dw);
+  /// Rows of `width` floats (a multiple of 8) of one array added to rows of another.
+  void (*add_rows)(int rows, int width, const float* from, std::ptrdiff_t from_row, float* to, std::ptrdiff_t to_row);
+  /// Channel `second` (0, 1) of a plane of `rows` x `width` cells from one image per sample, and back.
+  void (*interleave)(int rows, int width, const float* images, std::ptrdiff_t image, std::ptrdiff_t row, int second,
+                     float* plane);
+  void (*separate)(int rows, int width, const float* plane, int second, float* images, std::ptrdiff_t image,
+                   std::ptrdiff_t row);
+  /// Sum of all cells of a plane.
+  void (*total)(std::size_t points, const float* plane, float* cell);
+  /// out += kernel convolved with taps, per channel; see Stamp.
+  void (*stamp)(const Stamp&, const float* kernel, const float* taps, float* out);
+  /// Its transposes: by_taps += , by_kernel += .
+  void (*stamp_taps)(const Stamp&, const float* kernel, const float* out, float* by_taps);
+  void (*stamp_kernel)(const Stamp&, const float* taps, const float* out, float* by_kernel);
   void (*adam)(std::size_t n, const float* gradient, float beta1, float beta2, float rate, float scale, float epsilon,
                float* parameters, float* first, float* second);
 };

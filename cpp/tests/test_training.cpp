@@ -230,6 +230,23 @@ TEST(gradients_are_those_of_whole_grids) {
   }
 }
 
+// Without constants and their gradient, atoms away from the walls are stamped and the others go through images.
+TEST(gradients_without_images_are_the_same) {
+  for (QNetworkShape shape : kShapes) {
+    Example e = example(shape, 40, 3, 4);
+    std::fill(e.shift.begin(), e.shift.end(), 0.0f);
+    const Reference wanted = reference(e);
+    at_every_level([&] {
+      QTraining training(shape);
+      std::vector<float> q(e.size()), gradient(e.parameters.size()), kernels(e.kernels.size());
+      training.gradient(e.weights(), e.pairs(), e.targets, q, {gradient, kernels, {}});
+      CLOSE(difference(q, wanted.q), 0, 5e-6);
+      CLOSE(difference(gradient, wanted.parameters), 0, 1e-5);
+      CLOSE(difference(kernels, wanted.kernels), 0, 1e-5);
+    });
+  }
+}
+
 TEST(the_reference_is_the_derivative_of_its_loss) {
   Example e = example(kShapes[5], 5, 4, 2);
   const Reference r = reference(e);

@@ -7,6 +7,8 @@ an environment of its own and is spoken to through `benchmarks/against_agox.py`.
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import statistics
@@ -634,6 +636,79 @@ def _iteration(table: Table, peer: Peer | None) -> None:
         _milli(table, name, statistics.median(times), b, target=target, note=note)
 
 
+# name, preset, grid, periodic, species, atoms per episode, episodes, edge of the box that holds the atoms, least ratio to
+# PyTorch's convolutions of patches, limit of our own figure in ms
+TRAINING = (
+    ("graphene, 41 x 36 periodic, 15 x 15, 115 pairs", "thesis-2d", (41, 36), True, 1, 23, 5, 36, 30, 20),
+    ("aniline, 50 x 50 open, 15 x 15, 70 pairs", "thesis-2d", (50, 50), False, 3, 14, 5, 25, 30, 14),
+    ("cluster, 40^3 open, 7^3 dilation 2, 40 pairs", "thesis-3d-dilated-2", (40, 40, 40), False, 2, 10, 4, 20, 18, 40),
+)
+
+
+def episodes(grid: Sequence[int], species: int, atoms: int, count: int, edge: int) -> tuple[Array, Array, Array, Array]:
+    """State-action pairs of `count` random builds within a box of `edge` voxels: placed, offsets, actions, targets."""
+    rng = np.random.default_rng(7)
+    placed: list[tuple[int, int]] = []
+    actions, offsets = [], [0]
+    for _ in range(count):
+        places = (np.array(grid) - edge) // 2 + rng.integers(0, edge, (atoms, len(grid)))
+        voxels = np.ravel_multi_index(tuple((places % np.array(grid)).T), tuple(grid))
+        build = list(zip(rng.integers(0, species, atoms).tolist(), voxels.tolist(), strict=True))
+        for i, action in enumerate(build):
+            placed += build[:i]
+            offsets.append(len(placed))
+            actions.append(action)
+    targets = rng.uniform(-1, 1, len(actions)).astype(np.float32)
+    return np.array(placed, np.int32).reshape(-1, 2), np.array(offsets), np.array(actions, np.int32), targets
+
+
+def _steps(table: Table, *, against_torch: bool) -> None:
+    """A training step of a Q-network: forward, backward, Adam. PyTorch's side: its fastest convolutions of the patches
+    that the actions see, one phase of a dilated lattice, channels last, and Adam; in the note the same by torch.fft."""
+    import torch
+
+    from thalweg.networks import Gaussian, QNetwork, Trainer
+
+    torch.set_num_threads(1)
+    for label, preset, grid, wraps, species, atoms, count, edge, ratio, limit in TRAINING:
+        name = f"training step, {label}"
+        if not table.wants(name):
+            continue
+        data = episodes(grid, species, atoms, count, edge)
+        periodic = (wraps,) * len(grid)
+        # biases that are not zero: in empty space every z would be 0, where a leaky ReLU has no derivative to compare
+        options: dict[str, Any] = {"initial": "uniform", "seed": 1}
+        nets = [QNetwork.preset(preset, Gaussian(species, len(grid)), **options) for _ in range(3)]
+        trainer = Trainer(nets[0], grid, periodic, threads=1)
+        theirs_net = nets[1].on(grid, periodic)
+        optimiser = torch.optim.Adam(theirs_net.parameters(), lr=1e-3)
+
+        def torch_step(fft=False, theirs_net=theirs_net, optimiser=optimiser, data=data):
+            begin = time.process_time()
+            optimiser.zero_grad()
+            q = theirs_net.q_of(*data[:3], fft=fft)
+            torch.nn.functional.mse_loss(q, torch.from_numpy(data[3])).backward()
+            optimiser.step()
+            return time.process_time() - begin
+
+        note = ""
+        if against_torch:
+            _, q, gradient = trainer.gradient(*data)
+            double = nets[2].double().on(grid, periodic)
+            exact = double.q_of(*data[:3], fft=True)
+            error = torch.nn.functional.mse_loss(exact, torch.from_numpy(data[3]).double())
+            named = dict(double.named_parameters())
+            exact_gradient = torch.autograd.grad(error, [named[n] for n in trainer._names])
+            wanted = np.concatenate([g.numpy().ravel() for g in exact_gradient])
+            table.check(f"{name}: Q", float(np.abs(q - exact.detach().numpy()).max()), 1e-5)
+            difference = float(np.abs(gradient - wanted).max() / np.abs(wanted).max())
+            table.check(f"{name}: gradient against float64, of the largest", difference, 1e-5)
+            note = f"torch.fft {1e3 * min(torch_step(fft=True) for _ in range(2)):,.0f} ms"
+            torch_step()
+        a, b = _turns(lambda: cpu_seconds(lambda: trainer.step(*data)), torch_step if against_torch else None, 3)  # noqa: B023
+        _milli(table, name, a, b, target=ratio if against_torch else limit, note=note)
+
+
 def _own(table: Table) -> None:
     """Figures without a counterpart: EMT against ASE's, the store, import time."""
     import ase.calculators.emt
@@ -698,9 +773,9 @@ def _write(path: Path | None, contents: dict[str, Any]) -> None:
         path.write_text(json.dumps(contents, indent=1, default=_plain) + "\n")
 
 
-def _check_against(against: str | None) -> None:
-    if against not in (None, "agox"):
-        raise ConfigurationError(f"--against must be 'agox', got '{against}'")
+def _check_against(against: str | None, peers: Sequence[str] = ("agox",)) -> None:
+    if against is not None and against not in peers:
+        raise ConfigurationError(f"--against must be {' or '.join(map(repr, peers))}, got '{against}'")
 
 
 def kernels(
@@ -713,13 +788,14 @@ def kernels(
 ) -> int:
     """Prints what the parts of a search cost, one row per figure, and writes them to `json_file`.
 
-    against : None or "agox": the same work by AGOX, in turns, with the ratio. How AGOX is called: its compiled (Cython)
+    against : None, "agox" or "torch": the same work by AGOX or PyTorch, in turns, with the ratio; against PyTorch only the
+        training steps of Q-networks, which need the extra `asla`. How AGOX is called: its compiled (Cython)
         fingerprint and prior, one `calculate` for LCB energy and forces, features kept in its candidates' caches before a
         fit, `remote_relax` and generators in one process without Ray.
     long : n = 2000, too
     Returns 0, or 1 if values differ. Raises ThalwegError if AGOX cannot be asked.
     """
-    _check_against(against)
+    _check_against(against, ("agox", "torch"))
     arguments = ["kernels", "--filter", filter, *(["--long"] if long else [])]
     arguments += ["--against", against] if against else []
     arguments += ["--json", str(json_file)] if json_file else []
@@ -727,20 +803,29 @@ def kernels(
     code = _one_thread_again(arguments)
     if code is not None:
         return code
-    peer = Peer(prepare_agox(agox_python)) if against else None
+    peer = Peer(prepare_agox(agox_python)) if against == "agox" else None
     versions = {"thalweg": _core.__version__, "isa": _core.active_isa(), **(peer.versions if peer else {})}
+    has_torch = importlib.util.find_spec("torch") is not None
+    if against == "torch" and not has_torch:
+        raise ConfigurationError("--against torch needs PyTorch: pip install 'thalweg[asla]'")
+    if has_torch and against != "agox":
+        versions["torch"] = importlib.metadata.version("torch")
     print(", ".join(f"{name} {value}" for name, value in versions.items()) + "; one thread, processor time, medians")
-    table = Table("AGOX" if peer else "", filter)
+    table = Table({None: "", "agox": "AGOX", "torch": "torch"}[against], filter)
     table.header()
     sizes = [100, 500, 1000, *([2000] if long else [])]
     try:
-        _fingerprints(table, peer)
-        _lcb(table, peer, sizes)
-        _fits(table, peer, [100, 500, *([1000] if long else [])])
-        _generators(table, peer)
-        _iteration(table, peer)
+        if against != "torch":
+            _fingerprints(table, peer)
+            _lcb(table, peer, sizes)
+            _fits(table, peer, [100, 500, *([1000] if long else [])])
+            _generators(table, peer)
+            _iteration(table, peer)
         if peer is None:
-            _own(table)
+            if has_torch:
+                _steps(table, against_torch=against == "torch")
+            if against is None:
+                _own(table)
     finally:
         if peer is not None:
             peer.close()

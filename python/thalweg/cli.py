@@ -313,6 +313,9 @@ bench = typer.Typer(
 app.add_typer(bench, name="bench")
 
 Against = Annotated[str | None, typer.Option("--against", metavar="agox", help="A peer that does the same work.")]
+AgainstKernels = Annotated[
+    str | None, typer.Option("--against", metavar="agox|torch", help="A peer that does the same work.")
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")]
 AgoxPython = Annotated[
     Path | None,
@@ -326,7 +329,7 @@ AgoxPython = Annotated[
 
 @bench.command("kernels")
 def bench_kernels(
-    against: Against = None,
+    against: AgainstKernels = None,
     filter: Annotated[str, typer.Option("--filter", help="Only rows whose name contains this.")] = "",
     json_file: JsonFile = None,
     long: Annotated[bool, typer.Option("--long", help="Larger training sets, too.")] = False,

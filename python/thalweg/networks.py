@@ -594,7 +594,7 @@ class QNetwork(torch.nn.Module):
     def q_of(self, placed: Array, offsets: Array, actions: Array, *, fft: bool | None = None) -> Tensor:
         """Q (n,) of n state-action pairs by patches around the actions, with a graph for gradients.
 
-        fft : multiply spectra instead of convolving; None: where that is faster (large kernels, one dilation).
+        fft : multiply spectra instead of convolving; None: where that is faster (large kernels in the plane, one dilation).
         """
         shape, periodic = self._need_grid()
         placed, offsets, actions = self._pairs(placed, offsets, actions)
@@ -606,7 +606,7 @@ class QNetwork(torch.nn.Module):
         extent = [self.kernel // 2 * sum(self.dilations[layer:]) for layer in range(LAYERS)]
         unit = all(d == pitch[layer] == pitch[0] for layer, d in enumerate(self.dilations))
         if fft is None:
-            fft = unit and self.kernel >= 7
+            fft = unit and self.dimension == 2 and self.kernel >= 7
         elif fft and not unit:
             raise ConfigurationError("fft=True needs the same dilation in all layers")
         centre = np.stack(np.unravel_index(actions[:, 1], shape), -1)
@@ -632,12 +632,15 @@ class QNetwork(torch.nn.Module):
         if mask[0] is not None:
             x = x * mask[0]
         convolve = functional.conv2d if self.dimension == 2 else functional.conv3d
+        layout = torch.channels_last if self.dimension == 2 else torch.channels_last_3d  # PyTorch's faster one
         for layer in range(LAYERS - 1):
             if fft:
                 x = _correlate(x, self.weights[layer]) + self.biases[layer].view(1, -1, *[1] * self.dimension)
             else:
                 dilation, stride = self.dilations[layer] // pitch[layer], pitch[layer + 1] // pitch[layer]
-                x = convolve(x, self.weights[layer], self.biases[layer], stride=stride, dilation=dilation)
+                weight = self.weights[layer].contiguous(memory_format=layout)
+                x = x.contiguous(memory_format=layout)
+                x = convolve(x, weight, self.biases[layer], stride=stride, dilation=dilation)
             x = functional.leaky_relu(x, self.slope)
             inside_next = mask[layer + 1]
             if inside_next is not None:
