@@ -558,8 +558,9 @@ void convolve_direct(const Layer& layer, const PackedLayer& packed, const Grid& 
 // ---- arrays of activations ----------------------------------------------------------------------------------
 // plain:   [z][y][x][channel]
 // for the last layer, whose kernel is summed along rows: [z][y][phase of x][cell of x][channel], so that the taps of a
-// row lie side by side. x starts half a kernel before the grid; behind the last y is a row of zeros, behind the last z
-// a plane of them: what open walls show. Periodic directions of x repeat the first and last voxels.
+// row lie side by side (a register apart where that is wide). x starts half a kernel before the grid; behind the last y
+// is a row of zeros, behind the last z a plane of them: what open walls show. Periodic directions of x repeat the first
+// and last voxels.
 struct Layout {
   int channels = 0;
   int64_t row = 0, plane = 0, floats = 0;
@@ -576,13 +577,14 @@ struct Layout {
     for (int x = 0; x < grid.n[2]; ++x) out.column.push_back(int64_t{x} * channels);
     return out;
   }
-  static Layout for_rows(const Grid& grid, const Layer& layer, int slack) {
+  // stride: floats from voxel to voxel
+  static Layout for_rows(const Grid& grid, const Layer& layer, int stride, int slack) {
     Layout out;
     const int d = layer.dilation[2], reach = layer.reach(2), width = grid.n[2] + 2 * reach;
     const int cells = (width + d - 1) / d;
     out.channels = layer.inputs;
-    const auto offset = [&](int e) { return (int64_t{e % d} * cells + e / d) * layer.inputs; };
-    out.row = int64_t{cells} * d * layer.inputs;
+    const auto offset = [&](int e) { return (int64_t{e % d} * cells + e / d) * stride; };
+    out.row = int64_t{cells} * d * stride;
     out.plane = out.row * (grid.n[1] + 1);
     out.floats = out.plane * (grid.n[0] + 1) + slack;
     for (int x = 0; x < grid.n[2]; ++x) {
@@ -771,12 +773,26 @@ struct QMap::Impl {
   std::vector<std::unique_ptr<LayerFft>> local, whole;  // per layer from the second on; null: not possible
   std::vector<QBox> largest;                            // unfolded boxes that one atom changes, at the origin
 
+  // Activations of the hidden layers without atoms: values[l] on a smaller grid, to which index leads.
+  struct Empty {
+    Grid grid;
+    std::vector<int> index[3];
+    std::vector<std::vector<float>> values;
+
+    const float* at(int l, int channels, int z, int y, int x) const {
+      return values[static_cast<std::size_t>(l)].data() +
+             ((int64_t{index[0][static_cast<std::size_t>(z)]} * grid.n[1] + index[1][static_cast<std::size_t>(y)]) *
+                  grid.n[2] +
+              index[2][static_cast<std::size_t>(x)]) *
+                 channels;
+    }
+  };
   mutable std::once_flag packed_made, stamps_made, empty_made, gather_made;
   mutable std::vector<PackedLayer> packed;
   mutable std::vector<std::vector<float>> stamps;  // per species: change of layer 1 far from walls, (box, outputs)
-  mutable std::vector<std::vector<float>> empty;   // activations without atoms, plain
-  mutable std::vector<float> gather_weights;
-  int gather_padded = 0;
+  mutable Empty empty;
+  mutable Floats gather_weights;
+  int gather_padded = 0, gather_stride = 0;
   Layout gather_layout;
   std::vector<int64_t> gather_plane, gather_row, gather_column;
 
@@ -846,8 +862,7 @@ struct QMap::Impl {
     return stamps;
   }
 
-  // The atom's change of layer 1's pre-activations: returns the folded box, calls row(box row, stamp row, ...) style
-  // addition into `out`, which holds the box.
+  // Where the atom changes layer 1; add_atom adds the change to `out`, which holds a box.
   QBox stamp_box(const Placed& atom) const {
     const Three at = position(atom.voxel);
     QBox box = largest[0];
@@ -897,10 +912,8 @@ struct QMap::Impl {
     }
   }
 
-  // Pre-activations of all layers in turn by sums, from layer 1's activations or the input.
   std::vector<float> dense(std::span<const Placed> placed) const;
-  std::vector<std::vector<float>> dense_layers(std::span<const Placed> placed) const;
-  const std::vector<std::vector<float>>& empty_layers() const;
+  const Empty& empty_state() const;
 
   bool grid_fft_possible() const {
     return std::all_of(whole.begin() + 1, whole.end(), [](const auto& plan) { return plan != nullptr; });
@@ -917,7 +930,14 @@ struct QMap::Impl {
   double direct_cost(int l) const;
 };
 
-std::vector<std::vector<float>> QMap::Impl::dense_layers(std::span<const Placed> placed) const {
+// (voxels, species) before the tanh -> (species, voxels) behind it.
+static void finish(const QmapKernels& kernels, int64_t voxels, int species, float* z, float* q) {
+  kernels.tanh(voxels * species, z);
+  for (int64_t v = 0; v < voxels; ++v)
+    for (int s = 0; s < species; ++s) q[s * voxels + v] = z[v * species + s];
+}
+
+std::vector<float> QMap::Impl::dense(std::span<const Placed> placed) const {
   const QRepresentation& r = network->representation();
   const QBox all = grid.whole();
   std::vector<float> input(static_cast<std::size_t>(grid.voxels() * r.channels));
@@ -937,35 +957,72 @@ std::vector<std::vector<float>> QMap::Impl::dense_layers(std::span<const Placed>
             r.kernel[static_cast<std::size_t>((int64_t{c} * r.species + atom.species) * volume + k)];
     }
   }
-  std::vector<std::vector<float>> out;
+  std::vector<float> out = std::move(input);
   Scratch scratch;
   for (std::size_t l = 0; l < layers.size(); ++l) {
-    const std::vector<float>& in = l == 0 ? input : out.back();
     std::vector<float> next(static_cast<std::size_t>(grid.voxels() * layers[l].outputs));
-    convolve_direct(layers[l], packed_layers()[l], grid, kernels, scratch, in.data(), all, next.data(), all, true);
+    convolve_direct(layers[l], packed_layers()[l], grid, kernels, scratch, out.data(), all, next.data(), all, true);
     if (l + 1 < layers.size()) kernels.leaky(static_cast<int64_t>(next.size()), next.data());
-    out.push_back(std::move(next));
+    out = std::move(next);
   }
-  return out;
-}
-
-// (voxels, species) before the tanh -> (species, voxels) behind it.
-static void finish(const QmapKernels& kernels, int64_t voxels, int species, float* z, float* q) {
-  kernels.tanh(voxels * species, z);
-  for (int64_t v = 0; v < voxels; ++v)
-    for (int s = 0; s < species; ++s) q[s * voxels + v] = z[v * species + s];
-}
-
-std::vector<float> QMap::Impl::dense(std::span<const Placed> placed) const {
-  std::vector<float> z = std::move(dense_layers(placed).back()), q(z.size());
-  finish(kernels, grid.voxels(), species(), z.data(), q.data());
+  std::vector<float> q(out.size());
+  finish(kernels, grid.voxels(), species(), out.data(), q.data());
   return q;
 }
 
-const std::vector<std::vector<float>>& QMap::Impl::empty_layers() const {
+// Without atoms activations depend on the distances to open walls alone, and on those only as far as the kernels reach:
+// a grid of one voxel per periodic direction and just wide enough between walls has all values.
+const QMap::Impl::Empty& QMap::Impl::empty_state() const {
   std::call_once(empty_made, [&] {
-    empty = dense_layers({});
-    empty.pop_back();
+    Grid small = grid;
+    std::vector<Layer> small_layers = layers;
+    for (int a = 0; a < 3; ++a) {
+      // Counted in steps of the dilation where all layers share it, else in voxels.
+      const int d = layers[0].dilation[a];
+      const bool shared =
+          std::all_of(layers.begin(), layers.end() - 1, [&](const Layer& l) { return l.dilation[a] == d; });
+      const int step = shared ? d : 1;
+      int reach = 0;
+      for (int l = 0; l < hidden(); ++l) reach += layers[static_cast<std::size_t>(l)].reach(a) / step;
+      const int enough = grid.periodic[a] ? 1 : 2 * reach + 1;
+      const bool reduced = grid.periodic[a] || grid.n[a] / step >= enough;
+      if (reduced) {
+        small.n[a] = enough;
+        for (Layer& layer : small_layers) layer.dilation[a] /= grid.periodic[a] ? layer.dilation[a] : step;
+      }
+      for (int x = 0; x < grid.n[a]; ++x) {
+        const int low = x / step, high = (grid.n[a] - 1 - x) / step;
+        empty.index[a].push_back(!reduced           ? x
+                                 : grid.periodic[a] ? 0
+                                 : low < reach      ? low
+                                 : high < reach     ? enough - 1 - high
+                                                    : reach);
+      }
+    }
+    empty.grid = small;
+    const QRepresentation& r = network->representation();
+    std::vector<float> in(static_cast<std::size_t>(small.voxels() * r.channels));
+    for (int64_t v = 0; v < small.voxels(); ++v) std::copy(r.bias.begin(), r.bias.end(), in.begin() + v * r.channels);
+    Scratch scratch;
+    const QBox all = small.whole();
+    for (int l = 0; l < hidden(); ++l) {
+      const Layer& layer = small_layers[static_cast<std::size_t>(l)];
+      std::vector<float> out(static_cast<std::size_t>(small.voxels() * layer.outputs));
+      const auto plan = small.voxels() > 1000 ? plan_fft(layer, small, small.n, true) : nullptr;
+      if (plan) {
+        for (int64_t v = 0; v < small.voxels(); ++v)
+          std::copy_n(layer.bias, layer.outputs, out.begin() + v * layer.outputs);
+        const float* from = in.data();
+        float* to = out.data();
+        convolve_fft(*plan, layer, small, kernels, scratch, 1, &from, all, &to, all);
+      } else {
+        convolve_direct(layer, packed_layers()[static_cast<std::size_t>(l)], small, kernels, scratch, in.data(), all,
+                        out.data(), all, true);
+      }
+      kernels.leaky(static_cast<int64_t>(out.size()), out.data());
+      empty.values.push_back(out);
+      in = std::move(out);
+    }
   });
   return empty;
 }
@@ -991,9 +1048,13 @@ void QMap::Impl::grid_pass(int states, float* const* first, float* const* spare,
 
 void QMap::Impl::make_gather() {
   const Layer& layer = layers.back();
-  const int row = layer.kernel[2] * layer.inputs;
-  gather_padded = (row + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
-  gather_layout = Layout::for_rows(grid, layer, gather_padded);
+  // Registers of 16 floats are read from the start of a cache line, even if some of their lanes are wasted: reads
+  // across two lines cost more than that.
+  const int lanes = kernels.lanes, aligned = (layer.inputs + lanes - 1) / lanes * lanes;
+  gather_stride = lanes == 16 && aligned * 8 <= layer.inputs * 14 ? aligned : layer.inputs;
+  const int row = layer.kernel[2] * gather_stride;
+  gather_padded = (row + lanes - 1) / lanes * lanes;
+  gather_layout = Layout::for_rows(grid, layer, gather_stride, gather_padded);
   const auto table = [&](int axis, int64_t stride) {
     std::vector<int64_t> out;
     for (int e = -layer.reach(axis); e < grid.n[axis] + layer.reach(axis); ++e) {
@@ -1005,20 +1066,19 @@ void QMap::Impl::make_gather() {
   gather_plane = table(0, gather_layout.plane);
   gather_row = table(1, gather_layout.row);
   const int d = layer.dilation[2], cells = (grid.n[2] + 2 * layer.reach(2) + d - 1) / d;
-  for (int x = 0; x < grid.n[2]; ++x) gather_column.push_back((int64_t{x % d} * cells + x / d) * layer.inputs);
+  for (int x = 0; x < grid.n[2]; ++x) gather_column.push_back((int64_t{x % d} * cells + x / d) * gather_stride);
 }
 
 const float* QMap::Impl::packed_gather() const {
   std::call_once(gather_made, [&] {
     const Layer& layer = layers.back();
     const int rows = layer.kernel[0] * layer.kernel[1];
-    gather_weights.assign(static_cast<std::size_t>(int64_t{rows} * layer.outputs * gather_padded), 0.0f);
+    float* out = gather_weights.need(int64_t{rows} * layer.outputs * gather_padded);
     for (int r = 0; r < rows; ++r)
       for (int o = 0; o < layer.outputs; ++o)
         for (int k = 0; k < layer.kernel[2]; ++k)
           for (int i = 0; i < layer.inputs; ++i)
-            gather_weights[static_cast<std::size_t>((int64_t{r} * layer.outputs + o) * gather_padded +
-                                                    k * layer.inputs + i)] =
+            out[(int64_t{r} * layer.outputs + o) * gather_padded + k * gather_stride + i] =
                 layer.weights[(int64_t{o} * layer.inputs + i) * layer.taps() + int64_t{r} * layer.kernel[2] + k];
   });
   return gather_weights.data();
@@ -1110,7 +1170,16 @@ std::vector<float> QMap::batch(std::span<const std::int64_t> offsets, std::span<
                 fit = std::max<int64_t>(1, (1 << 15) / plan.cells()), group = std::min(fill, fit);
   int most = 0;
   for (const Layer& layer : m.layers) most = std::max(most, layer.outputs);
-  const std::vector<float>& empty = m.empty_layers()[0];
+  // Pre-activations without atoms, from which leaky ReLU is undone: every state adds a stamp per atom to them.
+  const Impl::Empty& empty = m.empty_state();
+  const int channels = m.layers[0].outputs;
+  std::vector<float> start(static_cast<std::size_t>(voxels * channels));
+  for (int64_t v = 0; v < voxels; ++v) {
+    const Three at = m.position(v);
+    const float* a = empty.at(0, channels, at[0], at[1], at[2]);
+    for (int c = 0; c < channels; ++c)
+      start[static_cast<std::size_t>(v * channels + c)] = a[c] > 0 ? a[c] : a[c] * 100.0f;
+  }
   in_groups(n, group, threads, [&](int64_t first, int64_t last, Scratch& scratch) {
     const int states = static_cast<int>(last - first);
     const int64_t size = voxels * most;
@@ -1121,11 +1190,9 @@ std::vector<float> QMap::batch(std::span<const std::int64_t> offsets, std::span<
       in.push_back(memory + 2 * s * size);
       spare.push_back(in.back() + size);
       q.push_back(out.data() + (first + s) * map);
-      // Pre-activations: those without atoms, from which leaky ReLU is undone, and a stamp per atom.
-      std::copy(empty.begin(), empty.end(), in[s]);
-      for (std::size_t k = 0; k < empty.size(); ++k) in[s][k] = in[s][k] > 0 ? in[s][k] : in[s][k] * 100.0f;
+      std::copy(start.begin(), start.end(), in[s]);
       for (const Placed& atom : atoms(first + s)) m.add_atom(atom, all, in[s], scratch.box[1]);
-      m.kernels.leaky(static_cast<int64_t>(empty.size()), in[s]);
+      m.kernels.leaky(voxels * channels, in[s]);
     }
     m.grid_pass(states, in.data(), spare.data(), q.data(), scratch);
   });
@@ -1191,19 +1258,21 @@ struct QState::Impl {
       throw Error("this grid needs Fourier transforms of more than " + text(kMostFft) +
                   " cells; choose the method `direct`");
     const int kept = method == QMethod::grid_fft ? 1 : m.hidden();
-    const auto& empty = m.empty_layers();
-    const QBox all = m.grid.whole();
+    const QMap::Impl::Empty& empty = m.empty_state();
     for (int l = 0; l < kept; ++l) {
       const bool last = method != QMethod::grid_fft && l + 1 == m.hidden();
-      layouts.push_back(last ? m.gather_layout : Layout::plain(m.grid, m.layers[l].outputs));
+      const int channels = m.layers[static_cast<std::size_t>(l)].outputs;
+      layouts.push_back(last ? m.gather_layout : Layout::plain(m.grid, channels));
+      const Layout& layout = layouts.back();
       activations.emplace_back();
-      float* data = activations.back().need(layouts.back().floats);
-      each_row(m.grid, layouts.back(), all, offsets, [&](int64_t start, int64_t at) {
-        for (std::size_t x = 0; x < offsets.size(); ++x)
-          std::copy_n(empty[l].data() + at + static_cast<int64_t>(x) * m.layers[l].outputs, m.layers[l].outputs,
-                      data + start + offsets[x]);
-        repeat_images(m.grid, layouts.back(), all, data + start);
-      });
+      float* data = activations.back().need(layout.floats);
+      for (int z = 0; z < m.grid.n[0]; ++z)
+        for (int y = 0; y < m.grid.n[1]; ++y) {
+          float* row = data + z * layout.plane + y * layout.row;
+          for (int x = 0; x < m.grid.n[2]; ++x)
+            std::copy_n(empty.at(l, channels, z, y, x), channels, row + layout.column[static_cast<std::size_t>(x)]);
+          repeat_images(m.grid, layout, m.grid.whole(), row);
+        }
     }
   }
 
@@ -1324,8 +1393,14 @@ struct QState::Impl {
     values.resize(static_cast<std::size_t>(n * species));
     const Layer& layer = m.layers.back();
     // Along y of a grid of two directions there is one row, and dilation is one there.
-    Gather job{layer.kernel[0], layer.kernel[1], layer.outputs, m.gather_padded, layer.dilation[0], nullptr, nullptr,
-               nullptr,         nullptr,         nullptr,       nullptr};
+    Gather job{};
+    job.rows_z = layer.kernel[0];
+    job.rows_y = layer.kernel[1];
+    job.outputs = layer.outputs;
+    job.padded = m.gather_padded;
+    job.step = layer.dilation[0];
+    job.plane_stride = m.gather_layout.plane;
+    job.row_stride = m.gather_layout.row;
     job.plane = m.gather_plane.data();
     job.row = m.gather_row.data();
     job.column = m.gather_column.data();

@@ -247,6 +247,7 @@ void direct_row(const DirectRow& row, const float* in, float* out, std::int64_t 
   for (int o = 0; o < row.outputs; o += kLanes) {
     std::int64_t x = 0;
     for (; x + 8 <= n; x += 8) direct_voxels<8>(row, in + x * row.inputs, out + x * row.outputs, o);
+    for (; x + 4 <= n; x += 4) direct_voxels<4>(row, in + x * row.inputs, out + x * row.outputs, o);
     for (; x < n; ++x) direct_voxels<1>(row, in + x * row.inputs, out + x * row.outputs, o);
   }
 }
@@ -260,35 +261,64 @@ THALWEG_INLINE float sum_of(Real v) {
   return part[0];
 }
 
+// Keeps a value in a register: the compiler would rather read it again as the operand of each multiply-add, and reads
+// that cross a cache line are what these loops are bound by.
+template <class V>
+THALWEG_INLINE void pin(V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#else
+  (void)v;
+#endif
+}
+
+// sum += weights of a row times the numbers at a[voxel] + offset
+template <int outputs, int voxels>
+THALWEG_INLINE void gather_row(const float* w, int padded, const float* const* a, std::int64_t offset,
+                               Real (&sum)[outputs][voxels]) {
+  for (int k = 0; k < padded; k += kLanes) {
+    Real weight[outputs];
+#pragma GCC unroll 3
+    for (int c = 0; c < outputs; ++c) weight[c] = load(w + c * padded + k);
+#pragma GCC unroll 12
+    for (int v = 0; v < voxels; ++v) {
+      Real x = load(a[v] + (offset + k));
+      pin(x);
+#pragma GCC unroll 3
+      for (int c = 0; c < outputs; ++c) sum[c][v] += weight[c] * x;
+    }
+  }
+}
+
 template <int outputs, int voxels>
 THALWEG_INLINE void gather_some(const Gather& job, const std::int32_t* voxel, int count, int o, float* out) {
   Real sum[outputs][voxels] = {};
-  const float* start[voxels];
+  const float *start[voxels], *a[voxels];
   const std::int32_t* at[voxels];
-#pragma GCC unroll 8
+  const std::int64_t last_z = (job.rows_z - 1) * job.step, last_y = (job.rows_y - 1) * job.step;
+  bool linear = true;  // no voxel is near a wall or a seam in z or y: rows follow at equal distances
+#pragma GCC unroll 12
   for (int v = 0; v < voxels; ++v) {
     at[v] = voxel + 3 * (v < count ? v : count - 1);  // the last voxel once more instead of a special case
     start[v] = job.in + job.column[at[v][2]];
+    const std::int64_t *plane = job.plane + at[v][0], *row = job.row + at[v][1];
+    linear &= plane[last_z] - plane[0] == last_z * job.plane_stride && row[last_y] - row[0] == last_y * job.row_stride;
+    a[v] = start[v] + plane[0] + row[0];
   }
   const float* w = job.weights + o * job.padded;
-  for (int z = 0; z < job.rows_z; ++z) {
-    for (int y = 0; y < job.rows_y; ++y, w += job.outputs * job.padded) {
-      const float* a[voxels];
-#pragma GCC unroll 8
-      for (int v = 0; v < voxels; ++v)
-        a[v] = start[v] + job.plane[at[v][0] + z * job.step] + job.row[at[v][1] + y * job.step];
-      for (int k = 0; k < job.padded; k += kLanes) {
-        Real weight[outputs];
-#pragma GCC unroll 3
-        for (int c = 0; c < outputs; ++c) weight[c] = load(w + c * job.padded + k);
-#pragma GCC unroll 8
-        for (int v = 0; v < voxels; ++v) {
-          const Real x = load(a[v] + k);
-#pragma GCC unroll 3
-          for (int c = 0; c < outputs; ++c) sum[c][v] += weight[c] * x;
-        }
+  const std::int64_t row_of_weights = static_cast<std::int64_t>(job.outputs) * job.padded;
+  if (linear) {
+    for (int z = 0; z < job.rows_z; ++z)
+      for (int y = 0; y < job.rows_y; ++y, w += row_of_weights)
+        gather_row<outputs, voxels>(w, job.padded, a, job.step * (z * job.plane_stride + y * job.row_stride), sum);
+  } else {
+    for (int z = 0; z < job.rows_z; ++z)
+      for (int y = 0; y < job.rows_y; ++y, w += row_of_weights) {
+#pragma GCC unroll 12
+        for (int v = 0; v < voxels; ++v)
+          a[v] = start[v] + job.plane[at[v][0] + z * job.step] + job.row[at[v][1] + y * job.step];
+        gather_row<outputs, voxels>(w, job.padded, a, 0, sum);
       }
-    }
   }
   for (int v = 0; v < count; ++v)
     for (int c = 0; c < outputs; ++c) out[v * job.outputs + o + c] = sum_of(sum[c][v]) + job.bias[o + c];

@@ -57,7 +57,8 @@ struct Gather {
   std::int32_t rows_z, rows_y, outputs, padded;  // padded: length of a row of weights, a multiple of lanes
   std::int32_t step;                             // dilation
   const std::int64_t *plane, *row, *column;      // offsets of z, y (first tap) and x
-  const float* weights;                          // (rows_z rows_y, outputs, padded)
+  std::int64_t plane_stride, row_stride;         // far from walls
+  const float* weights;                          // (rows_z rows_y, outputs, padded), on a cache line
   const float* bias;
   const float* in;
 };
