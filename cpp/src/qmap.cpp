@@ -1352,7 +1352,9 @@ struct QState::Impl {
   }
 
   void apply(QDelta step) {
-    if (step.values_.size() != layouts.size() || step.parent_ != history.back())
+    if (step.values_.size() != layouts.size())
+      throw Error("this change belongs to a state of another method or network; expand the present one");
+    if (step.parent_ != history.back())
       throw Error("this change belongs to a state with other atoms placed; expand the present one");
     for (std::size_t l = 0; l < layouts.size(); ++l)
       if (step.values_[l].size() != static_cast<std::size_t>(step.boxes_[l].voxels() * layouts[l].channels))

@@ -221,26 +221,31 @@ void product_as(const SpectrumProduct& job) {
 void product(const SpectrumProduct& job) { job.conjugate ? product_as<true>(job) : product_as<false>(job); }
 
 // ---- direct convolution -------------------------------------------------------------------------------------
+// Sums of a row of taps are rounded before they enter the total: a single chain over thousands of taps loses two
+// digits.
 template <int voxels>
 THALWEG_INLINE void direct_voxels(const DirectRow& row, const float* in, float* out, int o) {
-  Real sum[voxels];
+  Real total[voxels];
   const Real bias = load(row.bias + o);
 #pragma GCC unroll 8
-  for (int v = 0; v < voxels; ++v) sum[v] = bias;
+  for (int v = 0; v < voxels; ++v) total[v] = bias;
   const int inputs = row.inputs;
   for (int r = 0; r < row.rows; ++r) {
     const float* w = row.weights + row.weight_row[r] * inputs * row.padded_outputs + o;
     const float* a = in + row.in_row[r];
+    Real sum[voxels] = {};
     for (int t = 0; t < row.taps; ++t, a += row.tap_step)
       for (int i = 0; i < inputs; ++i, w += row.padded_outputs) {
         const Real weight = load(w);
 #pragma GCC unroll 8
         for (int v = 0; v < voxels; ++v) sum[v] += weight * a[v * inputs + i];
       }
+#pragma GCC unroll 8
+    for (int v = 0; v < voxels; ++v) total[v] += sum[v];
   }
   const int count = row.outputs - o < kLanes ? row.outputs - o : kLanes;
   for (int v = 0; v < voxels; ++v)
-    for (int k = 0; k < count; ++k) out[v * row.outputs + o + k] = sum[v][k];
+    for (int k = 0; k < count; ++k) out[v * row.outputs + o + k] = total[v][k];
 }
 
 void direct_row(const DirectRow& row, const float* in, float* out, std::int64_t n) {
