@@ -46,6 +46,7 @@ CPP = {
     "local_gpr.hpp": {"core.hpp", "landscape.hpp", "environments.hpp"},
     "relax.hpp": {"core.hpp", "landscape.hpp"},
     "build.hpp": {"core.hpp", "random.hpp", "relax.hpp"},
+    "qmap.hpp": {"core.hpp"},
 }
 
 

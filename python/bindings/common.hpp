@@ -84,5 +84,6 @@ void bind_local_gpr(py::module_& m);
 void bind_potentials(py::module_& m);
 void bind_relax(py::module_& m);
 void bind_build(py::module_& m);
+void bind_qmap(py::module_& m);
 
 }  // namespace thalweg::bindings

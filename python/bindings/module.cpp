@@ -27,4 +27,5 @@ PYBIND11_MODULE(_core, m) {
   bindings::bind_local_gpr(m);
   bindings::bind_relax(m);
   bindings::bind_build(m);
+  bindings::bind_qmap(m);
 }
