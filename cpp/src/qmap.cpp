@@ -1,5 +1,9 @@
 #include "thalweg/qmap.hpp"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -28,6 +32,8 @@ int64_t product_of(const Three& n) { return int64_t{1} * n[0] * n[1] * n[2]; }
 int modulo(int a, int n) { return (a % n + n) % n; }
 std::string text(int64_t n) { return std::to_string(n); }
 
+constexpr std::size_t kHugePage = std::size_t{1} << 21;
+
 // Floats on a cache line, zeroed when first had. Grows, never shrinks.
 class Floats {
  public:
@@ -43,9 +49,13 @@ class Floats {
     if (size > size_) {
       std::free(data_);
       size_ = 0;
-      const std::size_t bytes = (static_cast<std::size_t>(size) * sizeof(float) + 127) / 64 * 64;
-      data_ = static_cast<float*>(std::aligned_alloc(64, bytes));
+      const std::size_t wanted = static_cast<std::size_t>(size) * sizeof(float) + 64;
+      const std::size_t page = wanted > kHugePage / 2 ? kHugePage : 64, bytes = (wanted + page - 1) / page * page;
+      data_ = static_cast<float*>(std::aligned_alloc(page, bytes));
       if (data_ == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+      if (page == kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);  // boxes touch a page per row: small ones would thrash
+#endif
       std::memset(data_, 0, bytes);
       size_ = size;
     }
