@@ -47,6 +47,7 @@ CPP = {
     "relax.hpp": {"core.hpp", "landscape.hpp"},
     "build.hpp": {"core.hpp", "random.hpp", "relax.hpp"},
     "training.hpp": {"core.hpp"},
+    "qmap.hpp": {"core.hpp"},
 }
 
 

@@ -18,6 +18,7 @@
 #include "thalweg/gpr.hpp"
 #include "thalweg/neighbors.hpp"
 #include "thalweg/potentials.hpp"
+#include "thalweg/qmap.hpp"
 #include "thalweg/relax.hpp"
 #include "thalweg/surrogate.hpp"
 
@@ -430,6 +431,124 @@ void building(Bench& bench) {
   });
 }
 
+/// ASLA's network: four layers of equal kernels, 10 channels between them, Gaussians of atoms.
+std::shared_ptr<const QNetwork> q_network(int dimension, int kernel, int dilation, int species, int width) {
+  Random random(Key{8, 8}, 0);
+  const auto power = [&](int k) { return static_cast<std::size_t>(dimension == 2 ? k * k : k * k * k); };
+  std::vector<QLayer> layers;
+  int inputs = species;
+  for (int l = 0; l < 4; ++l) {
+    QLayer layer{inputs, l < 3 ? 10 : species, kernel, dilation, {}, {}};
+    const std::size_t fan = static_cast<std::size_t>(inputs) * power(kernel);
+    const double scale = std::sqrt(6.0 / static_cast<double>(fan));
+    for (std::size_t k = 0; k < fan * static_cast<std::size_t>(layer.outputs); ++k)
+      layer.weights.push_back(static_cast<float>(random.uniform(-scale, scale)));
+    for (int o = 0; o < layer.outputs; ++o) layer.bias.push_back(static_cast<float>(random.uniform(-0.1, 0.1)));
+    inputs = layer.outputs;
+    layers.push_back(std::move(layer));
+  }
+  QRepresentation r{species, species, width, {}, std::vector<float>(static_cast<std::size_t>(species))};
+  for (int c = 0; c < species; ++c)
+    for (int s = 0; s < species; ++s)
+      for (int k = 0; k < static_cast<int>(power(width)); ++k) {
+        const double z = dimension == 2 ? 0 : k / width / width - width / 2, y = k / width % width - width / 2,
+                     x = k % width - width / 2;
+        r.kernel.push_back(c == s ? static_cast<float>(std::exp(-(x * x + y * y + z * z) / 3.125)) : 0.0f);
+      }
+  return std::make_shared<QNetwork>(dimension, std::move(layers), std::move(r));
+}
+
+void q_maps(Bench& bench) {
+  {
+    const std::string name = "Q-map 41 x 36 periodic, 15^2";
+    const auto net = q_network(2, 15, 1, 1, 7);
+    const std::int64_t shape[] = {41, 36};
+    const std::uint8_t periodic[] = {1, 1};
+    const auto map = std::make_shared<QMap>(net, shape, periodic);
+    Random random(Key{8, 9}, 0);
+    std::vector<Placed> placed;
+    std::vector<std::int64_t> offsets{0};
+    for (int i = 0; i < 64; ++i) {
+      for (int k = 0; k < 12; ++k) placed.push_back({0, static_cast<std::int64_t>(random.uniform(0, 41 * 36))});
+      offsets.push_back(static_cast<std::int64_t>(placed.size()));
+    }
+    const auto one = std::span(placed).first(12);
+    bench.time(name + ", dense", "ms", kMilli, 0, [&] { (void)map->dense(one); });
+    QState state(map, QMethod::grid_fft);
+    for (const Placed& atom : one) state.place(atom.species, atom.voxel);
+    bench.time(name + ", one atom and Q everywhere", "ms", kMilli, 1.5, [&] {
+      state.place(0, 700);
+      (void)state.q();
+      (void)state.undo();
+    });
+    bench.time(name + ", batch of 64, per map", "ms", kMilli, 0.75, [&] { (void)map->batch(offsets, placed, 1); }, 64);
+    bench.time(name + ", first Q of a new map", "ms", kMilli, 0, [&] {
+      QState fresh(std::make_shared<QMap>(net, shape, periodic), QMethod::grid_fft);
+      (void)fresh.q();
+    });
+  }
+  const struct {
+    int n, kernel, dilation;
+    double target;
+  } cases[] = {{40, 7, 2, 16}, {60, 7, 2, 12}, {100, 7, 2, 12}, {60, 5, 3, 12}, {100, 5, 3, 12}};
+  for (const auto& c : cases) {
+    const std::string edge = std::to_string(c.kernel) + "^3 d" + std::to_string(c.dilation),
+                      name = "Q-map " + std::to_string(c.n) + "^3, " + edge;
+    const std::string step = name + ", one atom and Q on its shell", whole = name + ", one atom and Q everywhere",
+                      fresh = name + ", first state of a new map", dense = name + ", dense";
+    if (!bench.wants(step) && !bench.wants(whole) && !bench.wants(fresh) && !bench.wants(dense)) continue;
+    const auto net = q_network(3, c.kernel, c.dilation, 2, 9);
+    const std::int64_t shape[] = {c.n, c.n, c.n};
+    const std::uint8_t periodic[] = {0, 0, 0};
+    const auto map = std::make_shared<QMap>(net, shape, periodic);
+    // A cluster of ten atoms about the centre and the 22,000 voxels of its allowed shell.
+    Random random(Key{8, 10}, 0);
+    std::vector<std::array<int, 3>> sites;
+    std::vector<Placed> placed;
+    for (int k = 0; k < 10; ++k) {
+      std::array<int, 3> at;
+      for (int& x : at) x = c.n / 2 + static_cast<int>(random.uniform(-8, 9));
+      sites.push_back(at);
+      placed.push_back({k % 2, (std::int64_t{at[0]} * c.n + at[1]) * c.n + at[2]});
+    }
+    std::vector<std::int64_t> shell;
+    for (int z = 0; z < c.n; ++z)
+      for (int y = 0; y < c.n; ++y)
+        for (int x = 0; x < c.n; ++x) {
+          double least = 1e300;
+          for (const auto& s : sites) least = std::min(least, std::hypot(z - s[0], y - s[1], x - s[2]));
+          if (least > 8 && least < 14 && shell.size() < 22000) shell.push_back((std::int64_t{z} * c.n + y) * c.n + x);
+        }
+    std::vector<float> q(2 * shell.size());
+    const auto next = (std::int64_t{c.n / 2} * c.n + c.n / 2) * c.n + c.n / 2 + 3;
+    if (bench.wants(step)) {
+      QState state(map, QMethod::local_fft);
+      for (const Placed& atom : placed) state.place(atom.species, atom.voxel);
+      bench.time(step, "ms", kMilli, c.target, [&] {
+        state.place(0, next);
+        state.q(shell, q);
+        (void)state.undo();
+      });
+    }
+    if (bench.wants(whole) && c.n <= 60) {
+      QState state(map, QMethod::grid_fft);
+      bench.time(whole, "ms", kMilli, 0, [&] {
+        state.place(0, next);
+        (void)state.q();
+        (void)state.undo();
+      });
+    }
+    if (c.n <= 60) {
+      bench.time(fresh, "ms", kMilli, 0, [&] {
+        QState state(std::make_shared<QMap>(net, shape, periodic), QMethod::local_fft);
+        state.place(0, next);
+        state.q(shell, q);
+      });
+      bench.time(dense, "ms", kMilli, 0, [&] { (void)map->dense(placed); });
+    }
+  }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -455,6 +574,7 @@ int main(int count, char** arguments) {
     gaussian_process(bench);
     surrogate(bench);
     building(bench);
+    q_maps(bench);
     return bench.finish();
   } catch (const std::exception& error) {
     std::fprintf(stderr, "thalweg_bench: %s\n", error.what());

@@ -85,5 +85,6 @@ void bind_potentials(py::module_& m);
 void bind_relax(py::module_& m);
 void bind_build(py::module_& m);
 void bind_training(py::module_& m);
+void bind_qmap(py::module_& m);
 
 }  // namespace thalweg::bindings

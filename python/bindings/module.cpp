@@ -28,4 +28,5 @@ PYBIND11_MODULE(_core, m) {
   bindings::bind_relax(m);
   bindings::bind_build(m);
   bindings::bind_training(m);
+  bindings::bind_qmap(m);
 }

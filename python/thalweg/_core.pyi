@@ -26,6 +26,10 @@ __all__: list[str] = [
     "PairPrior",
     "PythonLandscape",
     "QTraining",
+    "QDelta",
+    "QMap",
+    "QNetwork",
+    "QState",
     "Surrogate",
     "Tersoff",
     "Tilted",
@@ -39,6 +43,8 @@ __all__: list[str] = [
     "fragments",
     "neighbor_pairs",
     "permute",
+    "q_receptive_radius",
+    "q_weight_count",
     "random_structures",
     "rattle",
     "relax",
@@ -661,3 +667,125 @@ def relax(
     """
 
 __version__: str = "0.1.0"
+
+def q_weight_count(
+    dimension: int, channels: collections.abc.Sequence[int], kernels: collections.abc.Sequence[int]
+) -> int:
+    """
+    Weights and biases of a network with these channels (n + 1) and kernel edges (n).
+    """
+
+def q_receptive_radius(kernels: collections.abc.Sequence[int], dilations: collections.abc.Sequence[int]) -> int:
+    """
+    Voxels from an input to the farthest output that it changes: sum of (k - 1) / 2 times dilation.
+    """
+
+class QNetwork:
+    """
+    Convolutional network of an ASLA agent; immutable.
+
+    weights: per layer (outputs, inputs, k, k[, k]) float32, PyTorch's order; biases: per layer (outputs,). Leaky ReLU of slope
+    0.01 behind every layer but the last, tanh behind the last. representation: (channels, species, w, w[, w]), what an atom of
+    a species adds to the input around its voxel (None: one-hot); representation_bias: (channels,), added everywhere.
+    """
+    def __init__(
+        self,
+        weights: collections.abc.Sequence[numpy.typing.ArrayLike],
+        biases: collections.abc.Sequence[numpy.typing.ArrayLike],
+        *,
+        dilations: collections.abc.Sequence[int],
+        representation: numpy.typing.ArrayLike | None = None,
+        representation_bias: numpy.typing.ArrayLike | None = None,
+    ) -> None: ...
+    @property
+    def dimension(self) -> int: ...
+    @property
+    def species(self) -> int: ...
+    @property
+    def weight_count(self) -> int: ...
+    @property
+    def receptive_radius(self) -> int: ...
+
+class QMap:
+    """
+    A network on a grid: the value Q of placing one more atom, for every species and voxel.
+
+    shape, periodic: one entry per direction; open directions are padded with zeros at every layer. Voxels are numbered as
+    NumPy's flat index does. Make a new map after a weight update: tables are made when first needed.
+    """
+    def __init__(
+        self, network: QNetwork, shape: collections.abc.Sequence[int], periodic: collections.abc.Sequence[bool]
+    ) -> None: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def voxels(self) -> int: ...
+    def dense(
+        self, species: numpy.typing.ArrayLike, voxels: numpy.typing.ArrayLike
+    ) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        Q (species, *shape) with atoms `species` (n,) placed at `voxels` (n,), by plain sums: the reference.
+        """
+    def batch(
+        self,
+        offsets: numpy.typing.ArrayLike,
+        species: numpy.typing.ArrayLike,
+        voxels: numpy.typing.ArrayLike,
+        *,
+        threads: int = 0,
+    ) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        Q (n, species, *shape) of n states; state i has placed atoms offsets[i] .. offsets[i + 1] - 1.
+
+        The bits of a state depend neither on threads nor on the other states.
+        """
+    def choose(self, asked: int) -> str:
+        """
+        The method that 'automatic' stands for when Q is asked for at about `asked` voxels after each atom.
+        """
+
+class QDelta:
+    """
+    What placing one atom changes; bound to the atoms placed before it.
+    """
+    @property
+    def species(self) -> int: ...
+    @property
+    def voxel(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+class QState:
+    """
+    Atoms placed one by one on a map, and Q after each; not for use by two threads at once.
+
+    method: 'automatic' (a cost model chooses), 'direct', 'local_fft' (both update the changed boxes) or 'grid_fft' (transforms
+    the whole grid when Q is asked for).
+    """
+    def __init__(self, map: QMap, method: str = "automatic") -> None: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def species(self) -> numpy.typing.NDArray[numpy.int32]: ...
+    @property
+    def voxels(self) -> numpy.typing.NDArray[numpy.int64]: ...
+    def place(self, species: int, voxel: int) -> None:
+        """
+        Raises ConfigurationError for a species or voxel that does not exist.
+        """
+    def undo(self) -> QDelta:
+        """
+        Takes the last atom back, exactly; returns the change, for apply().
+        """
+    def expand(self, species: int, voxel: int) -> QDelta:
+        """
+        The change that placing an atom would make, for apply().
+        """
+    def apply(self, delta: QDelta) -> None:
+        """
+        Places the atom of a change that expand() or undo() gave for the atoms placed now; no arithmetic.
+        """
+    def q(self, voxels: numpy.typing.ArrayLike | None = None) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        Q (species, n) at n voxels, or (species, *shape) everywhere.
+        """

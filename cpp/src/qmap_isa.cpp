@@ -1,0 +1,505 @@
+// Inner loops of the Q-map; compiled once per instruction set (see isa.hpp for the rule of these units).
+//
+// What happens to one lane never depends on its neighbours: states that are computed side by side get the bits that
+// they get alone.
+#include "qmap_kernels.hpp"
+
+namespace thalweg::THALWEG_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+using Real = float __attribute__((vector_size(kLanes * sizeof(float))));
+using Eight = float __attribute__((vector_size(8 * sizeof(float))));
+
+#define THALWEG_INLINE static inline __attribute__((always_inline))
+
+template <class V = Real>
+THALWEG_INLINE V load(const float* p) {
+  V out;
+  __builtin_memcpy(&out, p, sizeof(out));
+  return out;
+}
+template <class V>
+THALWEG_INLINE void store(float* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+THALWEG_INLINE Real broadcast(float x) { return x - Real{}; }  // x - 0 is x for every x
+
+// ---- Fourier transforms: Stockham's, decimation in frequency ------------------------------------------------
+// With n = radix m left of a transform, s finished: element q + s (p + m j) of the input, j = 0 .. radix - 1, goes
+// through a butterfly and, times exp(-2 pi i p j / n), to q + s (radix p + j) of the output.
+struct Complex {
+  Real re, im;
+};
+THALWEG_INLINE Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
+THALWEG_INLINE Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
+THALWEG_INLINE Complex operator*(float a, Complex b) { return {a * b.re, a * b.im}; }
+THALWEG_INLINE Complex minus_i(Complex a) { return {a.im, -a.re}; }
+
+THALWEG_INLINE void butterfly3(Complex a0, Complex a1, Complex a2, Complex& b0, Complex& b1, Complex& b2) {
+  const Complex sum = a1 + a2, turned = minus_i(0.866025403784438647f * (a1 - a2));
+  const Complex middle = a0 - 0.5f * sum;
+  b0 = a0 + sum;
+  b1 = middle + turned;
+  b2 = middle - turned;
+}
+
+template <int radix>
+THALWEG_INLINE void butterfly(Complex* a) {
+  if constexpr (radix == 2) {
+    const Complex b = a[0] - a[1];
+    a[0] = a[0] + a[1];
+    a[1] = b;
+  } else if constexpr (radix == 3) {
+    butterfly3(a[0], a[1], a[2], a[0], a[1], a[2]);
+  } else if constexpr (radix == 4) {
+    const Complex b0 = a[0] + a[2], b1 = a[0] - a[2], b2 = a[1] + a[3], b3 = minus_i(a[1] - a[3]);
+    a[0] = b0 + b2;
+    a[1] = b1 + b3;
+    a[2] = b0 - b2;
+    a[3] = b1 - b3;
+  } else if constexpr (radix == 5) {
+    const float c1 = 0.309016994374947424f, c2 = -0.809016994374947424f, s1 = 0.951056516295153572f,
+                s2 = 0.587785252292473129f;
+    const Complex p1 = a[1] + a[4], q1 = a[1] - a[4], p2 = a[2] + a[3], q2 = a[2] - a[3];
+    const Complex u1 = a[0] + c1 * p1 + c2 * p2, u2 = a[0] + c2 * p1 + c1 * p2;
+    const Complex w1 = minus_i(s1 * q1 + s2 * q2), w2 = minus_i(s2 * q1 - s1 * q2);
+    a[0] = a[0] + p1 + p2;
+    a[1] = u1 + w1;
+    a[4] = u1 - w1;
+    a[2] = u2 + w2;
+    a[3] = u2 - w2;
+  } else {  // 6 = 2 x 3 without twiddles (Good): element 3 i + 2 j mod 6 goes in, 3 i + 4 j mod 6 comes out
+    Complex e0, e1, e2, o0, o1, o2;
+    butterfly3(a[0], a[2], a[4], e0, e1, e2);
+    butterfly3(a[3], a[5], a[1], o0, o1, o2);
+    a[0] = e0 + o0;
+    a[4] = e1 + o1;
+    a[2] = e2 + o2;
+    a[3] = e0 - o0;
+    a[1] = e1 - o1;
+    a[5] = e2 - o2;
+  }
+}
+
+template <int radix, class Load, class Store>
+THALWEG_INLINE void pass(int m, int s, const float* twiddle, Load take, Store put) {
+  for (int p = 0; p < m; ++p) {
+    for (int q = 0; q < s; ++q) {
+      Complex a[radix];
+#pragma GCC unroll 8
+      for (int j = 0; j < radix; ++j) a[j] = take(q + s * (p + m * j));
+      butterfly<radix>(a);
+      const int out = q + s * radix * p;
+      put(out, a[0]);
+      if (p == 0) {
+#pragma GCC unroll 8
+        for (int j = 1; j < radix; ++j) put(out + s * j, a[j]);
+      } else {
+#pragma GCC unroll 8
+        for (int j = 1; j < radix; ++j) {
+          const float c = twiddle[2 * ((radix - 1) * p + j - 1)], d = twiddle[2 * ((radix - 1) * p + j - 1) + 1];
+          put(out + s * j, Complex{a[j].re * c - a[j].im * d, a[j].im * c + a[j].re * d});
+        }
+      }
+    }
+  }
+}
+
+template <class Load, class Store>
+THALWEG_INLINE void any_pass(int radix, int m, int s, const float* twiddle, Load take, Store put) {
+  switch (radix) {
+    case 2:
+      return pass<2>(m, s, twiddle, take, put);
+    case 3:
+      return pass<3>(m, s, twiddle, take, put);
+    case 4:
+      return pass<4>(m, s, twiddle, take, put);
+    case 5:
+      return pass<5>(m, s, twiddle, take, put);
+    default:
+      return pass<6>(m, s, twiddle, take, put);
+  }
+}
+
+void fft(const FftPlan& plan, const FftRun& run) {
+  Complex first[kMostFft], second[kMostFft];
+  for (std::int64_t k = 0; k < run.count; ++k) {
+    const float *in_re = run.in_re + k * run.in_step, *in_im = run.in_im + k * run.in_step;
+    float *out_re = run.out_re + k * run.out_step, *out_im = run.out_im + k * run.out_step;
+    const auto take = [&](int j) __attribute__((always_inline)) {
+      return j < run.valid ? Complex{load(in_re + j * run.in_stride), load(in_im + j * run.in_stride)} : Complex{};
+    };
+    const auto put = [&](int j, Complex v) __attribute__((always_inline)) {
+      if (j < run.from || j >= run.to) return;
+      store(out_re + j * run.out_stride, v.re);
+      store(out_im + j * run.out_stride, v.im);
+    };
+    Complex *x = first, *y = second;
+    int n = plan.n, s = 1;
+    const float* twiddle = plan.twiddle;
+    for (int stage = 0; stage < plan.passes; ++stage) {
+      const int radix = plan.radix[stage], m = n / radix;
+      const auto take_local = [x](int j) __attribute__((always_inline)) { return x[j]; };
+      const auto put_local = [y](int j, Complex v) __attribute__((always_inline)) { y[j] = v; };
+      if (stage == 0 && m == 1)
+        any_pass(radix, m, s, twiddle, take, put);
+      else if (stage == 0)
+        any_pass(radix, m, s, twiddle, take, put_local);
+      else if (m == 1)
+        any_pass(radix, m, s, twiddle, take_local, put);
+      else
+        any_pass(radix, m, s, twiddle, take_local, put_local);
+      twiddle += 2 * m * (radix - 1);
+      Complex* swap = x;
+      x = y;
+      y = swap;
+      n = m;
+      s *= radix;
+    }
+  }
+}
+
+// ---- products of spectra ------------------------------------------------------------------------------------
+template <int group, bool conjugate>
+THALWEG_INLINE void multiply(const float* w, int inputs, int outputs, const float* in, std::int64_t in_im, float* out,
+                             std::int64_t out_im) {
+  Real re[group] = {}, im[group] = {};
+  const float* w_im = w + inputs * outputs;
+  for (int i = 0; i < inputs; ++i) {
+    const Real wr = load(w + i * outputs), wi = load(w_im + i * outputs);
+#pragma GCC unroll 8
+    for (int g = 0; g < group; ++g) {
+      const Real ar = broadcast(in[g * inputs + i]);
+      re[g] += wr * ar;
+      im[g] = conjugate ? im[g] - wi * ar : im[g] + wi * ar;
+    }
+#pragma GCC unroll 8
+    for (int g = 0; g < group; ++g) {
+      const Real ai = broadcast(in[in_im + g * inputs + i]);
+      re[g] = conjugate ? re[g] + wi * ai : re[g] - wi * ai;
+      im[g] += wr * ai;
+    }
+  }
+#pragma GCC unroll 8
+  for (int g = 0; g < group; ++g) {  // in order: each store spoils what the next one sets right
+    store(out + g * outputs, re[g]);
+    store(out + out_im + g * outputs, im[g]);
+  }
+}
+
+// Columns from `column` on in groups; returns the first one left over.
+template <int group, bool conjugate>
+THALWEG_INLINE int multiply_columns(const SpectrumProduct& job, int column, const float* w, const float* in,
+                                    float* out) {
+  for (; column + group <= job.columns; column += group)
+    multiply<group, conjugate>(w, job.inputs, job.outputs, in + column * job.inputs, job.in_im,
+                               out + column * job.outputs, job.out_im);
+  return column;
+}
+
+template <bool conjugate>
+void product_as(const SpectrumProduct& job) {
+  for (int k = 0; k < job.count; ++k) {
+    const float *w = job.weights + k * job.weight_step, *in = job.in + k * job.in_step;
+    float* out = job.out + k * job.out_step;
+    // The last, partly filled block of outputs first: it runs into the first block of the next column.
+    for (int o = (job.outputs - 1) / kLanes * kLanes; o >= 0; o -= kLanes) {
+      int column = multiply_columns<4, conjugate>(job, 0, w + o, in, out + o);
+      column = multiply_columns<2, conjugate>(job, column, w + o, in, out + o);
+      multiply_columns<1, conjugate>(job, column, w + o, in, out + o);
+    }
+  }
+}
+
+void product(const SpectrumProduct& job) { job.conjugate ? product_as<true>(job) : product_as<false>(job); }
+
+// ---- direct convolution -------------------------------------------------------------------------------------
+// Sums of a row of taps are rounded before they enter the total: a single chain over thousands of taps loses two
+// digits.
+template <int voxels>
+THALWEG_INLINE void direct_voxels(const DirectRow& row, const float* in, float* out, int o) {
+  Real total[voxels];
+  const Real bias = load(row.bias + o);
+#pragma GCC unroll 8
+  for (int v = 0; v < voxels; ++v) total[v] = bias;
+  const int inputs = row.inputs;
+  for (int r = 0; r < row.rows; ++r) {
+    const float* w = row.weights + row.weight_row[r] * inputs * row.padded_outputs + o;
+    const float* a = in + row.in_row[r];
+    Real sum[voxels] = {};
+    for (int t = 0; t < row.taps; ++t, a += row.tap_step)
+      for (int i = 0; i < inputs; ++i, w += row.padded_outputs) {
+        const Real weight = load(w);
+#pragma GCC unroll 8
+        for (int v = 0; v < voxels; ++v) sum[v] += weight * a[v * inputs + i];
+      }
+#pragma GCC unroll 8
+    for (int v = 0; v < voxels; ++v) total[v] += sum[v];
+  }
+  const int count = row.outputs - o < kLanes ? row.outputs - o : kLanes;
+  for (int v = 0; v < voxels; ++v)
+    for (int k = 0; k < count; ++k) out[v * row.outputs + o + k] = total[v][k];
+}
+
+void direct_row(const DirectRow& row, const float* in, float* out, std::int64_t n) {
+  for (int o = 0; o < row.outputs; o += kLanes) {
+    std::int64_t x = 0;
+    for (; x + 8 <= n; x += 8) direct_voxels<8>(row, in + x * row.inputs, out + x * row.outputs, o);
+    for (; x + 4 <= n; x += 4) direct_voxels<4>(row, in + x * row.inputs, out + x * row.outputs, o);
+    for (; x < n; ++x) direct_voxels<1>(row, in + x * row.inputs, out + x * row.outputs, o);
+  }
+}
+
+// ---- the last layer at chosen voxels ------------------------------------------------------------------------
+THALWEG_INLINE float sum_of(Real v) {
+  float part[kLanes];
+  store(part, v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int k = 0; k < width; ++k) part[k] += part[k + width];
+  return part[0];
+}
+
+// Keeps a value in a register: the compiler would rather read it again as the operand of each multiply-add, and reads
+// that cross a cache line are what these loops are bound by.
+template <class V>
+THALWEG_INLINE void pin(V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#else
+  (void)v;
+#endif
+}
+
+// sum += weights of a row times the numbers at a[voxel] + offset
+template <int outputs, int voxels>
+THALWEG_INLINE void gather_row(const float* w, int padded, const float* const* a, std::int64_t offset,
+                               Real (&sum)[outputs][voxels]) {
+  for (int k = 0; k < padded; k += kLanes) {
+    Real weight[outputs];
+#pragma GCC unroll 3
+    for (int c = 0; c < outputs; ++c) weight[c] = load(w + c * padded + k);
+#pragma GCC unroll 12
+    for (int v = 0; v < voxels; ++v) {
+      Real x = load(a[v] + (offset + k));
+      pin(x);
+#pragma GCC unroll 3
+      for (int c = 0; c < outputs; ++c) sum[c][v] += weight[c] * x;
+    }
+  }
+}
+
+template <int outputs, int voxels>
+THALWEG_INLINE void gather_some(const Gather& job, const std::int32_t* voxel, int count, int o, float* out) {
+  Real sum[outputs][voxels] = {};
+  const float *start[voxels], *a[voxels];
+  const std::int32_t* at[voxels];
+  const std::int64_t last_z = (job.rows_z - 1) * job.step, last_y = (job.rows_y - 1) * job.step;
+  bool linear = true;  // no voxel is near a wall or a seam in z or y: rows follow at equal distances
+#pragma GCC unroll 12
+  for (int v = 0; v < voxels; ++v) {
+    at[v] = voxel + 3 * (v < count ? v : count - 1);  // the last voxel once more instead of a special case
+    start[v] = job.in + job.column[at[v][2]];
+    const std::int64_t *plane = job.plane + at[v][0], *row = job.row + at[v][1];
+    linear &= plane[last_z] - plane[0] == last_z * job.plane_stride && row[last_y] - row[0] == last_y * job.row_stride;
+    a[v] = start[v] + plane[0] + row[0];
+  }
+  const float* w = job.weights + o * job.padded;
+  const std::int64_t row_of_weights = static_cast<std::int64_t>(job.outputs) * job.padded;
+  if (linear) {
+    for (int z = 0; z < job.rows_z; ++z)
+      for (int y = 0; y < job.rows_y; ++y, w += row_of_weights)
+        gather_row<outputs, voxels>(w, job.padded, a, job.step * (z * job.plane_stride + y * job.row_stride), sum);
+  } else {
+    for (int z = 0; z < job.rows_z; ++z)
+      for (int y = 0; y < job.rows_y; ++y, w += row_of_weights) {
+#pragma GCC unroll 12
+        for (int v = 0; v < voxels; ++v)
+          a[v] = start[v] + job.plane[at[v][0] + z * job.step] + job.row[at[v][1] + y * job.step];
+        gather_row<outputs, voxels>(w, job.padded, a, 0, sum);
+      }
+  }
+  for (int v = 0; v < count; ++v)
+    for (int c = 0; c < outputs; ++c) out[v * job.outputs + o + c] = sum_of(sum[c][v]) + job.bias[o + c];
+}
+
+// As many voxels at once as the registers hold sums.
+template <int outputs>
+void gather_outputs(const Gather& job, const std::int32_t* voxels, std::int64_t n, int o, float* out) {
+  constexpr int registers = kLanes == 16 ? 24 : 12;
+  constexpr int most = registers / outputs, at_once = most < 8 ? most : 8;
+  for (std::int64_t v = 0; v < n; v += at_once)
+    gather_some<outputs, at_once>(job, voxels + 3 * v, n - v < at_once ? static_cast<int>(n - v) : at_once, o,
+                                  out + v * job.outputs);
+}
+
+void gather(const Gather& job, const std::int32_t* voxels, std::int64_t n, float* out) {
+  for (int o = 0; o < job.outputs;) {
+    const int left = job.outputs - o;
+    if (left == 1) {
+      gather_outputs<1>(job, voxels, n, o, out);
+      o += 1;
+    } else if (left == 3) {
+      gather_outputs<3>(job, voxels, n, o, out);
+      o += 3;
+    } else {
+      gather_outputs<2>(job, voxels, n, o, out);
+      o += 2;
+    }
+  }
+}
+
+// ---- runs ---------------------------------------------------------------------------------------------------
+// Calls body(run, first element of the run, vector type) so that a run of `channels` numbers is covered; everything is
+// read before anything is written (the two vectors of a run of ten overlap).
+template <class Two, class Each>
+THALWEG_INLINE void by_runs(std::int64_t n, int channels, Two two, Each each) {
+  if (channels == 10) {
+    for (std::int64_t k = 0; k < n; ++k) two(k);
+  } else {
+    for (std::int64_t k = 0; k < n; ++k)
+      for (int c = 0; c < channels; ++c) each(k, c);
+  }
+}
+
+void copy_runs(std::int64_t n, std::int32_t channels, const float* in, std::int64_t in_step, float* out,
+               std::int64_t out_step) {
+  by_runs(
+      n, channels,
+      [=](std::int64_t k) {
+        const Eight a = load<Eight>(in + k * in_step), b = load<Eight>(in + k * in_step + 2);
+        store(out + k * out_step, a);
+        store(out + k * out_step + 2, b);
+      },
+      [=](std::int64_t k, int c) { out[k * out_step + c] = in[k * in_step + c]; });
+}
+
+void scaled_runs(std::int64_t n, std::int32_t channels, float weight, const float* in, std::int64_t in_step, float* out,
+                 std::int64_t out_step) {
+  by_runs(
+      n, channels,
+      [=](std::int64_t k) {
+        const float* from = in + k * in_step;
+        float* to = out + k * out_step;
+        const Eight a = load<Eight>(to) + weight * load<Eight>(from),
+                    b = load<Eight>(to + 2) + weight * load<Eight>(from + 2);
+        store(to, a);
+        store(to + 2, b);
+      },
+      [=](std::int64_t k, int c) { out[k * out_step + c] += weight * in[k * in_step + c]; });
+}
+
+void add_runs(std::int64_t n, std::int32_t channels, const float* in, std::int64_t in_step, float* out,
+              std::int64_t out_step) {
+  by_runs(
+      n, channels,
+      [=](std::int64_t k) {
+        const float* from = in + k * in_step;
+        float* to = out + k * out_step;
+        const Eight a = load<Eight>(to) + load<Eight>(from), b = load<Eight>(to + 2) + load<Eight>(from + 2);
+        store(to, a);
+        store(to + 2, b);
+      },
+      [=](std::int64_t k, int c) { out[k * out_step + c] += in[k * in_step + c]; });
+}
+
+constexpr float kSlope = 0.01f, kInverseSlope = 100.0f;
+
+// What a change of its pre-activation does to an activation. The pre-activation is not kept: leaky ReLU is one to one.
+template <class V>
+THALWEG_INLINE V changed(V activation, V change) {
+  const V before = activation > V{} ? activation : activation * kInverseSlope;
+  const V after = before + change;
+  return after > V{} ? after : after * kSlope;
+}
+
+void update(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, float* change,
+            float* saved) {
+  by_runs(
+      n, channels,
+      [=](std::int64_t k) {
+        float *s = state + offset[k], *d = change + k * 10, *o = saved + k * 10;
+        const Eight a = load<Eight>(s), b = load<Eight>(s + 2);
+        const Eight a_new = changed(a, load<Eight>(d)), b_new = changed(b, load<Eight>(d + 2));
+        store(o, a);
+        store(o + 2, b);
+        store(s, a_new);
+        store(s + 2, b_new);
+        store(d, a_new - a);
+        store(d + 2, b_new - b);
+      },
+      [=](std::int64_t k, int c) {
+        float &s = state[offset[k] + c], &d = change[k * channels + c];
+        const float a = s, before = a > 0 ? a : a * kInverseSlope, after = before + d;
+        saved[k * channels + c] = a;
+        s = after > 0 ? after : after * kSlope;
+        d = s - a;
+      });
+}
+
+void exchange(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, float* saved) {
+  by_runs(
+      n, channels,
+      [=](std::int64_t k) {
+        float *s = state + offset[k], *o = saved + k * 10;
+        const Eight a = load<Eight>(s), b = load<Eight>(s + 2);
+        const Eight c = load<Eight>(o), d = load<Eight>(o + 2);
+        store(s, c);
+        store(s + 2, d);
+        store(o, a);
+        store(o + 2, b);
+      },
+      [=](std::int64_t k, int c) {
+        const float a = state[offset[k] + c];
+        state[offset[k] + c] = saved[k * channels + c];
+        saved[k * channels + c] = a;
+      });
+}
+
+void leaky(std::int64_t n, float* x) {
+  for (std::int64_t k = 0; k < n; ++k) x[k] = x[k] > 0 ? x[k] : x[k] * kSlope;
+}
+
+// tanh |x| = 1 - 2 / (exp(2 |x|) + 1), absolute error below 2e-7. exp: 2 |x| = k ln 2 + f, Taylor series of exp f.
+void tanh(std::int64_t n, float* x) {
+  using Whole = std::int32_t __attribute__((vector_size(kLanes * sizeof(float))));
+  for (std::int64_t start = 0; start < n; start += kLanes) {
+    const std::int64_t count = n - start < kLanes ? n - start : kLanes;
+    float part[kLanes] = {};
+    for (std::int64_t k = 0; k < count; ++k) part[k] = x[start + k];
+    const Real v = load(part);
+    Real twice = v > Real{} ? v + v : -(v + v);
+    twice = twice < broadcast(20.0f) ? twice : broadcast(20.0f);
+    const Real magic = broadcast(0x1.8p23f);
+    const Real shifted = twice * 1.44269504088896341f + magic;
+    const Real k = shifted - magic;
+    const Real f = (twice - k * 0.693359375f) + k * 2.12194440e-4f;
+    Real p = f * (1.0f / 5040.0f) + 1.0f / 720.0f;
+    p = p * f + 1.0f / 120.0f;
+    p = p * f + 1.0f / 24.0f;
+    p = p * f + 1.0f / 6.0f;
+    p = p * f + 0.5f;
+    p = p * f + 1.0f;
+    p = p * f + 1.0f;
+    const Real e = (Real)((Whole)p + ((Whole)shifted << 23));
+    const Real t = 1.0f - 2.0f / (e + 1.0f);
+    store(part, v > Real{} ? t : -t);
+    for (std::int64_t i = 0; i < count; ++i) x[start + i] = v[i] == v[i] ? part[i] : v[i];
+  }
+}
+
+}  // namespace
+
+const QmapKernels& qmap_kernels() {
+  static constexpr QmapKernels table{kLanes,   fft,         product, direct_row, gather, copy_runs,
+                                     add_runs, scaled_runs, update,  exchange,   leaky,  tanh};
+  return table;
+}
+
+}  // namespace thalweg::THALWEG_ISA
