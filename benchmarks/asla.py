@@ -31,7 +31,11 @@ import numpy as np
 # Rectangular cells of graphene, a = sqrt(3) x 1.45 angstrom: (cells along x, along y, grid points); one atom is there.
 SHEETS = {"toy": (2, 1, (16, 14)), "graphene": (3, 2, (36, 41))}
 # Energy and tolerance [eV] of the known minimum.
-GRIDLESS: dict[str, tuple[float, float]] = {"aniline": (-534.7847, 0.3), "benzene": (-452.1, 0.3), "Ni4Au4": (np.nan, 0.05)}
+GRIDLESS: dict[str, tuple[float, float]] = {
+    "aniline": (-534.7847, 0.3),
+    "benzene": (-452.1, 0.3),
+    "Ni4Au4": (np.nan, 0.05),
+}
 
 ARMS: dict[str, dict] = {
     "one-hot": {"representation": "one-hot"},
@@ -71,7 +75,7 @@ def sheet(name: str):
     basis = np.array([[0, 0, 0], [0, r, 0], [a / 2, 1.5 * r, 0], [a / 2, 2.5 * r, 0]])
     cell = np.array([along * a, across * b, 10.0])
     positions = np.concatenate(
-        [basis + [i * a, j * b, 5.0] for i, j in itertools.product(range(along), range(across))]
+        [basis + np.array([i * a, j * b, 5.0]) for i, j in itertools.product(range(along), range(across))]
     )
     first = Atoms("C", [[0, 0, 5.0]], cell=cell, pbc=(True, True, False))
     first.set_constraint(FixAtoms([0]))
@@ -142,7 +146,9 @@ def table(folder: Path, problems: list[str]) -> None:
     """Everything that is there."""
     from thalweg.statistics import success_curve
 
-    print(f"{'problem':9s} {'arm':30s} {'ok/n':>7s} {'median':>7s} {'by 1/4, 1/2, all of the cap':>28s} {'s/episode':>9s}")
+    print(
+        f"{'problem':9s} {'arm':30s} {'ok/n':>7s} {'median':>7s} {'by 1/4, 1/2, all of the cap':>28s} {'s/episode':>9s}"
+    )
     for name in problems:
         lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
         for arm in ARMS:

@@ -14,7 +14,9 @@ from thalweg.calculators import EMT, SmoothCarbon
 from thalweg.errors import ConfigurationError
 from thalweg.randomness import Key
 
-FLAT = Problem("C4", cell=[5.0, 4.4, 10.0], pbc=(True, True, False), box=([0, 0, 4.5], [[5.0, 0, 0], [0, 4.4, 0], [0, 0, 1]]))
+FLAT = Problem(
+    "C4", cell=[5.0, 4.4, 10.0], pbc=(True, True, False), box=([0, 0, 4.5], [[5.0, 0, 0], [0, 4.4, 0], [0, 0, 1]])
+)
 MIXED = Problem("C2H2", cell=12.0, box=([3, 3, 5.5], [[5.0, 0, 0], [0, 4.0, 0], [0, 0, 1.0]]))
 SETTINGS = GridSettings(0.31)
 
@@ -161,7 +163,9 @@ def test_copies_keep_every_distance():
         assert len(grid.symmetries) == (8 if grid.shape[0] == grid.shape[1] else 4)
         rows = next(r for r in uniform_builds(grid, 3) if r is not None)
         numbers = grid.species[rows[:, 0]]
-        distances = Atoms(numbers, grid.place(rows), cell=grid.problem.cell, pbc=grid.problem.pbc).get_all_distances(mic=True)
+        distances = Atoms(numbers, grid.place(rows), cell=grid.problem.cell, pbc=grid.problem.pbc).get_all_distances(
+            mic=True
+        )
         for copy in grid.symmetries:
             moved = rows.copy()
             moved[:, 1] = copy[rows[:, 1]]
@@ -247,6 +251,16 @@ def test_a_resumed_agent_goes_on_as_if_nothing_had_happened(tmp_path, options):
             search.run(part)
     with toy(seed=2, store=tmp_path / "run.journal", **options) as search:
         assert all(np.array_equal(a, b) for a, b in zip(rows_of(search), expected, strict=True))
+
+
+@pytest.mark.parametrize("representation", ["one-hot", "gaussian", "agr", "displaced", "harmonics"])
+def test_compiled_maps_are_those_of_pytorch(representation):
+    with toy(seed=6, representation=representation) as search:
+        search.run(3)
+        agent = search.models["agent"].fit(search.data)
+    states = [np.concatenate([agent.grid.template, rows[:k]]) for k, rows in enumerate(agent.builds)]
+    expected = np.stack([agent.trainer.q_map(state).reshape(1, -1) for state in states])
+    assert np.abs(agent.q_maps(states) - expected).max() < 3e-6
 
 
 def test_snapshots_are_kept_and_training_since_is_repeated(tmp_path):

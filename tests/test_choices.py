@@ -238,6 +238,18 @@ def test_hops_find_lower_structures_and_cost_no_evaluation(asked):
     assert np.array_equal(SurrogateHops(EMT(), 6, 200)(relaxed[:2], context).positions, hopped[:2].positions)
 
 
+def test_only_the_lowest_walk(asked):
+    emt = landscape_of(EMT())
+    relaxed = Relax(EMT(), 60)(asked.refined, asked.context)
+    hopped = SurrogateHops(EMT(), 5, 100, walkers=2)(relaxed, asked.context)
+    before, after = _core.evaluate(emt, relaxed)[0], _core.evaluate(emt, hopped)[0]
+    assert len(hopped) == len(relaxed)
+    stayed = np.sort(before)[2:]
+    assert np.isin(stayed, after).all() and after[:2].min() < before.min()
+    with pytest.raises(ConfigurationError, match="walkers"):
+        SurrogateHops("gp", 2, walkers=-1)
+
+
 def test_temperature_decides_about_hops_uphill(asked):
     relaxed = Relax(EMT(), 200)(asked.refined, asked.context)
     cold, hot = (SurrogateHops(EMT(), 4, 100, temperature=kt, keep="all")(relaxed, asked.context) for kt in (1e-9, 1e9))
@@ -358,7 +370,13 @@ def test_resets_survive_a_resume(tmp_path):
             GPR(prior="bonding"),
             [],
         ),
-        ({"prior": "fitted", "polish": "none"}, 3, {}, GPR(prior="fitted"), [SurrogateHops(LCB(2.0), 10, 100, walkers=12)]),
+        (
+            {"prior": "fitted", "polish": "none"},
+            3,
+            {},
+            GPR(prior="fitted"),
+            [SurrogateHops(LCB(2.0), 10, 100, walkers=12)],
+        ),
     ],
 )
 def test_the_recipe_is_the_search_written_out_by_hand(options, starts, polish, model, hops):

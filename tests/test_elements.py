@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ase.build import fcc111
 from test_models import random_batch
 from thalweg import (
     GPR,
@@ -418,6 +419,67 @@ def test_duplicates_near_a_relaxed_structure():
     fixed = np.zeros((16, 3), bool)
     fixed[0] = True
     assert refused(data.with_atom_columns(forces=pulled)._changed(fixed=fixed)) == [2, 0]
+
+
+def test_other_islands_on_a_slab_are_no_copies():
+    """Most of a slab's fingerprint is the slab: two structures are then close on the scale of its length, and are copies
+    only if they are on the scale of what differs between structures."""
+    slab = fcc111("Au", (3, 3, 3), vacuum=5.0, orthogonal=False)
+    problem = Problem(
+        "Ni2", template=slab, box=([0, 0, slab.positions[:, 2].max() + 1.0], [*slab.cell[:2], [0, 0, 4.0]])
+    )
+    builds = Random(6)(example_search(problem).ask().context)
+    relaxed = builds.with_positions(_core.relax(_core.Emt(), builds, steps=400, force_tolerance=0.01)[0]).bare()
+    energy, forces = _core.evaluate(_core.Emt(), relaxed)
+    order = np.argsort(energy)
+    relaxed, energy = relaxed.take(order), energy[order]
+    forces = forces.reshape(len(relaxed), -1, 3)[order].reshape(-1, 3)
+    data = relaxed.with_columns(energy=energy, status=np.zeros(len(energy), np.uint8)).with_atom_columns(forces=forces)
+    other = int(np.flatnonzero(energy > energy[0] + 0.01)[0])  # the others are known, the lowest minimum is not
+    known = data.take(np.arange(other, len(data)))
+    context = SimpleNamespace(data=known, threads=1, features=lambda descriptor: descriptor.values(known))
+    feature, features = Duplicate().descriptor.values(data[:1])[0], Duplicate().descriptor.values(known)
+    nearest = float(np.linalg.norm(features - feature, axis=1).min() / np.linalg.norm(feature))
+    assert Duplicate(near_relaxed=1.2 * nearest)(data[:1].bare(), context).columns["status"].tolist() == [0]
+    nudged = known[0].with_positions(known[0].positions + 1e-5 * ~known[0].fixed)
+    assert Duplicate()(nudged.bare(), context).columns["status"].tolist() == [2]
+
+
+def test_an_energy_that_cannot_be_is_a_failed_calculation():
+    class Collapses(PairToy):
+        def calculate(self, *arguments, **named):
+            super().calculate(*arguments, **named)
+            if self.calls > 4 and self.calls % 2:
+                self.results["energy"] -= 1e5
+
+    problem = Problem("Au4", cell=12.0, box=6.0)
+    search = Search(problem, propose=Random(1), evaluate=Evaluate(Collapses()), seed=1)
+    search.run(10)
+    energies, ok = search.data.columns["energy"], search.data.ok
+    assert ok.tolist() == [True] * 4 + [False, True] * 3
+    assert np.isnan(energies[~ok]).all() and search.best_energy > -100
+    assert "below the lowest so far" in search._last_reason
+
+
+def test_a_polish_that_crawls_is_left():
+    """A surface with a slope of a thousandth: steps gain next to nothing, and a candidate is not worth forty of them."""
+
+    def flat(numbers, positions, cell, pbc):
+        away = positions - 6.0
+        return float(2e-4 * np.sqrt(1 + np.square(away)).sum()), -2e-4 * away / np.sqrt(1 + np.square(away))
+
+    candidate = candidate_of(6, steps=0)
+    shallow = _core.PythonLandscape(
+        lambda n, x, c, p: (0.9 * flat(n, x, c, p)[0], 0.9 * flat(n, x, c, p)[1]), "shallow"
+    )
+
+    class Flat(PairToy):
+        def calculate(self, atoms=None, properties=("energy",), system_changes=()):
+            energy, forces = flat(atoms.numbers, atoms.positions, None, None)
+            self.results = {"energy": energy, "forces": forces}
+
+    gauge = Evaluate(Flat(), polish_on="gp", polish_steps=40, polish_tolerance=1e-6, promising=1.0)
+    assert follow(gauge, candidate, shallow)[1] <= 5
 
 
 def test_species_that_the_calculator_does_not_know_are_named_at_once():

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from thalweg import _core
 from thalweg.errors import ConfigurationError, nearest
 from thalweg.grid import Grid, GridSettings
 from thalweg.randomness import Key
@@ -98,7 +99,9 @@ class Policy:
 # ---- building ----------------------------------------------------------------------------------------------
 
 
-def build(grid: Grid, q_maps: QMaps, policy: Policy, starts: Sequence[Array], keys: Sequence[Key]) -> list[Array | None]:
+def build(
+    grid: Grid, q_maps: QMaps, policy: Policy, starts: Sequence[Array], keys: Sequence[Key]
+) -> list[Array | None]:
     """Complete builds (k, 2), each from a start of rows already placed (the template's not among them); all in step, so
     that Q of all of them comes from one call. None where no atom could be placed any more."""
     states = [np.asarray(start, np.int32).reshape(-1, 2) for start in starts]
@@ -220,7 +223,9 @@ class Rebuild:
     def __post_init__(self) -> None:
         check_schedule(self.count, f"the count of {self.name}")
         if not 1 <= self.least <= self.most:
-            raise ConfigurationError(f"{self.name} takes out 1 <= least <= most atoms, got {self.least} and {self.most}")
+            raise ConfigurationError(
+                f"{self.name} takes out 1 <= least <= most atoms, got {self.least} and {self.most}"
+            )
 
     def __call__(self, ctx: Context) -> Batch:
         count = scheduled(self.count, ctx.iteration)
@@ -232,7 +237,7 @@ class Rebuild:
         for _ in range(count):
             parent = int(rng.integers(len(ctx.sample)))
             rows = _rows(grid, ctx.sample[parent])
-            taken = int(min(len(rows), rng.integers(self.least, self.most + 1)))
+            taken = min(len(rows), int(rng.integers(self.least, self.most + 1)))
             positions = grid.place(rows)
             away = positions - positions[rng.integers(len(rows))]
             fractional = away @ np.linalg.inv(ctx.problem.cell)
@@ -249,7 +254,14 @@ class Rebuild:
 
 
 def _built(
-    grid: Grid, ctx: Context, model: str, policy: Policy, starts: Sequence[Array], novel: bool, *, keep_lost: bool = False
+    grid: Grid,
+    ctx: Context,
+    model: str,
+    policy: Policy,
+    starts: Sequence[Array],
+    novel: bool,
+    *,
+    keep_lost: bool = False,
 ) -> list[Any]:
     agent = ctx.models.get(model)
     if policy.asks and agent is None:
@@ -317,7 +329,7 @@ class Agent:
     replay : int
         Random episodes per training step.
     symmetry : bool or None
-        Random copies rotated and mirrored; None: in two dimensions.
+        Random copies rotated and mirrored; None: in two dimensions, unless a template has atoms beyond the grid.
     backend : "auto", "core" or "torch", see `thalweg.networks.Trainer`
     transfer_from : str, optional
         A snapshot (.npz, `FittedAgent.save`) of an agent for the same species: its weights are where learning starts.
@@ -420,7 +432,27 @@ class FittedAgent:
     # ---- what builders ask ------------------------------------------------------------------------------
     def q_maps(self, states: Sequence[Array]) -> Array:
         """Q (n, S, V) float32 of n states (k, 2), template's atoms included."""
-        return np.stack([self.trainer.q_map(state).reshape(len(self.grid.species), -1) for state in states])
+        kinds = len(self.grid.species)
+        if not self.trainer.network.representation.linear:  # its images are no sums over atoms: PyTorch has them
+            return np.stack([self.trainer.q_map(state).reshape(kinds, -1) for state in states])
+        if self._map is None:
+            self._map = self._compiled()
+        offsets = np.cumsum([0] + [len(state) for state in states])
+        rows = np.concatenate(states)
+        q = self._map.batch(offsets, rows[:, 0], rows[:, 1], threads=1)
+        return q.reshape(len(states), kinds, -1)
+
+    def _compiled(self) -> _core.QMap:
+        """The network of now, in the compiled core."""
+        arrays, kinds = self.trainer.weights(), len(self.grid.species)
+        images = np.zeros((kinds, kinds, *arrays["kernels"].shape[1:]), np.float32)
+        images[np.arange(kinds), np.arange(kinds)] = arrays["kernels"]
+        layers = range(1, len(self.trainer.network.weights) + 1)
+        network = _core.QNetwork(
+            [arrays[f"w{layer}"] for layer in layers], [arrays[f"b{layer}"] for layer in layers],
+            dilations=list(self.trainer.network.dilations), representation=images, representation_bias=arrays["shift"],
+        )  # fmt: skip
+        return _core.QMap(network, list(self.grid.shape), list(self.grid.periodic))
 
     def knows(self, rows: Array) -> bool:
         """Whether this complete build was evaluated."""
@@ -450,9 +482,12 @@ class FittedAgent:
         chosen = [int(np.argmin(energies)), newest]
         others = np.setdiff1d(np.arange(newest), chosen)
         chosen += rng.choice(others, min(self.model.replay, len(others)), replace=False).tolist()
-        symmetry = self.model.symmetry
-        copies = self.grid.symmetries if (self.grid.dimension == 2 if symmetry is None else symmetry) else None
+        turn = self.model.symmetry
+        if turn is None:
+            turn = self.grid.dimension == 2 and self.grid.alone
+        copies = self.grid.symmetries if turn else None
         placed, offsets, actions, targets = [], [0], [], []
+        scale = self._scale()
         for episode in dict.fromkeys(chosen):
             rows = self.builds[episode]
             for step, key in enumerate(_pairs(rows)):
@@ -463,23 +498,27 @@ class FittedAgent:
                 placed.append(state)
                 offsets.append(offsets[-1] + len(state))
                 actions.append(action)
-                targets.append(self.reward(self._best[key]))
+                targets.append(self.reward(self._best[key], scale))
         loss, _ = self.trainer.step(
             np.concatenate(placed).astype(np.int32), np.array(offsets, np.int64), np.array(actions, np.int32),
             np.array(targets, np.float32),
         )  # fmt: skip
         self.losses.append(float(loss))
 
-    def reward(self, energy: float) -> float:
-        """1 for the best energy so far, falling to -1; -1 for what failed."""
-        recent = np.array(self.energies[-100:])
-        best = min(self.energies)
+    def reward(self, energy: float, scale: tuple[float, float] | None = None) -> float:
+        """1 for the best energy so far, falling to -1 at `span` above it; -1 for what failed."""
+        best, span = scale or self._scale()
         if not np.isfinite(energy) or not np.isfinite(best):
             return -1.0
-        span = self.model.span
-        if span is None:
-            span = max(1.0, 1.5 * float(np.median(recent[np.isfinite(recent)]) - best)) if np.isfinite(recent).any() else 1.0
         return max(-1.0, 1.0 - 2.0 * (energy - best) / span)
+
+    def _scale(self) -> tuple[float, float]:
+        """The best energy and the span of the rewards [eV]."""
+        best, recent = min(self.energies), np.array(self.energies[-100:])
+        recent = recent[np.isfinite(recent)]
+        if self.model.span is not None or not len(recent):
+            return best, self.model.span or 1.0
+        return best, max(1.0, 1.5 * (float(np.median(recent)) - best))
 
     # ---- keeping --------------------------------------------------------------------------------------------
     @property

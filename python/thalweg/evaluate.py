@@ -123,7 +123,11 @@ class Evaluate:
 
     def __call__(self, batch: Batch, ctx: Context) -> Batch:
         if self.steps == 0 and len(batch) and hasattr(self.calculator, "calculate_many"):
-            rows = [ctx.measure_many(batch, partial(self._calculate_many, ctx), [_descent(batch[i]) for i in range(len(batch))])]
+            rows = [
+                ctx.measure_many(
+                    batch, partial(self._calculate_many, ctx), [_descent(batch[i]) for i in range(len(batch))]
+                )
+            ]
         else:
             rows = [self._relax(batch[i], ctx, self.steps, self.force_tolerance) for i in range(len(batch))]
         if self._guide(ctx) is not None and self.promising > -np.inf:
@@ -293,9 +297,7 @@ def _judged(measured: Measured, ctx: Context) -> Measured:
     floor = float(lowest.columns["energy"][0]) - _TOO_LOW * len(forces)
     if energy >= floor or not _largest_force(lowest)[0] <= _SANE_FORCE:
         return measured
-    reason = (
-        f"CalculationFailed: an energy of {energy:.6g} eV is more than {_TOO_LOW:.0f} eV per atom below the lowest so far"
-    )
+    reason = f"CalculationFailed: {energy:.6g} eV is more than {_TOO_LOW:.0f} eV per atom below the lowest so far"
     return math.nan, np.full_like(forces, np.nan), reason
 
 

@@ -14,7 +14,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -76,6 +75,7 @@ class Grid:
     periodic : whether each of them is
     species : (S,) atomic numbers on the grid, rising: those of the placed atoms and of a template's atoms on it
     template : (t, 2) int32, a template's atoms that lie on the grid, as rows of a state
+    alone : whether no template atom lies beyond it, so that rotated and mirrored states are as good
 
     Raises ConfigurationError if the grid would have more than 2e7 points, or heights name no species of the problem.
     """
@@ -100,13 +100,16 @@ class Grid:
             for v, n, wraps, length in zip(vectors[:d], self.shape, self.periodic, lengths, strict=True)
         ]
         self.steps = np.array(steps)  # (d, 3) from point to point
-        used = sum(((n - 1) * s for n, s, w in zip(self.shape, steps, self.periodic, strict=True) if not w), np.zeros(3))
+        used = sum(
+            ((n - 1) * s for n, s, w in zip(self.shape, steps, self.periodic, strict=True) if not w), np.zeros(3)
+        )
         spare = sum((v for v, w in zip(vectors[:d], self.periodic, strict=True) if not w), np.zeros(3)) - used
         self.corner = corner + spare / 2 + (vectors[2] / 2 if d == 2 else 0.0)
         template = problem.template
         on_grid = np.zeros(0, np.int64) if template is None else np.arange(template.atoms)
         if template is not None:
             on_grid = on_grid[self._on_grid(template.positions)]
+        self.alone = template is None or len(on_grid) == template.atoms
         numbers = [] if template is None else template.numbers[on_grid].tolist()
         self.species = np.unique(np.concatenate([problem.placed_numbers, numbers]).astype(np.int32))
         self.radii = np.array([_core.covalent_radius(int(z)) for z in self.species])
@@ -257,20 +260,20 @@ class Grid:
     @cached_property
     def symmetries(self) -> list[Array]:
         """Permutations of the voxels, (V,) each, the identity first: mirrors of the grid and, where two directions are
-        alike, their exchange. Only directions at right angles to all others are mirrored; the copies are of whole states, template
-        included."""
+        alike, their exchange. Only directions at right angles to all others are mirrored; the copies are of whole states,
+        template included."""
         d, index = self.dimension, np.arange(self.voxels).reshape(self.shape)
         product = self.steps @ self.steps.T
         square = [bool(np.all(np.abs(np.delete(product[k], k)) < 1e-9)) for k in range(d)]
         axes = [k for k in range(d) if square[k] and not (d == 3 and k == 2 and self.problem.template is not None)]
         found = []
-        swaps = [tuple(range(d))]
+        swaps = [list(range(d))]
         for a, b in itertools.combinations(axes, 2):
             alike = self.shape[a] == self.shape[b] and self.periodic[a] == self.periodic[b]
             if alike and abs(product[a, a] - product[b, b]) < 1e-9:
                 swap = list(range(d))
                 swap[a], swap[b] = b, a
-                swaps.append(tuple(swap))
+                swaps.append(swap)
         for swap in swaps:
             for flips in itertools.product(*[(False, True) if k in axes else (False,) for k in range(d)]):
                 moved = index.transpose(swap)
@@ -278,7 +281,3 @@ class Grid:
                     moved = np.flip(moved, k) if flipped else moved
                 found.append(np.ascontiguousarray(moved).ravel())
         return found
-
-    def describe(self) -> dict[str, Any]:
-        """In a few words, for reports and errors."""
-        return {"shape": list(self.shape), "periodic": list(self.periodic), "species": self.species.tolist()}

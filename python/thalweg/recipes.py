@@ -150,7 +150,11 @@ def gofee(
     if hops is None:
         slow = any(isinstance(mean, CalculatorPrior) and mean.each_call_costs for mean in means)
         hops = 0 if classic or slow else 10
-    learners = {} if model == "local" else _global_models(means, noise, False if classic and use_forces is None else use_forces)
+    learners = (
+        {}
+        if model == "local"
+        else _global_models(means, noise, False if classic and use_forces is None else use_forces)
+    )
     if model != "global":
         learners["local"] = LocalGPR(prior=means[0])
     learner = _one_of(learners)
@@ -251,9 +255,11 @@ def asla(
     _expect(("none", "surrogate", "true"), postprocess, "postprocess")
     _expect(("none", "lcb"), acquisition, "acquisition")
     if rebuild and acquisition == "none" and rebuild != 1:
-        raise ConfigurationError(f"without an acquisition there is one candidate: rebuild must be 0 or 1, got {rebuild}")
+        raise ConfigurationError(
+            f"without an acquisition there is one candidate: rebuild must be 0 or 1, got {rebuild}"
+        )
     grids = GridSettings(grid, dimension, heights=heights, hydrogen_last=hydrogen_last)
-    asking = {"grid": grids, "policy": Policy(policy, epsilon, temperature=temperature), "novel": novel}
+    asking: dict[str, Any] = {"grid": grids, "policy": Policy(policy, epsilon, temperature=temperature), "novel": novel}
     count = candidates if acquisition == "lcb" else 1
     if not 0 <= rebuild <= count:
         raise ConfigurationError(f"rebuild must be 0 to {count}, the candidates of an iteration, got {rebuild}")
@@ -262,13 +268,12 @@ def asla(
     refine: list[Any] = []
     if postprocess == "surrogate":
         refine = [Relax("gp", {0: 0, surrogate_after: surrogate_steps}), *([Snap(grids)] if evaluate_on_grid else [])]
-    models: dict[str, Any] = {
-        "agent": Agent(
-            grids, representation=representation, representation_options=dict(representation_options or {}),
-            network=network, span=span, lr=lr, replay=replay, symmetry=symmetry, transfer_from=transfer_from,
-            backend=backend, seed=seed,
-        )  # fmt: skip
-    }
+    agent = Agent(
+        grids, representation=representation, representation_options=dict(representation_options or {}),
+        network=network, span=span, lr=lr, replay=replay, symmetry=symmetry, transfer_from=transfer_from,
+        backend=backend, seed=seed,
+    )  # fmt: skip
+    models: dict[str, Any] = {} if policy == "uniform" else {"agent": agent}  # who asks for no Q need not learn it
     if surrogate:
         models["gp"] = _one_of(_global_models(_means(prior)))
     build = Build({0: count, rebuild_after: count - rebuild} if rebuild else count, **asking)
