@@ -524,17 +524,47 @@ class FittedAgent:
     @property
     def state(self) -> dict[str, Array]:
         """For the store: at every `snapshot_every`-th episode the weights and the optimiser, else how many episodes."""
-        here = {"episodes": np.array(len(self.builds)), "losses": np.array(self.losses[-self.model.snapshot_every :])}
+        episodes = np.array(len(self.builds))
         if len(self.builds) % self.model.snapshot_every:
-            return {**here, "partial": np.array(1)}
-        return {**here, "snapshot": np.array(len(self.builds)), **_named("trainer", self.trainer.state_dict())}
+            return {"episodes": episodes, "partial": np.array(1)}
+        arrays = {f"trainer.{name}": values for name, values in self.trainer.state_dict().items()}
+        return {"episodes": episodes, "snapshot": episodes, "losses": np.array(self.losses), **arrays}
 
     def load(self, data: Batch, state: Mapping[str, Array]) -> None:
         """See `Agent.restore`. `state`: a snapshot, and how many episodes there were when it was to be continued."""
         if "snapshot" in state:
             inner = {name[8:]: values for name, values in state.items() if name.startswith("trainer.")}
             self.trainer.load_state_dict(inner)
+            self.losses = np.asarray(state["losses"], float).tolist()
         self.learn(data, steps_from=int(state.get("snapshot", 0)))
+
+    def portrait(self, panels: int = 9) -> dict[str, Array]:
+        """What a report draws of it: `losses` (episodes,); of the best build so far, as seen now, `q` (n, S, nx, ny) at n
+        of its steps (in three dimensions the largest along the third), `allowed` likewise (bool), `steps` (n,) how many
+        atoms there are; `placed` (k, 3) rows species, x, y in order of placement, `template` likewise; `spacing` (2,) in
+        angstrom; `species` (S,)."""
+        if not self.builds or not np.isfinite(min(self.energies)):
+            return {"losses": np.array(self.losses)}
+        grid, rows = self.grid, self.builds[int(np.argmin(self.energies))]
+        steps = np.unique(np.linspace(0, len(rows) - 1, panels).astype(int))
+        q = self.q_maps([np.concatenate([grid.template, rows[:k]]) for k in steps])
+        allowed, ratio, used = [], grid.empty.copy(), np.zeros(len(grid.species), int)
+        for k, row in enumerate(rows):
+            if k in steps:
+                allowed.append(grid.allowed(ratio, used, first=k == 0))
+            grid.narrow(ratio, grid.place(row[None])[0], float(grid.radii[row[0]]))
+            used[row[0]] += 1
+        shape = (len(steps), len(grid.species), *grid.shape)
+        masks = np.array(allowed).reshape(shape)
+        maps = np.where(masks, q.reshape(shape), -np.inf)
+        if grid.dimension == 3:
+            maps, masks = maps.max(axis=-1), masks.any(axis=-1)
+        flat = [np.column_stack([r[:, 0], *np.unravel_index(r[:, 1], grid.shape)[:2]]) for r in (rows, grid.template)]
+        return {
+            "losses": np.array(self.losses), "q": np.where(masks, maps, 0).astype(np.float32), "allowed": masks,
+            "steps": steps, "placed": flat[0], "template": flat[1],
+            "spacing": np.linalg.norm(grid.steps[:2], axis=1), "species": grid.species,
+        }  # fmt: skip
 
     def save(self, path: str) -> None:
         """Weights and optimiser as .npz, for `transfer_from`."""
@@ -551,10 +581,6 @@ def _start_from(trainer: Any, path: str) -> None:
     for name in ("first_moment", "second_moment", "updates"):  # learning starts anew, from other weights
         state[name] = fresh[name]
     trainer.load_state_dict(state)
-
-
-def _named(prefix: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    return {f"{prefix}.{name}": values for name, values in arrays.items()}
 
 
 def _episodes(data: Batch, begin: int) -> list[tuple[Batch, float]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import math
 import multiprocessing
@@ -106,6 +107,10 @@ class RunFolder:
 
     def store(self, index: int) -> Path:
         return self.restart(index) / "store.journal"
+
+    def portrait(self, index: int) -> Path:
+        """What a report draws of the restart's agent, if it has one."""
+        return self.restart(index) / "agent.npz"
 
     def result(self, index: int) -> Path:
         return self.restart(index) / "result.json"
@@ -456,6 +461,11 @@ def _search(configuration: Configuration, folder: RunFolder, index: int, link: _
         search.callbacks.append(observe)
         found = search.run(max(0, iterations - search.iteration), evaluations=configuration.search.max_evaluations)
         reason = str(found.reason)
+        for fitted in search.fitted.values():
+            if hasattr(fitted, "portrait"):
+                content = io.BytesIO()
+                np.savez_compressed(content, **fitted.portrait())
+                write_atomically(folder.portrait(index), content.getvalue())
     except BaseException:
         with contextlib.suppress(Exception):  # what closing says after a failure would hide the failure
             search.close()

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -295,6 +296,72 @@ def _stage_figure(results: Results) -> Figure | None:
     return _labelled(figure, "time by stage")
 
 
+def _portraits(results: Results) -> dict[int, dict[str, np.ndarray]]:
+    """What the agents of the restarts left to draw; a file that cannot be read is left out."""
+    found = {}
+    for index in results.histories:
+        path = results.folder.portrait(index)
+        try:
+            if path.is_file() and path.stat().st_size < 64 << 20:
+                with np.load(path, allow_pickle=False) as file:
+                    found[index] = {name: file[name] for name in file.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            continue
+    return found
+
+
+def _training_figure(results: Results) -> Figure | None:
+    """Loss of the agents against episodes, averaged over 25."""
+    curves = {i: np.ravel(arrays["losses"]) for i, arrays in _portraits(results).items() if "losses" in arrays}
+    curves = {i: curve for i, curve in curves.items() if len(curve) > 1 and np.isfinite(curve).all()}
+    if not curves:
+        return None
+    figure = _figure()
+    axes = figure.add_subplot()
+    for k, curve in enumerate(curves.values()):
+        width = min(25, len(curve))
+        mean = np.convolve(curve, np.ones(width) / width, "valid")
+        axes.plot(np.arange(width, len(curve) + 1), mean, color=COLOURS[k % len(COLOURS)], lw=1.2, alpha=0.8)
+    axes.set(xlabel="episodes", ylabel="loss, mean of 25", ylim=(0, None))
+    return _labelled(figure, "loss of the agents against episodes")
+
+
+def _q_figure(results: Results) -> Figure | None:
+    """Q of the next atom along the best build of the restart that found the lowest energy."""
+    energies = {i: float(np.nanmin(e)) for i, e in _energies(results).items() if np.any(np.isfinite(e))}
+    portraits = {i: arrays for i, arrays in _portraits(results).items() if "q" in arrays and i in energies}
+    if not portraits:
+        return None
+    from ase.data import chemical_symbols
+
+    arrays = portraits[min(portraits, key=lambda i: energies[i])]
+    q, allowed, placed, template = (arrays[name] for name in ("q", "allowed", "placed", "template"))
+    value = np.where(allowed, q, -np.inf).max(axis=1)
+    value = np.where(allowed.any(axis=1), value, np.nan)
+    columns = min(3, len(q))
+    rows = -(-len(q) // columns)
+    width, height = value.shape[1] * arrays["spacing"][0], value.shape[2] * arrays["spacing"][1]
+    figure = _figure(2.2 * columns + 0.6, (2.0 * height / width + 0.35) * rows)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for panel, axes in enumerate(grid.flat):
+        axes.set_axis_off()
+        if panel >= len(q):
+            continue
+        extent = (0, width, 0, height)
+        image = axes.imshow(value[panel].T, origin="lower", extent=extent, vmin=-1, vmax=1, cmap="viridis")
+        there = np.concatenate([template, placed[: arrays["steps"][panel]]])
+        for s, x, y in there:
+            at = (x + 0.5) * arrays["spacing"][0], (y + 0.5) * arrays["spacing"][1]
+            axes.plot(*at, "o", ms=6, mec="black", mfc=COLOURS[int(s) % len(COLOURS)], mew=0.6)
+        s, x, y = placed[arrays["steps"][panel]]
+        at = (x + 0.5) * arrays["spacing"][0], (y + 0.5) * arrays["spacing"][1]
+        axes.plot(*at, "o", ms=9, mec="#D55E00", mfc="none", mew=1.6)
+        symbol = chemical_symbols[int(arrays["species"][int(s)])]
+        axes.set_title(f"{symbol}, atom {int(arrays['steps'][panel]) + 1}", fontsize=8.5)
+    figure.colorbar(image, ax=grid, shrink=0.6, label="Q of the next atom")
+    return _labelled(figure, "Q-maps along the best build; the ring is the atom that was placed next")
+
+
 def figures(results: Sequence[Results]) -> dict[str, Figure]:
     """Every figure of the page by the name of its file; those of several folders begin with the folder's name.
 
@@ -318,6 +385,8 @@ def figures(results: Sequence[Results]) -> dict[str, Figure]:
             found[f"{before}energy"] = _energy_figure(one)
             found[f"{before}restarts"] = _final_figure(one)
             found[f"{before}stages"] = _stage_figure(one)
+            found[f"{before}training"] = _training_figure(one)
+            found[f"{before}qmaps"] = _q_figure(one)
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
@@ -598,6 +667,8 @@ def _folder_section(name: str, results: Results, structures: str = "") -> str:
         figures.append(_panel("Best energy so far", _svg(_energy_figure(results))))
         figures.append(_panel("Best energy of each restart", _svg(_final_figure(results))))
         figures.append(_panel("Time by stage", _svg(_stage_figure(results))))
+        figures.append(_panel("Training of the agents", _svg(_training_figure(results))))
+        figures.append(_panel("Q-maps along the best build", _svg(_q_figure(results))))
     configuration = html.escape(results.configuration.to_toml())
     unfolded = " open" if structures else ""
     return f"""{_cards(results)}

@@ -309,6 +309,11 @@ class Search:
         return self._data
 
     @property
+    def fitted(self) -> Mapping[str, Any]:
+        """The models as the last ask() left them."""
+        return MappingProxyType(self._fitted)
+
+    @property
     def best(self) -> Batch | None:
         """The structure with the lowest objective so far, or None."""
         objective = self.problem.objective(self.data)
