@@ -21,12 +21,14 @@ def test_there_are_examples():
 def test_example(path, tmp_path):
     if 'name = "gfn1-xtb"' in path.read_text():
         pytest.importorskip("tblite", reason='tblite is not installed: pip install "thalweg[xtb]"')
+    if 'method = "asla"' in path.read_text():
+        pytest.importorskip("torch", reason='PyTorch is not installed: pip install "thalweg[asla]"')
     out = tmp_path / "run"
     command = [sys.executable, "-m", "thalweg.cli", "run", str(path), "--restarts", "2", "--iterations", "4"]
     result = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     summary = json.loads((out / "summary.json").read_text())
-    assert [entry["iterations"] for entry in summary["restarts"]] == [4, 4]
+    assert all(entry["iterations"] == 4 or entry["delivered_evaluation"] for entry in summary["restarts"])
     assert all(entry["finished"] for entry in summary["restarts"])
     best = ase.io.read(out / "best.extxyz", ":")
     assert len(best) == 2

@@ -558,7 +558,7 @@ class FittedAgent:
         masks = np.array(allowed).reshape(shape)
         maps = np.where(masks, q.reshape(shape), -np.inf)
         if grid.dimension == 3:
-            maps, masks = maps.max(axis=-1), masks.any(axis=-1)
+            maps, masks = maps.max(axis=-1), masks.max(axis=-1)
         flat = [np.column_stack([r[:, 0], *np.unravel_index(r[:, 1], grid.shape)[:2]]) for r in (rows, grid.template)]
         return {
             "losses": np.array(self.losses), "q": np.where(masks, maps, 0).astype(np.float32), "allowed": masks,
