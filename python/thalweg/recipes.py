@@ -229,26 +229,64 @@ def asla(
     grid : float
         Spacing of the grid [angstrom].
     dimension : 2 or 3
+        Of the grid: one layer of points that the box's first two vectors span, or points all over the box.
     heights : mapping of symbol to angstrom, optional
-        z of each species in two dimensions (layered pseudo-3D).
+        z of each species in two dimensions (layered pseudo-3D); default: the middle of the box.
     hydrogen_last : bool
         Hydrogen is placed when all else is.
     postprocess : "none", "surrogate" or "true"
-        Relaxation of what was built: not at all, on the mean of a Gaussian process from iteration `surrogate_after` on
-        (ASLA-P), or in the true potential, every point counted (the control for a perfect surrogate).
+        Relaxation of what was built: not at all, on the mean of a Gaussian process (ASLA-P), or in the true potential,
+        every point counted (the control for a perfect surrogate).
     evaluate_on_grid : bool
         After a surrogate relaxation atoms are moved back to the grid before the energy (ASLA-P as published); False: the
         relaxed structure is evaluated, and its snapped copy learned.
+    surrogate_after : int
+        Iterations without relaxation, in which the surrogate gathers data.
+    surrogate_steps : int
+        Of a relaxation on the surrogate.
+    true_steps : int
+        Of a relaxation in the true potential (`postprocess="true"`).
     acquisition : "none" or "lcb"
-        "lcb": `candidates` builds per iteration, of which the one with the lowest confidence bound is evaluated (ASLA-PA).
+        "lcb": several builds per iteration, of which the one with the lowest confidence bound is evaluated (ASLA-PA).
+    candidates : int
+        How many builds that are.
+    kappa : float or {iteration: float}
+        Weight of the surrogate's uncertainty in the lower confidence bound.
     rebuild : int
-        So many of the candidates are rebuilt from parts of known structures, from iteration `rebuild_after` on; their
-        parents are the `sample` lowest that a kernel tells apart.
-    representation, representation_options, network, span, lr, replay, symmetry, transfer_from, backend : see `Agent`
+        So many of the candidates are known structures with some atoms taken out and built anew.
+    rebuild_after : int
+        Iterations with complete builds only.
+    sample : int
+        Parents of the rebuilds: so many of the lowest structures that a kernel tells apart.
+    representation : "one-hot", "gaussian", "agr", "displaced" or "harmonics"
+        How atoms become images, see `thalweg.networks`.
+    representation_options : mapping, optional
+        Numbers of the representation, such as {"bias": -0.1}.
+    network : str, optional
+        A preset of `thalweg.networks.PRESETS`; default: the published network of 15 x 15 kernels in two dimensions, the
+        dilated one of 7 x 7 x 7 in three.
     policy : "epsilon-greedy", "softmax" or "uniform"
-    epsilon, temperature : see `Policy`
-    novel : see `Build`
-    prior : see `gofee`; of the surrogate.
+        How a placement is chosen, see `Policy`.
+    epsilon : float, optional
+        Share of random placements; default: 1 / atoms to place.
+    temperature : float
+        Of the softmax policy.
+    novel : bool
+        A build that equals an evaluated one is begun anew, up to five times.
+    span : float, optional
+        Energy above the best [eV] at which the reward is -1; default: from the energies seen.
+    lr : float
+        Learning rate of Adam.
+    replay : int
+        Random episodes per training step, beside the best and the newest.
+    symmetry : bool, optional
+        Pairs are rotated and mirrored at random; default: in two dimensions.
+    transfer_from : str, optional
+        A snapshot (.npz) of an agent for the same species, from whose weights learning starts.
+    prior : "auto", "fitted", "bonding", "repulsive", "none" or what `GPR` takes
+        Of the surrogate, see `gofee`.
+    backend : "auto", "core" or "torch"
+        What trains the network, see `thalweg.networks.Trainer`.
     threads : int
         Threads of one search; 0: as many as there are cores. Results do not depend on it.
     """
