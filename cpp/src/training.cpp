@@ -159,7 +159,7 @@ struct QTraining::Impl {
   /// Rows of a stamp (of channel 0) and where they go in an arena's rows.
   struct Piece {
     std::size_t stamp, row;
-    int rows;
+    int rows, width;
   };
 
   // Buffers of one thread.
@@ -465,8 +465,8 @@ void QTraining::Impl::make_stamps(const QNetworkWeights& weights) {
   stamp.tap_row = (stamp.taps[2] + 7) / 8 * 8;
   stamp.out_row = (stamp.kernel[2] - 1 + stamp.tap_row + 7) / 8 * 8;
   stamp_size = size_of(stamp.out[0]) * size_of(stamp.out[1]) * size_of(stamp.out_row);
-  row_begin = (stamp.out[2] + 7) / 8 * 8;
-  row_size = row_begin + (extent[1][2] + 7) / 8 * 8 + stamp.out_row;
+  row_begin = 8;
+  row_size = row_begin + (extent[1][2] + 7) / 8 * 8 + 8;
   const std::size_t kernel_size = size_of(stamp.kernel[0]) * size_of(stamp.kernel[1]) * size_of(stamp.kernel[2]);
   const std::size_t tap_size = size_of(stamp.taps[0]) * size_of(stamp.taps[1]) * size_of(stamp.tap_row);
 
@@ -569,10 +569,13 @@ void QTraining::Impl::find_pieces(const Call& call, std::size_t lane, std::size_
           const std::size_t base = (species * size_of(phases) + size_of(phase)) * kHidden * stamp_size;
           for (int i = 0; i < z.count; ++i) {
             const int row_at = (z.box + z.stamp + i) * extent[1][1] + y.box + y.stamp;
-            pieces.push_back({base + size_of((z.stamp + i) * stamp.out[1] + y.stamp) * size_of(stamp.out_row),
-                              (lane * size_of(extent[1][0] * extent[1][1]) + size_of(row_at)) * size_of(row_size) +
-                                  size_of(row_begin + x.box),
-                              y.count});
+            // whole vectors of the columns that meet the box
+            const int first = x.stamp / 8 * 8, end = (x.stamp + x.count + 7) / 8 * 8;
+            pieces.push_back(
+                {base + size_of((z.stamp + i) * stamp.out[1] + y.stamp) * size_of(stamp.out_row) + size_of(first),
+                 (lane * size_of(extent[1][0] * extent[1][1]) + size_of(row_at)) * size_of(row_size) +
+                     size_of(row_begin + x.box + first),
+                 y.count, end - first});
           }
         }
   }
@@ -662,8 +665,8 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
         for (int second = 0; second < 2; ++second) {
           std::memset(rows, 0, kGroup * image_rows * sizeof(float));
           for (const Piece& p : arena.pieces)
-            k.add_rows(p.rows, stamp.out_row, stamps.data() + size_of(2 * j + second) * stamp_size + p.stamp,
-                       stamp.out_row, rows + p.row, row_size);
+            k.add_rows(p.rows, p.width, stamps.data() + size_of(2 * j + second) * stamp_size + p.stamp, stamp.out_row,
+                       rows + p.row, row_size);
           k.interleave(extent[1][0] * extent[1][1], extent[1][2], rows + row_begin,
                        static_cast<std::ptrdiff_t>(image_rows), row_size, second, a);
         }
@@ -724,7 +727,7 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
           k.separate(extent[1][0] * extent[1][1], extent[1][2], d, second, delta_rows + row_begin,
                      static_cast<std::ptrdiff_t>(image_rows), row_size);
           for (const Piece& p : arena.pieces)
-            k.add_rows(p.rows, stamp.out_row, delta_rows + p.row, row_size,
+            k.add_rows(p.rows, p.width, delta_rows + p.row, row_size,
                        slot.stamps.data() + size_of(2 * j + second) * stamp_size + p.stamp, stamp.out_row);
         }
         continue;

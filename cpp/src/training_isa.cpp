@@ -369,30 +369,38 @@ THALWEG_INLINE void transpose(V8* r) {
   }
 }
 
-// Rows of 24 floats, one per sample: real and imaginary parts of the ten channels of d.
+// One row per sample: real and imaginary parts of the ten channels of d, 24 floats. They are read again at once, so
+// each is stored as it will be loaded: a load that spans two pending stores would wait for both.
+constexpr int kRow = 32;
+
 template <bool conjugated>
 THALWEG_INLINE void sample_rows(const float* d, float* rows) {
-  V8 t[8];
+  V8 re[8], im[8];
   const auto real = [&](int c) { return load<8>(d + channel_at(c)); };
   const auto imaginary = [&](int c) {
     const V8 v = load<8>(d + channel_at(c) + kImaginary);
     return conjugated ? -v : v;
   };
 #pragma GCC unroll 8
-  for (int c = 0; c < 8; ++c) t[c] = real(c);
-  transpose(t);
+  for (int c = 0; c < 8; ++c) re[c] = real(c);
 #pragma GCC unroll 8
-  for (int l = 0; l < 8; ++l) store(rows + 24 * l, t[l]);
+  for (int c = 0; c < 8; ++c) im[c] = imaginary(c);
+  transpose(re);
+  transpose(im);
 #pragma GCC unroll 8
-  for (int c = 0; c < 8; ++c) t[c] = imaginary(c);
-  transpose(t);
+  for (int l = 0; l < 8; ++l) {
+#if defined(__AVX512F__)
+    store(rows + kRow * l, __builtin_shufflevector(re[l], im[l], 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+#else
+    store(rows + kRow * l, re[l]);
+    store(rows + kRow * l + 8, im[l]);
+#endif
+  }
+  re[0] = real(8), re[1] = real(9), re[2] = imaginary(8), re[3] = imaginary(9);
+  re[4] = re[5] = re[6] = re[7] = V8{};
+  transpose(re);
 #pragma GCC unroll 8
-  for (int l = 0; l < 8; ++l) store(rows + 24 * l + 8, t[l]);
-  t[0] = real(8), t[1] = real(9), t[2] = imaginary(8), t[3] = imaginary(9);
-  t[4] = t[5] = t[6] = t[7] = V8{};
-  transpose(t);
-#pragma GCC unroll 8
-  for (int l = 0; l < 8; ++l) store(rows + 24 * l + 16, t[l]);
+  for (int l = 0; l < 8; ++l) store(rows + kRow * l + 16, re[l]);
 }
 
 #if defined(__AVX512F__)
@@ -425,7 +433,7 @@ THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, int firs
   // The sign of -f's imaginary parts is in the operation: a factor straight from memory costs nothing to spread.
   const auto side = [&](const float* a, const float* from, auto conjugated) __attribute__((always_inline)) {
     for (int l = 0; l < 8; ++l) {
-      const float* row = from + l * 24;
+      const float* row = from + l * kRow;
       W d[kWideCount];
 #pragma GCC unroll 8
       for (int k = 0; k < kWideCount; ++k) d[k] = load<kWide>(row + k * kWide);
@@ -453,7 +461,7 @@ THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, int firs
     }
   };
   side(a_f, rows, Constant<false>());
-  side(a_g, rows + 8 * 24, Constant<true>());
+  side(a_g, rows + 8 * kRow, Constant<true>());
 #pragma GCC unroll 8
   for (int c = 0; c < channels; ++c) {
     float* s = sums + (first + c) * kSums;
@@ -472,11 +480,11 @@ THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, int firs
 void correlate(const Transform& t, int channels, const float* a, std::size_t a_stride, const float* d, bool add,
                float* sums) {
   constexpr std::size_t d_stride = kHiddenCells * kCell;
-  alignas(64) float rows[16 * 24];
+  alignas(64) float rows[16 * kRow];
   for (int p = 0; p < t.pairs; ++p) {
     const std::size_t f = static_cast<std::size_t>(t.pair[2 * p]), g = static_cast<std::size_t>(t.pair[2 * p + 1]);
     sample_rows<false>(d + f * d_stride, rows);
-    sample_rows<true>(d + g * d_stride, rows + 8 * 24);
+    sample_rows<true>(d + g * d_stride, rows + 8 * kRow);
     float* s = sums + static_cast<std::ptrdiff_t>(p) * channels * kSums;
     int c = 0;
     for (; c + kChannelBlock <= channels; c += kChannelBlock)
