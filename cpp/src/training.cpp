@@ -24,6 +24,7 @@ namespace {
 static_assert(QNetworkShape::kHidden == kHidden);
 
 constexpr int kLayers = 4;
+constexpr int kChunk = 64;                       // pairs of frequencies
 constexpr int kMostSlots = 8;                    // partial sums that threads fill; fixed, so that sums are
 constexpr std::int64_t kMostPoints = 1LL << 26;  // of a box
 
@@ -164,7 +165,8 @@ struct QTraining::Impl {
 
   // Buffers of one thread.
   struct Arena {
-    Floats image, activation[kLayers], spectrum[3], product, delta_spectrum, delta, scratch;
+    Floats image, activation, last, spectrum[3], product[2], delta, scratch;
+    std::vector<std::uint32_t> signs[kLayers];
     Floats masks[kLayers];
     std::vector<float> u, du;
     Floats rows, delta_rows;  // (kGroup, rows of a_1's box, row_size)
@@ -646,8 +648,9 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
   float* rows = stamped ? arena.rows.need(kGroup * image_rows) : nullptr;
   std::size_t most = 0;
   for (const Plan& p : plan) most = std::max(most, p.frequencies());
-  float* product = arena.product.need(most * std::max(stride, image_stride));
-  float* activation[kLayers] = {};
+  float* product = arena.product[0].need(most * std::max(stride, image_stride));
+  float* activation = arena.activation.need(std::max(points(1), points(2)) * kCell);  // one plane at a time
+  float* last_activation = arena.last.need(kHiddenCells * points(3) * kCell);
   for (int layer = 0; layer < 3; ++layer) {
     const Transform& t = plan[layer].transform;
     const int n_in = inputs(layer);
@@ -656,11 +659,11 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
       k.multiply(t, weight_spectrum[layer].data(), weight_cells[layer], n_in, 1, kHidden, n_in, true, spectrum[layer],
                  layer == 0 ? image_stride : stride, product, stride);
     const std::size_t plane = points(layer + 1) * kCell;
-    activation[layer + 1] = arena.activation[layer + 1].need(kHiddenCells * plane);
+    arena.signs[layer + 1].resize(kHiddenCells * points(layer + 1));
     const float* bias = by_stamps ? first_bias.data() : parameters + parameter_offset(layer, true);
     const Box inside = box(layer + 1, arena, masked);
     for (int j = 0; j < kHiddenCells; ++j) {
-      float* a = activation[layer + 1] + size_of(j) * plane;
+      float* a = layer == 2 ? last_activation + size_of(j) * plane : activation;
       if (by_stamps)
         for (int second = 0; second < 2; ++second) {
           std::memset(rows, 0, kGroup * image_rows * sizeof(float));
@@ -672,7 +675,7 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
         }
       else
         k.inverse(t, extent[layer + 1], product + j * kCell, stride, a, scratch);
-      k.activate(inside, bias + 2 * j, shape.slope, a);
+      k.activate(inside, bias + 2 * j, shape.slope, a, arena.signs[layer + 1].data() + size_of(j) * points(layer + 1));
       if (layer < 2)
         k.forward(plan[layer + 1].transform, extent[layer + 1], a, spectrum[layer + 1] + j * kCell, stride, scratch);
     }
@@ -681,7 +684,7 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
   const float* last_bias = parameters + parameter_offset(3, true);
   arena.u.assign(size_of(shape.species) * kGroup, 0.0f);
   arena.du.assign(size_of(shape.species) * kGroup, 0.0f);
-  k.last(static_cast<int>(taps), shape.species, last, activation[3], arena.u.data());
+  k.last(static_cast<int>(taps), shape.species, last, last_activation, arena.u.data());
   for (std::size_t l = 0; l < count; ++l) {
     const std::size_t sample = call.order[begin + l], s = size_of(call.pairs.actions[2 * sample]);
     // in double: 1 - q^2 of a saturated q would lose all digits
@@ -704,17 +707,18 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
 
   // backward
   float* delta = arena.delta.need(std::max({points(0), points(1), points(2), kHiddenCells * points(3)}) * kCell);
-  float* delta_spectrum = arena.delta_spectrum.need(most * stride);
-  k.last_back(static_cast<int>(taps), shape.species, last, activation[3], arena.du.data(), delta, slot.last.data());
+  // what the layer above left, and what this one makes of it
+  float* from = product;
+  float* delta_spectrum = arena.product[1].need(most * std::max(stride, image_stride));
+  k.last_back(static_cast<int>(taps), shape.species, last, last_activation, arena.du.data(), delta, slot.last.data());
   for (int layer = 2; layer >= 0; --layer) {
     const Transform& t = plan[layer].transform;
     const std::size_t plane = points(layer + 1) * kCell;
     const Box inside = box(layer + 1, arena, masked);
     for (int j = 0; j < kHiddenCells; ++j) {
       float* d = delta + (layer == 2 ? size_of(j) * plane : 0);
-      if (layer < 2)  // what the layer above left in `product`
-        k.inverse(plan[layer + 1].transform, extent[layer + 1], product + j * kCell, stride, d, scratch);
-      k.pull(inside, shape.slope, activation[layer + 1] + size_of(j) * plane, d);
+      if (layer < 2) k.inverse(plan[layer + 1].transform, extent[layer + 1], from + j * kCell, stride, d, scratch);
+      k.pull(inside, shape.slope, arena.signs[layer + 1].data() + size_of(j) * points(layer + 1), d);
       if (layer == 0 && stamped) {
         alignas(64) float sum[kCell];
         k.total(points(1), d, sum);
@@ -740,16 +744,24 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
     const int n_in = inputs(layer);
     const std::size_t in_stride = layer == 0 ? image_stride : stride;
     float* sums = slot.sums[layer].need(size_of(t.pairs) * size_of(n_in) * kSums);
-    k.correlate(t, n_in, spectrum[layer], in_stride, delta_spectrum, layer == 0 ? slot.has_sums : add, sums);
+    const bool on_top = layer == 0 ? slot.has_sums : add, go_on = layer > 0 || call.wants_kernels;
     if (layer == 0) slot.has_sums = true;
-    if (layer > 0 || call.wants_kernels)
-      k.multiply(t, weight_spectrum[layer].data(), weight_cells[layer], kHidden, n_in, n_in, 1, false, delta_spectrum,
-                 stride, product, in_stride);
+    // Few frequencies at a time: what one loop has read, the other finds in the cache.
+    Transform part = t;
+    for (int p = 0; p < t.pairs; p += kChunk) {
+      part.pair = t.pair + 2 * p;
+      part.pairs = std::min(kChunk, t.pairs - p);
+      k.correlate(part, n_in, spectrum[layer], in_stride, delta_spectrum, on_top, sums + size_of(p * n_in) * kSums);
+      if (go_on)
+        k.multiply(part, weight_spectrum[layer].data() + size_of(p) * 2 * weight_cells[layer] * kCell,
+                   weight_cells[layer], kHidden, n_in, n_in, 1, false, delta_spectrum, stride,
+                   layer == 0 ? from : delta_spectrum, in_stride);
+    }
+    if (layer > 0) std::swap(from, delta_spectrum);
   }
   if (!call.wants_kernels) return;
   for (int j = 0; j < call.channel_pairs; ++j)
-    k.inverse(plan[0].transform, extent[0], product + j * kCell, image_stride, image + size_of(j) * image_plane,
-              scratch);
+    k.inverse(plan[0].transform, extent[0], from + j * kCell, image_stride, image + size_of(j) * image_plane, scratch);
   for (std::size_t l = 0; l < count; ++l) splat(call, l, call.order[begin + l], image, slot.kernels.data());
   for (int s = 0; s < shape.species; ++s) {
     const float* p = image + size_of(s / 2) * image_plane + s % 2 * kSecond;

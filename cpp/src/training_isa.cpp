@@ -5,6 +5,10 @@
 
 #include "training_kernels.hpp"
 
+#ifdef __SSE__
+#include <immintrin.h>
+#endif
+
 namespace thalweg::THALWEG_ISA {
 namespace {
 
@@ -327,13 +331,22 @@ void multiply_all(const Transform& t, const float* weights, std::size_t cells, i
   for (int p = 0; p < t.pairs; ++p) {
     const std::size_t f = static_cast<std::size_t>(t.pair[2 * p]), g = static_cast<std::size_t>(t.pair[2 * p + 1]);
     const float* w = weights + static_cast<std::size_t>(p) * 2 * imaginary;
+    const float *in_f = in + f * in_stride, *in_g = in + g * in_stride;
+    float *out_f = out + f * out_stride, *out_g = out + g * out_stride;
+    alignas(64) float kept[2][kHiddenCells * kCell];
+    if (in == out && n_out > kOutputs) {  // several blocks: the first must not overwrite what the next reads
+      for (int k = 0; k < kHiddenCells * kCell; ++k) {
+        kept[0][k] = in_f[k];
+        kept[1][k] = in_g[k];
+      }
+      in_f = kept[0];
+      in_g = kept[1];
+    }
     int o = 0;
     for (; o + kOutputs <= n_out; o += kOutputs)
-      multiply_block<kOutputs, conjugate>(w, imaginary, n_in, step_in, o, step_out, in + f * in_stride,
-                                          in + g * in_stride, out + f * out_stride, out + g * out_stride);
+      multiply_block<kOutputs, conjugate>(w, imaginary, n_in, step_in, o, step_out, in_f, in_g, out_f, out_g);
     for (; o < n_out; ++o)
-      multiply_block<1, conjugate>(w, imaginary, n_in, step_in, o, step_out, in + f * in_stride, in + g * in_stride,
-                                   out + f * out_stride, out + g * out_stride);
+      multiply_block<1, conjugate>(w, imaginary, n_in, step_in, o, step_out, in_f, in_g, out_f, out_g);
   }
 }
 
@@ -415,21 +428,8 @@ THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, int firs
                                     float* sums) {
   using W = Lanes<kWide>::Type;
   constexpr bool rest = 24 % kWide != 0;
-  W re[channels][kWideCount], im[channels][kWideCount];
-  V8 re_rest[channels], im_rest[channels];
-#pragma GCC unroll 8
-  for (int c = 0; c < channels; ++c) {
-    float* s = sums + (first + c) * kSums;
-#pragma GCC unroll 8
-    for (int k = 0; k < kWideCount; ++k) {
-      re[c][k] = add ? load<kWide>(s + k * kWide) : W{};
-      im[c][k] = add ? load<kWide>(s + 24 + k * kWide) : W{};
-    }
-    if constexpr (rest) {
-      re_rest[c] = add ? load<8>(s + 16) : V8{};
-      im_rest[c] = add ? load<8>(s + 40) : V8{};
-    }
-  }
+  W re[channels][kWideCount] = {}, im[channels][kWideCount] = {};  // sums with Re a and with Im a
+  V8 re_rest[channels] = {}, im_rest[channels] = {};
   // The sign of -f's imaginary parts is in the operation: a factor straight from memory costs nothing to spread.
   const auto side = [&](const float* a, const float* from, auto conjugated) __attribute__((always_inline)) {
     for (int l = 0; l < 8; ++l) {
@@ -465,15 +465,32 @@ THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, int firs
 #pragma GCC unroll 8
   for (int c = 0; c < channels; ++c) {
     float* s = sums + (first + c) * kSums;
-#pragma GCC unroll 8
+    V8 r[3], i[3];  // Re d_0..7, Im d_0..7, (Re d_8, d_9, Im d_8, d_9, 0 ...)
+#if defined(__AVX512F__)
+    r[0] = __builtin_shufflevector(re[c][0], re[c][0], 0, 1, 2, 3, 4, 5, 6, 7);
+    r[1] = __builtin_shufflevector(re[c][0], re[c][0], 8, 9, 10, 11, 12, 13, 14, 15);
+    i[0] = __builtin_shufflevector(im[c][0], im[c][0], 0, 1, 2, 3, 4, 5, 6, 7);
+    i[1] = __builtin_shufflevector(im[c][0], im[c][0], 8, 9, 10, 11, 12, 13, 14, 15);
+    r[2] = re_rest[c];
+    i[2] = im_rest[c];
+#else
+    alignas(64) float parts[2][24];
     for (int k = 0; k < kWideCount; ++k) {
-      store(s + k * kWide, re[c][k]);
-      store(s + 24 + k * kWide, im[c][k]);
+      store(parts[0] + k * kWide, re[c][k]);
+      store(parts[1] + k * kWide, im[c][k]);
     }
-    if constexpr (rest) {
-      store(s + 16, re_rest[c]);
-      store(s + 40, im_rest[c]);
+    for (int k = 0; k < 3; ++k) {
+      r[k] = load<8>(parts[0] + 8 * k);
+      i[k] = load<8>(parts[1] + 8 * k);
     }
+#endif
+    const V8 out_re = r[0] + i[1], out_im = i[0] - r[1];
+    using V4 = Lanes<4>::Type;
+    const V4 r2 = __builtin_shufflevector(r[2], r[2], 0, 1, 2, 3), i2 = __builtin_shufflevector(i[2], i[2], 2, 3, 0, 1);
+    const V4 rest_out = __builtin_shufflevector(r2 + i2, i2 - r2, 0, 1, 6, 7);
+    store(s, add ? load<8>(s) + out_re : out_re);
+    store(s + 8, add ? load<8>(s + 8) + out_im : out_im);
+    store(s + 16, add ? load<4>(s + 16) + rest_out : rest_out);
   }
 }
 
@@ -527,11 +544,9 @@ void join(const Transform& t, int channels, int slots, const float* const* sums,
         const float* s = sums[slot] + static_cast<std::size_t>(p) * block + static_cast<std::size_t>(c) * kSums;
         for (int k = 0; k < kSums; ++k) total[k] += s[k];
       }
-      const float *with_re = total, *with_im = total + 24;
       for (int o = 0; o < kHidden; ++o) {
-        const int d_re = o < 8 ? o : 8 + o, d_im = o < 8 ? 8 + o : 10 + o;
-        re[o * channels + c] = half * (with_re[d_re] + with_im[d_im]);
-        im[o * channels + c] = half * (with_im[d_re] - with_re[d_im]);
+        re[o * channels + c] = half * total[o < 8 ? o : 8 + o];
+        im[o * channels + c] = half * total[o < 8 ? 8 + o : 10 + o];
       }
     }
     for (std::size_t j = 0; j < cells; ++j, f += kCell, g += kCell)
@@ -567,26 +582,57 @@ THALWEG_INLINE void for_cells(const Box& box, Body body) {
     }
 }
 
-void activate(const Box& box, const float* bias, float slope, float* plane) {
+using Bits = Lanes<kWidth>::Integer;
+
+// One bit per value above 0.
+THALWEG_INLINE std::uint32_t signs_of(V v) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(v, V{}, _CMP_GT_OQ);
+#elif defined(__AVX__)
+  return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(v, V{}, _CMP_GT_OQ)));
+#elif defined(__SSE__)
+  return static_cast<std::uint32_t>(_mm_movemask_ps(_mm_cmpgt_ps(v, V{})));
+#else
+  std::uint32_t bits = 0;
+  for (int k = 0; k < kWidth; ++k) bits |= static_cast<std::uint32_t>(v[k] > 0) << k;
+  return bits;
+#endif
+}
+
+// bit ? yes : no (in steps that stay vectors where the ternary operator falls apart into scalars).
+THALWEG_INLINE V by_sign(std::uint32_t bits, V yes, V no) {
+  Bits weight;
+  for (int k = 0; k < kWidth; ++k) weight[k] = 1 << k;
+  const Bits mask = ((static_cast<std::int32_t>(bits) - Bits{}) & weight) == weight;
+  return reinterpret_cast<V>((mask & reinterpret_cast<Bits>(yes)) | (~mask & reinterpret_cast<Bits>(no)));
+}
+
+void activate(const Box& box, const float* bias, float slope, float* plane, std::uint32_t* signs) {
   alignas(64) float b[kCell];
   for (int k = 0; k < kCell; ++k) b[k] = bias[k / kSecond % 2];
   const auto body = [&](std::ptrdiff_t at, const float* mask) __attribute__((always_inline)) {
     float* p = plane + at;
+    std::uint32_t bits = 0;
+#pragma GCC unroll 8
     for (int k = 0; k < kCell; k += kWidth) {
       const V v = load(p + k) + load(b + k), low = slope * v;
       V a = v > low ? v : low;
+      bits |= signs_of(v) << k;
       if (mask != nullptr) a *= load(mask + k);
       store(p + k, a);
     }
+    signs[at / kCell] = bits;
   };
   for_cells(box, body);
 }
 
-void pull(const Box& box, float slope, const float* a, float* d) {
+void pull(const Box& box, float slope, const std::uint32_t* signs, float* d) {
   const auto body = [&](std::ptrdiff_t at, const float* mask) __attribute__((always_inline)) {
+    const std::uint32_t bits = signs[at / kCell];
+#pragma GCC unroll 8
     for (int k = 0; k < kCell; k += kWidth) {
       const V v = load(d + at + k);
-      V out = load(a + at + k) > V{} ? v : slope * v;
+      V out = by_sign(bits >> k, v, slope * v);
       if (mask != nullptr) out *= load(mask + k);
       store(d + at + k, out);
     }
