@@ -341,7 +341,7 @@ void QTraining::Impl::check(const QNetworkWeights& weights, const StateActions& 
                     std::to_string(shape.species) + " and voxels below " + std::to_string(voxels));
 }
 
-/// Values below 1e-9 of the largest change no bit that matters; their gradient does, so `whole` keeps them.
+/// Values below 1e-8 of the largest change no bit that matters; their gradient does, so `whole` keeps them.
 void QTraining::Impl::crop_kernels(std::span<const float> all, bool whole) {
   const int half = shape.half_window, edge = 2 * half + 1;
   const bool solid = shape.dimension == 3;
@@ -358,7 +358,7 @@ void QTraining::Impl::crop_kernels(std::span<const float> all, bool whole) {
       for (int z = solid ? -half : 0; z <= (solid ? half : 0); ++z)
         for (int y = -half; y <= half; ++y)
           for (int x = -half; x <= half; ++x)
-            if (std::abs(at(s, z, y, x)) > 1e-9f * largest)
+            if (std::abs(at(s, z, y, x)) > 1e-8f * largest)
               used = std::max({used, std::abs(z), std::abs(y), std::abs(x)});
   }
   for (int d = 3 - shape.dimension; d < 3; ++d) reach[d] = used;

@@ -93,16 +93,19 @@ THALWEG_INLINE void butterfly(Complex* a) {
   }
 }
 
-// Elements of a strided line; re and im: where the parts of an element are.
+// Elements of a strided line; re and im: where the parts of an element are. next: from an element to the one that a
+// later line will want in its place. Strided lines live far from the core, and hardware does not foresee them.
 struct In {
   const float* p;
   std::ptrdiff_t stride;
   int count, re, im;
+  std::ptrdiff_t next = 0;
 };
 struct Out {
   float* p;
   std::ptrdiff_t stride;
   int count, re, im;
+  std::ptrdiff_t next = 0;
 };
 
 // One pass: n points left, s interleaved transforms of them. The first reads a line whose tail is zero, the last writes
@@ -128,6 +131,10 @@ THALWEG_INLINE void stage(int n, int s, const float* twiddles, const In& in, con
           a[j] = {V{}, V{}};
         } else {
           const float* x = in.p + k * in.stride;
+          if constexpr (first) {
+            __builtin_prefetch(x + in.next);
+            __builtin_prefetch(x + in.next + kImaginary);
+          }
           a[j] = {load(x + in.re), load(x + in.im)};
         }
       }
@@ -137,6 +144,10 @@ THALWEG_INLINE void stage(int n, int s, const float* twiddles, const In& in, con
         const int k = q + s * (radix * p + j);
         if (last && k >= out.count) continue;
         float* y = out.p + k * out.stride;
+        if constexpr (last) {
+          __builtin_prefetch(y + out.next, 1);
+          __builtin_prefetch(y + out.next + kImaginary, 1);
+        }
         if (last || j == 0) {
           store(y + out.re, a[j].re);
           store(y + out.im, a[j].im);
@@ -211,9 +222,9 @@ void forward(const Transform& t, const int* extent, const float* plane, float* s
             kImaginary},
            {slab + y * row, kCell, t.size[2], 0, kImaginary}, buffer);
     for (std::ptrdiff_t kx = 0; kx < nx; ++kx) {
-      const In in{slab + kx * kCell, row, extent[1], 0, kImaginary};
+      const In in{slab + kx * kCell, row, extent[1], 0, kImaginary, kCell};
       if (t.dimension == 2)
-        line(t.fft[1], in, {spectrum + kx * ny * step, step, t.size[1], 0, kImaginary}, buffer);
+        line(t.fft[1], in, {spectrum + kx * ny * step, step, t.size[1], 0, kImaginary, ny * step}, buffer);
       else
         line(t.fft[1], in, {columns + (z * nx + kx) * column * kCell, kCell, t.size[1], 0, kImaginary}, buffer);
     }
@@ -221,8 +232,8 @@ void forward(const Transform& t, const int* extent, const float* plane, float* s
   if (t.dimension == 3)
     for (std::ptrdiff_t kx = 0; kx < nx; ++kx)
       for (std::ptrdiff_t ky = 0; ky < ny; ++ky)
-        line(t.fft[0], {columns + (kx * column + ky) * kCell, nx * column * kCell, extent[0], 0, kImaginary},
-             {spectrum + (kx * ny + ky) * nz * step, step, t.size[0], 0, kImaginary}, buffer);
+        line(t.fft[0], {columns + (kx * column + ky) * kCell, nx * column * kCell, extent[0], 0, kImaginary, 2 * kCell},
+             {spectrum + (kx * ny + ky) * nz * step, step, t.size[0], 0, kImaginary, nz * step}, buffer);
 }
 
 void inverse(const Transform& t, const int* extent, const float* spectrum, std::size_t stride, float* plane,
@@ -235,13 +246,13 @@ void inverse(const Transform& t, const int* extent, const float* spectrum, std::
   if (t.dimension == 3)
     for (std::ptrdiff_t kx = 0; kx < nx; ++kx)
       for (std::ptrdiff_t ky = 0; ky < ny; ++ky)
-        line(t.fft[0], {spectrum + (kx * ny + ky) * nz * step, step, t.size[0], kImaginary, 0},
-             {columns + (kx * column + ky) * kCell, nx * column * kCell, extent[0], kImaginary, 0}, buffer);
+        line(t.fft[0], {spectrum + (kx * ny + ky) * nz * step, step, t.size[0], kImaginary, 0, nz * step},
+             {columns + (kx * column + ky) * kCell, nx * column * kCell, extent[0], kImaginary, 0, 2 * kCell}, buffer);
   for (int z = 0; z < extent[0]; ++z) {
     for (std::ptrdiff_t kx = 0; kx < nx; ++kx) {
-      const Out out{slab + kx * kCell, row, extent[1], kImaginary, 0};
+      const Out out{slab + kx * kCell, row, extent[1], kImaginary, 0, kCell};
       if (t.dimension == 2)
-        line(t.fft[1], {spectrum + kx * ny * step, step, t.size[1], kImaginary, 0}, out, buffer);
+        line(t.fft[1], {spectrum + kx * ny * step, step, t.size[1], kImaginary, 0, ny * step}, out, buffer);
       else
         line(t.fft[1], {columns + (z * nx + kx) * column * kCell, kCell, t.size[1], kImaginary, 0}, out, buffer);
     }
