@@ -169,8 +169,8 @@ struct QTraining::Impl {
     std::vector<std::uint32_t> signs[kLayers];
     Floats masks[kLayers];
     std::vector<float> u, du;
-    Floats rows, delta_rows;  // (kGroup, rows of a_1's box, row_size)
-    std::vector<Piece> pieces;
+    Floats rows, delta_rows;       // (8 samples, rows of a_1's box, row_size)
+    std::vector<Piece> pieces[2];  // of the first and the last eight samples
   };
 
   // What one share of the groups adds up to.
@@ -642,10 +642,10 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
 
   // forward
   const std::size_t image_rows = size_of(extent[1][0] * extent[1][1] * row_size);
-  arena.pieces.clear();
+  for (std::vector<Piece>& pieces : arena.pieces) pieces.clear();
   if (stamped)
-    for (std::size_t l = 0; l < count; ++l) find_pieces(call, l, call.order[begin + l], arena.pieces);
-  float* rows = stamped ? arena.rows.need(kGroup * image_rows) : nullptr;
+    for (std::size_t l = 0; l < count; ++l) find_pieces(call, l % 8, call.order[begin + l], arena.pieces[l / 8]);
+  float* rows = stamped ? arena.rows.need(8 * image_rows) : nullptr;
   std::size_t most = 0;
   for (const Plan& p : plan) most = std::max(most, p.frequencies());
   float* product = arena.product[0].need(most * std::max(stride, image_stride));
@@ -665,13 +665,14 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
     for (int j = 0; j < kHiddenCells; ++j) {
       float* a = layer == 2 ? last_activation + size_of(j) * plane : activation;
       if (by_stamps)
-        for (int second = 0; second < 2; ++second) {
-          std::memset(rows, 0, kGroup * image_rows * sizeof(float));
-          for (const Piece& p : arena.pieces)
-            k.add_rows(p.rows, p.width, stamps.data() + size_of(2 * j + second) * stamp_size + p.stamp, stamp.out_row,
+        for (int part = 0; part < 4; ++part) {  // channel, half of the samples
+          std::memset(rows, 0, 8 * image_rows * sizeof(float));
+          for (const Piece& p : arena.pieces[part / 2])
+            k.add_rows(p.rows, p.width, stamps.data() + size_of(2 * j + part % 2) * stamp_size + p.stamp, stamp.out_row,
                        rows + p.row, row_size);
           k.interleave(extent[1][0] * extent[1][1], extent[1][2], rows + row_begin,
-                       static_cast<std::ptrdiff_t>(image_rows), row_size, second, a);
+                       static_cast<std::ptrdiff_t>(image_rows), row_size,
+                       a + part % 2 * kSecond + part / 2 * kImaginary);
         }
       else
         k.inverse(t, extent[layer + 1], product + j * kCell, stride, a, scratch);
@@ -726,13 +727,13 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
           slot.bias[0][size_of(2 * j + c / kSecond % 2)] += sum[c];
           slot.constant[size_of(2 * j + c / kSecond % 2)] += sum[c];
         }
-        float* delta_rows = arena.delta_rows.need(kGroup * image_rows);  // what lies beyond the box stays zero
-        for (int second = 0; second < 2; ++second) {
-          k.separate(extent[1][0] * extent[1][1], extent[1][2], d, second, delta_rows + row_begin,
-                     static_cast<std::ptrdiff_t>(image_rows), row_size);
-          for (const Piece& p : arena.pieces)
+        float* delta_rows = arena.delta_rows.need(8 * image_rows);  // what lies beyond the box stays zero
+        for (int part = 0; part < 4; ++part) {
+          k.separate(extent[1][0] * extent[1][1], extent[1][2], d + part % 2 * kSecond + part / 2 * kImaginary,
+                     delta_rows + row_begin, static_cast<std::ptrdiff_t>(image_rows), row_size);
+          for (const Piece& p : arena.pieces[part / 2])
             k.add_rows(p.rows, p.width, delta_rows + p.row, row_size,
-                       slot.stamps.data() + size_of(2 * j + second) * stamp_size + p.stamp, stamp.out_row);
+                       slot.stamps.data() + size_of(2 * j + part % 2) * stamp_size + p.stamp, stamp.out_row);
         }
         continue;
       }

@@ -304,6 +304,17 @@ THALWEG_INLINE void put(float* f, float* g, std::ptrdiff_t k, int pass, V re, V 
 }
 #endif
 
+// The channels of the next two frequencies: -f is walked backwards, in jumps.
+THALWEG_INLINE void prefetch_channels(const Transform& t, int p, const float* x, std::size_t stride, int channels) {
+  if (p >= t.pairs) return;
+  const float* f = x + static_cast<std::size_t>(t.pair[2 * p]) * stride;
+  const float* g = x + static_cast<std::size_t>(t.pair[2 * p + 1]) * stride;
+  for (int k = 0; k < (channels + 1) / 2 * kCell; k += 16) {
+    __builtin_prefetch(f + k);
+    __builtin_prefetch(g + k);
+  }
+}
+
 THALWEG_INLINE std::ptrdiff_t channel_at(int c) { return c / 2 * kCell + c % 2 * kSecond; }
 
 template <int outputs, bool conjugate>
@@ -341,6 +352,7 @@ void multiply_all(const Transform& t, const float* weights, std::size_t cells, i
   const std::size_t imaginary = cells * kCell;
   for (int p = 0; p < t.pairs; ++p) {
     const std::size_t f = static_cast<std::size_t>(t.pair[2 * p]), g = static_cast<std::size_t>(t.pair[2 * p + 1]);
+    prefetch_channels(t, p + 1, in, in_stride, n_in);
     const float* w = weights + static_cast<std::size_t>(p) * 2 * imaginary;
     const float *in_f = in + f * in_stride, *in_g = in + g * in_stride;
     float *out_f = out + f * out_stride, *out_g = out + g * out_stride;
@@ -511,6 +523,8 @@ void correlate(const Transform& t, int channels, const float* a, std::size_t a_s
   alignas(64) float rows[16 * kRow];
   for (int p = 0; p < t.pairs; ++p) {
     const std::size_t f = static_cast<std::size_t>(t.pair[2 * p]), g = static_cast<std::size_t>(t.pair[2 * p + 1]);
+    prefetch_channels(t, p + 1, d, d_stride, kHidden);
+    prefetch_channels(t, p + 1, a, a_stride, channels);
     sample_rows<false>(d + f * d_stride, rows);
     sample_rows<true>(d + g * d_stride, rows + 8 * kRow);
     float* s = sums + static_cast<std::ptrdiff_t>(p) * channels * kSums;
@@ -709,38 +723,35 @@ void add_rows(int rows, int width, const float* from, std::ptrdiff_t from_row, f
   }
 }
 
-void interleave(int rows, int width, const float* images, std::ptrdiff_t image, std::ptrdiff_t row, int second,
-                float* plane) {
-  float* out = plane + second * kSecond;
+void interleave(int rows, int width, const float* images, std::ptrdiff_t image, std::ptrdiff_t row, float* lanes) {
   for (int r = 0; r < rows; ++r)
-    for (int x = 0; x < width; x += 8, out += 8 * kCell) {
+    for (int x = 0; x < width; x += 8) {
       const int count = width - x < 8 ? width - x : 8;
-      for (int half = 0; half < 2; ++half) {
-        V8 t[8];
+      V8 t[8];
 #pragma GCC unroll 8
-        for (int l = 0; l < 8; ++l) t[l] = load<8>(images + (8 * half + l) * image + r * row + x);
-        transpose(t);
-        for (int k = 0; k < count; ++k) store(out + k * kCell + half * kImaginary, t[k]);
+      for (int l = 0; l < 8; ++l) t[l] = load<8>(images + l * image + r * row + x);
+      transpose(t);
+      if (count == 8) {
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; ++k) store(lanes + k * kCell, t[k]);
+      } else {
+        for (int k = 0; k < count; ++k) store(lanes + k * kCell, t[k]);
       }
-      if (count < 8) out -= (8 - count) * kCell;
+      lanes += count * kCell;
     }
 }
 
-void separate(int rows, int width, const float* plane, int second, float* images, std::ptrdiff_t image,
-              std::ptrdiff_t row) {
-  const float* in = plane + second * kSecond;
+void separate(int rows, int width, const float* lanes, float* images, std::ptrdiff_t image, std::ptrdiff_t row) {
   for (int r = 0; r < rows; ++r)
-    for (int x = 0; x < width; x += 8, in += 8 * kCell) {
+    for (int x = 0; x < width; x += 8) {
       const int count = width - x < 8 ? width - x : 8;
-      for (int half = 0; half < 2; ++half) {
-        V8 t[8];
+      V8 t[8];
 #pragma GCC unroll 8
-        for (int k = 0; k < 8; ++k) t[k] = k < count ? load<8>(in + k * kCell + half * kImaginary) : V8{};
-        transpose(t);
+      for (int k = 0; k < 8; ++k) t[k] = k < count ? load<8>(lanes + k * kCell) : V8{};
+      transpose(t);
 #pragma GCC unroll 8
-        for (int l = 0; l < 8; ++l) store(images + (8 * half + l) * image + r * row + x, t[l]);
-      }
-      if (count < 8) in -= (8 - count) * kCell;
+      for (int l = 0; l < 8; ++l) store(images + l * image + r * row + x, t[l]);
+      lanes += count * kCell;
     }
 }
 

@@ -81,11 +81,10 @@ struct TrainingKernels {
   void (*last_back)(int points, int species, const float* w, const float* a, const float* du, float* d, float* dw);
   /// Rows of `width` floats (a multiple of 8) of one array added to rows of another.
   void (*add_rows)(int rows, int width, const float* from, std::ptrdiff_t from_row, float* to, std::ptrdiff_t to_row);
-  /// Channel `second` (0, 1) of a plane of `rows` x `width` cells from one image per sample, and back.
-  void (*interleave)(int rows, int width, const float* images, std::ptrdiff_t image, std::ptrdiff_t row, int second,
-                     float* plane);
-  void (*separate)(int rows, int width, const float* plane, int second, float* images, std::ptrdiff_t image,
-                   std::ptrdiff_t row);
+  /// Eight lanes of a plane of `rows` x `width` cells (lanes: the first of them in the first cell) from one image per
+  /// sample, and back.
+  void (*interleave)(int rows, int width, const float* images, std::ptrdiff_t image, std::ptrdiff_t row, float* lanes);
+  void (*separate)(int rows, int width, const float* lanes, float* images, std::ptrdiff_t image, std::ptrdiff_t row);
   /// Sum of all cells of a plane.
   void (*total)(std::size_t points, const float* plane, float* cell);
   /// out += kernel convolved with taps, per channel; see Stamp.
