@@ -67,7 +67,7 @@ class Floats {
 };
 
 bool is_smooth(int n) {
-  for (const int prime : {2, 3, 5})
+  for (const int prime : {2, 3, 5, 7, 13})
     while (n % prime == 0) n /= prime;
   return n == 1;
 }
@@ -98,7 +98,7 @@ struct Plan {
       fft.n = n;
       fft.stages = 0;
       int rest = n;
-      for (const int radix : {5, 4, 3, 2})
+      for (const int radix : {13, 7, 5, 4, 3, 2})
         while (rest % radix == 0) {
           fft.radix[fft.stages++] = radix;
           rest /= radix;

@@ -55,6 +55,36 @@ struct Constant {
 
 // ---- transforms -------------------------------------------------------------------------------------------------
 
+// cos and sin of 2 pi j k / radix, j and k from 1 on.
+template <int radix>
+struct Roots;
+template <>
+struct Roots<7> {
+  static constexpr float cosine[3][3] = {{0.623489802f, -0.222520934f, -0.900968868f},
+                                         {-0.222520934f, -0.900968868f, 0.623489802f},
+                                         {-0.900968868f, 0.623489802f, -0.222520934f}};
+  static constexpr float sine[3][3] = {{0.781831482f, 0.974927912f, 0.433883739f},
+                                       {0.974927912f, -0.433883739f, -0.781831482f},
+                                       {0.433883739f, -0.781831482f, 0.974927912f}};
+};
+template <>
+struct Roots<13> {
+  static constexpr float cosine[6][6] = {
+      {0.885456026f, 0.568064747f, 0.12053668f, -0.354604887f, -0.748510748f, -0.970941817f},
+      {0.568064747f, -0.354604887f, -0.970941817f, -0.748510748f, 0.12053668f, 0.885456026f},
+      {0.12053668f, -0.970941817f, -0.354604887f, 0.885456026f, 0.568064747f, -0.748510748f},
+      {-0.354604887f, -0.748510748f, 0.885456026f, 0.12053668f, -0.970941817f, 0.568064747f},
+      {-0.748510748f, 0.12053668f, 0.568064747f, -0.970941817f, 0.885456026f, -0.354604887f},
+      {-0.970941817f, 0.885456026f, -0.748510748f, 0.568064747f, -0.354604887f, 0.12053668f}};
+  static constexpr float sine[6][6] = {
+      {0.464723172f, 0.822983866f, 0.992708874f, 0.935016243f, 0.663122658f, 0.239315664f},
+      {0.822983866f, 0.935016243f, 0.239315664f, -0.663122658f, -0.992708874f, -0.464723172f},
+      {0.992708874f, 0.239315664f, -0.935016243f, -0.464723172f, 0.822983866f, 0.663122658f},
+      {0.935016243f, -0.663122658f, -0.464723172f, 0.992708874f, -0.239315664f, -0.822983866f},
+      {0.663122658f, -0.992708874f, 0.822983866f, -0.239315664f, -0.464723172f, 0.935016243f},
+      {0.239315664f, -0.464723172f, 0.663122658f, -0.822983866f, 0.935016243f, -0.992708874f}};
+};
+
 template <int radix>
 THALWEG_INLINE void butterfly(Complex* a) {
   if constexpr (radix == 2) {
@@ -76,7 +106,7 @@ THALWEG_INLINE void butterfly(Complex* a) {
     a[2] = {b0r - b2r, b0i - b2i};
     a[1] = {b1r + b3i, b1i - b3r};
     a[3] = {b1r - b3i, b1i + b3r};
-  } else {
+  } else if constexpr (radix == 5) {
     const V c1 = spread(0.30901699437494742f), c2 = spread(-0.80901699437494742f);
     const V s1 = spread(0.95105651629515357f), s2 = spread(0.58778525229247313f);
     const V p1r = a[1].re + a[4].re, p1i = a[1].im + a[4].im, q1r = a[1].re - a[4].re, q1i = a[1].im - a[4].im;
@@ -90,6 +120,30 @@ THALWEG_INLINE void butterfly(Complex* a) {
     a[4] = {u1r - w1i, u1i + w1r};
     a[2] = {u2r + w2i, u2i - w2r};
     a[3] = {u2r - w2i, u2i + w2r};
+  } else {
+    // An odd prime: sums and differences of the points k and radix - k give the frequencies j and radix - j.
+    constexpr int half = radix / 2;
+    using Table = Roots<radix>;
+    Complex plus[half], minus[half], sum = a[0];
+#pragma GCC unroll 8
+    for (int k = 0; k < half; ++k) {
+      plus[k] = {a[k + 1].re + a[radix - 1 - k].re, a[k + 1].im + a[radix - 1 - k].im};
+      minus[k] = {a[k + 1].re - a[radix - 1 - k].re, a[k + 1].im - a[radix - 1 - k].im};
+      sum = {sum.re + plus[k].re, sum.im + plus[k].im};
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < half; ++j) {
+      Complex u = a[0], w = {V{}, V{}};
+#pragma GCC unroll 8
+      for (int k = 0; k < half; ++k) {
+        const float c = Table::cosine[j][k], s = Table::sine[j][k];
+        u = {u.re + c * plus[k].re, u.im + c * plus[k].im};
+        w = {w.re + s * minus[k].re, w.im + s * minus[k].im};
+      }
+      a[j + 1] = {u.re + w.im, u.im - w.re};
+      a[radix - 1 - j] = {u.re - w.im, u.im + w.re};
+    }
+    a[0] = sum;
   }
 }
 
@@ -116,7 +170,7 @@ THALWEG_INLINE void stage(int n, int s, const float* twiddles, const In& in, con
   for (int p = 0; p < m; ++p) {
     V wr[radix] = {}, wi[radix] = {};
     if constexpr (!last) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int j = 1; j < radix; ++j) {
         wr[j] = spread(twiddles[2 * p * j * s]);
         wi[j] = spread(twiddles[2 * p * j * s + 1]);
@@ -124,7 +178,7 @@ THALWEG_INLINE void stage(int n, int s, const float* twiddles, const In& in, con
     }
     for (int q = 0; q < s; ++q) {
       Complex a[radix];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int j = 0; j < radix; ++j) {
         const int k = q + s * (p + m * j);
         if (first && k >= in.count) {
@@ -139,7 +193,7 @@ THALWEG_INLINE void stage(int n, int s, const float* twiddles, const In& in, con
         }
       }
       butterfly<radix>(a);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int j = 0; j < radix; ++j) {
         const int k = q + s * (radix * p + j);
         if (last && k >= out.count) continue;
@@ -169,8 +223,12 @@ THALWEG_INLINE void stage_of(int radix, int n, int s, const float* twiddles, con
       return stage<3, first, last>(n, s, twiddles, in, out);
     case 4:
       return stage<4, first, last>(n, s, twiddles, in, out);
-    default:
+    case 5:
       return stage<5, first, last>(n, s, twiddles, in, out);
+    case 7:
+      return stage<7, first, last>(n, s, twiddles, in, out);
+    default:
+      return stage<13, first, last>(n, s, twiddles, in, out);
   }
 }
 

@@ -21,7 +21,7 @@ inline constexpr int kSums = 20;  // floats per pair of frequencies and input ch
 /// A mixed-radix transform of n points (Stockham, self-sorting).
 struct Fft {
   int n, stages;
-  int radix[16];          // 2, 3, 4 or 5 each
+  int radix[16];          // 2, 3, 4, 5, 7 or 13 each
   const float* twiddles;  // (n, 2) exp(-2 pi i j / n)
 };
 

@@ -210,6 +210,8 @@ const QNetworkShape kShapes[] = {
     shape_of(3, 1, 3, 1, 1, {6, 7, 5}, {true, true, true}),
     shape_of(3, 2, 3, 2, 2, {6, 7, 8}, {true, false, false}),
     shape_of(3, 2, 3, 3, 2, {9, 6, 7}, {false, true, true}),
+    shape_of(2, 1, 7, 1, 2, {14, 26, 1}, {false, true, false}),
+    shape_of(2, 1, 11, 1, 2, {16, 12, 1}, {true, false, false}),
 };
 
 }  // namespace
