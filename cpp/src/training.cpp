@@ -464,8 +464,10 @@ void QTraining::Impl::make_stamps(const QNetworkWeights& weights) {
     stamp.out[d] = stamp.kernel[d] + stamp.taps[d] - 1;
     phases *= step[d];
   }
-  stamp.tap_row = (stamp.taps[2] + 7) / 8 * 8;
-  stamp.out_row = (stamp.kernel[2] - 1 + stamp.tap_row + 7) / 8 * 8;
+  const int tap_width = (stamp.taps[2] + 7) / 8 * 8;
+  stamp.out_row = (stamp.kernel[2] - 1 + tap_width + 7) / 8 * 8;
+  stamp.tap_begin = stamp.kernel[2] - 1;
+  stamp.tap_row = stamp.tap_begin + stamp.out_row;
   stamp_size = size_of(stamp.out[0]) * size_of(stamp.out[1]) * size_of(stamp.out_row);
   row_begin = 8;
   row_size = row_begin + (extent[1][2] + 7) / 8 * 8 + 8;
@@ -486,6 +488,7 @@ void QTraining::Impl::make_stamps(const QNetworkWeights& weights) {
           }
     }
   float* reversed = taps_reversed.need(species * kHidden * tap_size);
+  std::memset(reversed, 0, species * kHidden * tap_size * sizeof(float));
   const float* w = weights.parameters.data();
   first_bias.assign(weights.parameters.begin() + static_cast<std::ptrdiff_t>(parameter_offset(0, true)),
                     weights.parameters.begin() + static_cast<std::ptrdiff_t>(parameter_offset(0, true)) + kHidden);
@@ -496,7 +499,7 @@ void QTraining::Impl::make_stamps(const QNetworkWeights& weights) {
       double sum = 0;
       for (std::size_t t = 0; t < taps; ++t) {
         const std::size_t back = taps - 1 - t, line = back / size_of(stamp.taps[2]);
-        to[line * size_of(stamp.tap_row) + back % size_of(stamp.taps[2])] = from[t];
+        to[line * size_of(stamp.tap_row) + size_of(stamp.tap_begin) + back % size_of(stamp.taps[2])] = from[t];
         sum += static_cast<double>(from[t]);
       }
       first_bias[o] += static_cast<float>(sum * static_cast<double>(weights.shift[s]));
@@ -956,7 +959,8 @@ double QTraining::Impl::run(const QNetworkWeights& weights, const StateActions& 
         const float shift = static_cast<float>(static_cast<double>(weights.shift[s]) * by_constant[o]);
         for (std::size_t t = 0; t < taps; ++t) {
           const std::size_t back = taps - 1 - t, line = back / size_of(stamp.taps[2]);
-          w[t] += from[line * size_of(stamp.tap_row) + back % size_of(stamp.taps[2])] + shift;
+          w[t] +=
+              from[line * size_of(stamp.tap_row) + size_of(stamp.tap_begin) + back % size_of(stamp.taps[2])] + shift;
         }
       }
   float* last = out.parameters.data() + parameter_offset(3, false);

@@ -821,62 +821,69 @@ void total(std::size_t points, const float* plane, float* cell) {
   for (int k = 0; k < kCell / kWidth; ++k) store(cell + k * kWidth, sum[k]);
 }
 
-// Calls body(element of the kernel, its offset in `out`) for every element.
-template <class Body>
-THALWEG_INLINE void for_kernel(const Stamp& s, Body body) {
-  int n = 0;
-  for (int z = 0; z < s.kernel[0]; ++z)
-    for (int y = 0; y < s.kernel[1]; ++y)
-      for (int x = 0; x < s.kernel[2]; ++x, ++n)
-        body(n, (static_cast<std::ptrdiff_t>(z) * s.out[1] + y) * s.out_row + x);
-}
-
+// A row of the kernel at a time: its elements meet shifted copies of a row of taps, and only sums are stored.
 void stamp(const Stamp& s, const float* kernel, const float* taps, float* out) {
   const std::ptrdiff_t channel = static_cast<std::ptrdiff_t>(s.out[0]) * s.out[1] * s.out_row;
-  const auto body = [&](int n, std::ptrdiff_t at) __attribute__((always_inline)) {
-    const float factor = kernel[n];
-    if (factor == 0) return;
-    const float* w = taps;
-    for (int o = 0; o < kHidden; ++o)
-      for (int z = 0; z < s.taps[0]; ++z)
-        for (int y = 0; y < s.taps[1]; ++y) {
-          float* p = out + o * channel + at + (static_cast<std::ptrdiff_t>(z) * s.out[1] + y) * s.out_row;
-          for (int x = 0; x < s.tap_row; x += 8, w += 8, p += 8) store(p, load<8>(p) + factor * load<8>(w));
-        }
-  };
-  for_kernel(s, body);
+  const int columns = s.kernel[2];
+  for (int kz = 0; kz < s.kernel[0]; ++kz)
+    for (int ky = 0; ky < s.kernel[1]; ++ky, kernel += columns) {
+      int begin = 0, end = columns;
+      while (begin < end && kernel[begin] == 0) ++begin;
+      while (begin < end && kernel[end - 1] == 0) --end;
+      if (begin == end) continue;
+      const float* w = taps + s.tap_begin;
+      for (int o = 0; o < kHidden; ++o)
+        for (int z = 0; z < s.taps[0]; ++z)
+          for (int y = 0; y < s.taps[1]; ++y, w += s.tap_row) {
+            float* p = out + o * channel + (static_cast<std::ptrdiff_t>(z + kz) * s.out[1] + y + ky) * s.out_row;
+            for (int x = 0; x < s.out_row; x += 8) {
+              V8 sum = load<8>(p + x);
+              for (int n = begin; n < end; ++n) sum += kernel[n] * load<8>(w + x - n);
+              store(p + x, sum);
+            }
+          }
+    }
 }
 
 void stamp_taps(const Stamp& s, const float* kernel, const float* out, float* by_taps) {
   const std::ptrdiff_t channel = static_cast<std::ptrdiff_t>(s.out[0]) * s.out[1] * s.out_row;
-  const auto body = [&](int n, std::ptrdiff_t at) __attribute__((always_inline)) {
-    const float factor = kernel[n];
-    if (factor == 0) return;
-    float* w = by_taps;
-    for (int o = 0; o < kHidden; ++o)
-      for (int z = 0; z < s.taps[0]; ++z)
-        for (int y = 0; y < s.taps[1]; ++y) {
-          const float* p = out + o * channel + at + (static_cast<std::ptrdiff_t>(z) * s.out[1] + y) * s.out_row;
-          for (int x = 0; x < s.tap_row; x += 8, w += 8, p += 8) store(w, load<8>(w) + factor * load<8>(p));
+  float* w = by_taps + s.tap_begin;
+  for (int o = 0; o < kHidden; ++o)
+    for (int z = 0; z < s.taps[0]; ++z)
+      for (int y = 0; y < s.taps[1]; ++y, w += s.tap_row)
+        for (int x = 0; x < s.taps[2]; x += 8) {
+          V8 sum[4] = {};
+          const float* k = kernel;
+          for (int kz = 0; kz < s.kernel[0]; ++kz)
+            for (int ky = 0; ky < s.kernel[1]; ++ky, k += s.kernel[2]) {
+              const float* p =
+                  out + o * channel + (static_cast<std::ptrdiff_t>(z + kz) * s.out[1] + y + ky) * s.out_row + x;
+              int n = 0;
+              for (; n + 4 <= s.kernel[2]; n += 4)
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) sum[i] += k[n + i] * load<8>(p + n + i);
+              for (; n < s.kernel[2]; ++n) sum[0] += k[n] * load<8>(p + n);
+            }
+          store(w + x, load<8>(w + x) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
         }
-  };
-  for_kernel(s, body);
 }
 
 void stamp_kernel(const Stamp& s, const float* taps, const float* out, float* by_kernel) {
   const std::ptrdiff_t channel = static_cast<std::ptrdiff_t>(s.out[0]) * s.out[1] * s.out_row;
-  const auto body = [&](int n, std::ptrdiff_t at) __attribute__((always_inline)) {
-    const float* w = taps;
-    V8 sum{};
-    for (int o = 0; o < kHidden; ++o)
-      for (int z = 0; z < s.taps[0]; ++z)
-        for (int y = 0; y < s.taps[1]; ++y) {
-          const float* p = out + o * channel + at + (static_cast<std::ptrdiff_t>(z) * s.out[1] + y) * s.out_row;
-          for (int x = 0; x < s.tap_row; x += 8, w += 8, p += 8) sum += load<8>(w) * load<8>(p);
-        }
-    by_kernel[n] += ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
-  };
-  for_kernel(s, body);
+  for (int kz = 0; kz < s.kernel[0]; ++kz)
+    for (int ky = 0; ky < s.kernel[1]; ++ky)
+      for (int kx = 0; kx < s.kernel[2]; ++kx, ++by_kernel) {
+        const float* w = taps + s.tap_begin;
+        V8 sum{};
+        for (int o = 0; o < kHidden; ++o)
+          for (int z = 0; z < s.taps[0]; ++z)
+            for (int y = 0; y < s.taps[1]; ++y, w += s.tap_row) {
+              const float* p =
+                  out + o * channel + (static_cast<std::ptrdiff_t>(z + kz) * s.out[1] + y + ky) * s.out_row + kx;
+              for (int x = 0; x < s.taps[2]; x += 8) sum += load<8>(w + x) * load<8>(p + x);
+            }
+        *by_kernel += ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+      }
 }
 
 void adam(std::size_t n, const float* gradient, float beta1, float beta2, float rate, float scale, float epsilon,

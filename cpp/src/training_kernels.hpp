@@ -40,10 +40,11 @@ struct Box {
   const float* mask[3];
 };
 
-/// Sizes of a full convolution out[n + t] = sum kernel[n] taps[t]. kernel: dense. taps (kHidden, z, y, tap_row): rows
-/// padded with zeros to tap_row, a multiple of 8. out (kHidden, z, y, out_row): out_row >= kernel[2] - 1 + tap_row.
+/// Sizes of a full convolution out[n + t] = sum kernel[n] taps[t]. kernel: dense. taps (kHidden, z, y, tap_row): a row
+/// starts with tap_begin >= kernel[2] - 1 zeros and has zeros up to tap_begin + out_row. out (kHidden, z, y, out_row):
+/// out_row a multiple of 8, at least kernel[2] - 1 + taps[2] rounded up to a multiple of 8.
 struct Stamp {
-  int kernel[3], taps[3], tap_row;
+  int kernel[3], taps[3], tap_row, tap_begin;
   int out[3], out_row;
 };
 
