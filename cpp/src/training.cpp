@@ -998,6 +998,74 @@ void QTraining::pull_back(const QNetworkWeights& weights, const StateActions& pa
   impl_->run(weights, pairs, {}, pull, q, out, true, threads);
 }
 
+void image_statistics(const QNetworkShape& shape, std::span<const float> kernels, const StateActions& pairs,
+                      std::span<double> mean, std::span<double> variance) {
+  QNetworkShape plain = shape;  // the smallest network on this grid: its checks and its directions are what is wanted
+  plain.kernel = plain.dilation = 1;
+  const QTraining::Impl frame(plain);
+  const std::size_t species = size_of(shape.species);
+  const std::vector<float> none(frame.parameter_offset(kLayers, false)), shift(species);
+  std::vector<std::int32_t> actions(2 * pairs.size(), 0);
+  frame.check({none, kernels, shift}, {pairs.placed, pairs.offsets, actions});
+  if (mean.size() != species || variance.size() != species)
+    throw Error("mean and variance must hold " + std::to_string(species) + " values, but they hold " +
+                std::to_string(mean.size()) + " and " + std::to_string(variance.size()));
+  const int half = shape.half_window, edge = 2 * half + 1, solid = shape.dimension == 3 ? half : 0;
+  const int* grid = frame.grid;
+  const std::size_t voxels = size_of(grid[0]) * size_of(grid[1]) * size_of(grid[2]);
+  std::vector<float> field(species * voxels);
+  std::vector<double> sum(species), squares(species);
+  // where a line of the kernel begins, wrapped; -1: beyond a wall
+  const auto along = [&](int d, int at) {
+    if (frame.periodic[d]) return (at % grid[d] + grid[d]) % grid[d];
+    return at >= 0 && at < grid[d] ? at : -1;
+  };
+  for (std::size_t i = 0; i < pairs.size(); ++i) {
+    std::fill(field.begin(), field.end(), 0.0f);
+    for (auto row = static_cast<std::size_t>(pairs.offsets[i]); row < static_cast<std::size_t>(pairs.offsets[i + 1]);
+         ++row) {
+      const std::size_t s = size_of(pairs.placed[2 * row]);
+      int atom[3];
+      frame.position(pairs.placed[2 * row + 1], atom);
+      for (int z = -solid; z <= solid; ++z) {
+        const int to_z = along(0, atom[0] + z);
+        for (int y = -half; to_z >= 0 && y <= half; ++y) {
+          const int to_y = along(1, atom[1] + y);
+          if (to_y < 0) continue;
+          float* line = field.data() + s * voxels + size_of((to_z * grid[1] + to_y) * grid[2]);
+          const float* kernel = kernels.data() + s * frame.window + size_of(((z + solid) * edge + y + half) * edge);
+          for (int x = -half; x <= half;) {
+            const int to_x = along(2, atom[2] + x);
+            if (to_x < 0) {
+              ++x;
+              continue;
+            }
+            const int count = std::min(half - x + 1, grid[2] - to_x);
+            for (int k = 0; k < count; ++k) line[to_x + k] += kernel[x + half + k];
+            x += count;
+          }
+        }
+      }
+    }
+    for (std::size_t s = 0; s < species; ++s)
+      for (std::size_t begin = 0; begin < voxels; begin += 64) {
+        float a = 0, b = 0;
+        for (std::size_t k = begin; k < std::min(begin + 64, voxels); ++k) {
+          const float v = field[s * voxels + k];
+          a += v;
+          b += v * v;
+        }
+        sum[s] += static_cast<double>(a);
+        squares[s] += static_cast<double>(b);
+      }
+  }
+  const double count = static_cast<double>(voxels) * static_cast<double>(std::max<std::size_t>(pairs.size(), 1));
+  for (std::size_t s = 0; s < species; ++s) {
+    mean[s] = sum[s] / count;
+    variance[s] = std::max(0.0, squares[s] / count - mean[s] * mean[s]);
+  }
+}
+
 void adam_step(const AdamSettings& settings, std::int64_t update, std::span<const float> gradient,
                std::span<float> parameters, std::span<float> first_moment, std::span<float> second_moment) {
   const std::size_t n = parameters.size();
