@@ -24,6 +24,7 @@ namespace {
 static_assert(QNetworkShape::kHidden == kHidden);
 
 constexpr int kLayers = 4;
+constexpr int kChunk = 64;                       // pairs of frequencies
 constexpr int kMostSlots = 8;                    // partial sums that threads fill; fixed, so that sums are
 constexpr std::int64_t kMostPoints = 1LL << 26;  // of a box
 
@@ -66,7 +67,7 @@ class Floats {
 };
 
 bool is_smooth(int n) {
-  for (const int prime : {2, 3, 5})
+  for (const int prime : {2, 3, 5, 7, 13})
     while (n % prime == 0) n /= prime;
   return n == 1;
 }
@@ -97,7 +98,7 @@ struct Plan {
       fft.n = n;
       fft.stages = 0;
       int rest = n;
-      for (const int radix : {5, 4, 3, 2})
+      for (const int radix : {13, 7, 5, 4, 3, 2})
         while (rest % radix == 0) {
           fft.radix[fft.stages++] = radix;
           rest /= radix;
@@ -159,16 +160,17 @@ struct QTraining::Impl {
   /// Rows of a stamp (of channel 0) and where they go in an arena's rows.
   struct Piece {
     std::size_t stamp, row;
-    int rows;
+    int rows, width;
   };
 
   // Buffers of one thread.
   struct Arena {
-    Floats image, activation[kLayers], spectrum[3], product, delta_spectrum, delta, scratch;
+    Floats image, activation, last, spectrum[3], product[2], delta, scratch;
+    std::vector<std::uint32_t> signs[kLayers];
     Floats masks[kLayers];
     std::vector<float> u, du;
-    Floats rows, delta_rows;  // (kGroup, rows of a_1's box, row_size)
-    std::vector<Piece> pieces;
+    Floats rows, delta_rows;       // (8 samples, rows of a_1's box, row_size)
+    std::vector<Piece> pieces[2];  // of the first and the last eight samples
   };
 
   // What one share of the groups adds up to.
@@ -339,7 +341,7 @@ void QTraining::Impl::check(const QNetworkWeights& weights, const StateActions& 
                     std::to_string(shape.species) + " and voxels below " + std::to_string(voxels));
 }
 
-/// Values below 1e-9 of the largest change no bit that matters; their gradient does, so `whole` keeps them.
+/// Values below 1e-8 of the largest change no bit that matters; their gradient does, so `whole` keeps them.
 void QTraining::Impl::crop_kernels(std::span<const float> all, bool whole) {
   const int half = shape.half_window, edge = 2 * half + 1;
   const bool solid = shape.dimension == 3;
@@ -356,7 +358,7 @@ void QTraining::Impl::crop_kernels(std::span<const float> all, bool whole) {
       for (int z = solid ? -half : 0; z <= (solid ? half : 0); ++z)
         for (int y = -half; y <= half; ++y)
           for (int x = -half; x <= half; ++x)
-            if (std::abs(at(s, z, y, x)) > 1e-9f * largest)
+            if (std::abs(at(s, z, y, x)) > 1e-8f * largest)
               used = std::max({used, std::abs(z), std::abs(y), std::abs(x)});
   }
   for (int d = 3 - shape.dimension; d < 3; ++d) reach[d] = used;
@@ -462,11 +464,13 @@ void QTraining::Impl::make_stamps(const QNetworkWeights& weights) {
     stamp.out[d] = stamp.kernel[d] + stamp.taps[d] - 1;
     phases *= step[d];
   }
-  stamp.tap_row = (stamp.taps[2] + 7) / 8 * 8;
-  stamp.out_row = (stamp.kernel[2] - 1 + stamp.tap_row + 7) / 8 * 8;
+  const int tap_width = (stamp.taps[2] + 7) / 8 * 8;
+  stamp.out_row = (stamp.kernel[2] - 1 + tap_width + 7) / 8 * 8;
+  stamp.tap_begin = stamp.kernel[2] - 1;
+  stamp.tap_row = stamp.tap_begin + stamp.out_row;
   stamp_size = size_of(stamp.out[0]) * size_of(stamp.out[1]) * size_of(stamp.out_row);
-  row_begin = (stamp.out[2] + 7) / 8 * 8;
-  row_size = row_begin + (extent[1][2] + 7) / 8 * 8 + stamp.out_row;
+  row_begin = 8;
+  row_size = row_begin + (extent[1][2] + 7) / 8 * 8 + 8;
   const std::size_t kernel_size = size_of(stamp.kernel[0]) * size_of(stamp.kernel[1]) * size_of(stamp.kernel[2]);
   const std::size_t tap_size = size_of(stamp.taps[0]) * size_of(stamp.taps[1]) * size_of(stamp.tap_row);
 
@@ -484,6 +488,7 @@ void QTraining::Impl::make_stamps(const QNetworkWeights& weights) {
           }
     }
   float* reversed = taps_reversed.need(species * kHidden * tap_size);
+  std::memset(reversed, 0, species * kHidden * tap_size * sizeof(float));
   const float* w = weights.parameters.data();
   first_bias.assign(weights.parameters.begin() + static_cast<std::ptrdiff_t>(parameter_offset(0, true)),
                     weights.parameters.begin() + static_cast<std::ptrdiff_t>(parameter_offset(0, true)) + kHidden);
@@ -494,7 +499,7 @@ void QTraining::Impl::make_stamps(const QNetworkWeights& weights) {
       double sum = 0;
       for (std::size_t t = 0; t < taps; ++t) {
         const std::size_t back = taps - 1 - t, line = back / size_of(stamp.taps[2]);
-        to[line * size_of(stamp.tap_row) + back % size_of(stamp.taps[2])] = from[t];
+        to[line * size_of(stamp.tap_row) + size_of(stamp.tap_begin) + back % size_of(stamp.taps[2])] = from[t];
         sum += static_cast<double>(from[t]);
       }
       first_bias[o] += static_cast<float>(sum * static_cast<double>(weights.shift[s]));
@@ -569,10 +574,13 @@ void QTraining::Impl::find_pieces(const Call& call, std::size_t lane, std::size_
           const std::size_t base = (species * size_of(phases) + size_of(phase)) * kHidden * stamp_size;
           for (int i = 0; i < z.count; ++i) {
             const int row_at = (z.box + z.stamp + i) * extent[1][1] + y.box + y.stamp;
-            pieces.push_back({base + size_of((z.stamp + i) * stamp.out[1] + y.stamp) * size_of(stamp.out_row),
-                              (lane * size_of(extent[1][0] * extent[1][1]) + size_of(row_at)) * size_of(row_size) +
-                                  size_of(row_begin + x.box),
-                              y.count});
+            // whole vectors of the columns that meet the box
+            const int first = x.stamp / 8 * 8, end = (x.stamp + x.count + 7) / 8 * 8;
+            pieces.push_back(
+                {base + size_of((z.stamp + i) * stamp.out[1] + y.stamp) * size_of(stamp.out_row) + size_of(first),
+                 (lane * size_of(extent[1][0] * extent[1][1]) + size_of(row_at)) * size_of(row_size) +
+                     size_of(row_begin + x.box + first),
+                 y.count, end - first});
           }
         }
   }
@@ -637,14 +645,15 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
 
   // forward
   const std::size_t image_rows = size_of(extent[1][0] * extent[1][1] * row_size);
-  arena.pieces.clear();
+  for (std::vector<Piece>& pieces : arena.pieces) pieces.clear();
   if (stamped)
-    for (std::size_t l = 0; l < count; ++l) find_pieces(call, l, call.order[begin + l], arena.pieces);
-  float* rows = stamped ? arena.rows.need(kGroup * image_rows) : nullptr;
+    for (std::size_t l = 0; l < count; ++l) find_pieces(call, l % 8, call.order[begin + l], arena.pieces[l / 8]);
+  float* rows = stamped ? arena.rows.need(8 * image_rows) : nullptr;
   std::size_t most = 0;
   for (const Plan& p : plan) most = std::max(most, p.frequencies());
-  float* product = arena.product.need(most * std::max(stride, image_stride));
-  float* activation[kLayers] = {};
+  float* product = arena.product[0].need(most * std::max(stride, image_stride));
+  float* activation = arena.activation.need(std::max(points(1), points(2)) * kCell);  // one plane at a time
+  float* last_activation = arena.last.need(kHiddenCells * points(3) * kCell);
   for (int layer = 0; layer < 3; ++layer) {
     const Transform& t = plan[layer].transform;
     const int n_in = inputs(layer);
@@ -653,23 +662,24 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
       k.multiply(t, weight_spectrum[layer].data(), weight_cells[layer], n_in, 1, kHidden, n_in, true, spectrum[layer],
                  layer == 0 ? image_stride : stride, product, stride);
     const std::size_t plane = points(layer + 1) * kCell;
-    activation[layer + 1] = arena.activation[layer + 1].need(kHiddenCells * plane);
+    arena.signs[layer + 1].resize(kHiddenCells * points(layer + 1));
     const float* bias = by_stamps ? first_bias.data() : parameters + parameter_offset(layer, true);
     const Box inside = box(layer + 1, arena, masked);
     for (int j = 0; j < kHiddenCells; ++j) {
-      float* a = activation[layer + 1] + size_of(j) * plane;
+      float* a = layer == 2 ? last_activation + size_of(j) * plane : activation;
       if (by_stamps)
-        for (int second = 0; second < 2; ++second) {
-          std::memset(rows, 0, kGroup * image_rows * sizeof(float));
-          for (const Piece& p : arena.pieces)
-            k.add_rows(p.rows, stamp.out_row, stamps.data() + size_of(2 * j + second) * stamp_size + p.stamp,
-                       stamp.out_row, rows + p.row, row_size);
+        for (int part = 0; part < 4; ++part) {  // channel, half of the samples
+          std::memset(rows, 0, 8 * image_rows * sizeof(float));
+          for (const Piece& p : arena.pieces[part / 2])
+            k.add_rows(p.rows, p.width, stamps.data() + size_of(2 * j + part % 2) * stamp_size + p.stamp, stamp.out_row,
+                       rows + p.row, row_size);
           k.interleave(extent[1][0] * extent[1][1], extent[1][2], rows + row_begin,
-                       static_cast<std::ptrdiff_t>(image_rows), row_size, second, a);
+                       static_cast<std::ptrdiff_t>(image_rows), row_size,
+                       a + part % 2 * kSecond + part / 2 * kImaginary);
         }
       else
         k.inverse(t, extent[layer + 1], product + j * kCell, stride, a, scratch);
-      k.activate(inside, bias + 2 * j, shape.slope, a);
+      k.activate(inside, bias + 2 * j, shape.slope, a, arena.signs[layer + 1].data() + size_of(j) * points(layer + 1));
       if (layer < 2)
         k.forward(plan[layer + 1].transform, extent[layer + 1], a, spectrum[layer + 1] + j * kCell, stride, scratch);
     }
@@ -678,7 +688,7 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
   const float* last_bias = parameters + parameter_offset(3, true);
   arena.u.assign(size_of(shape.species) * kGroup, 0.0f);
   arena.du.assign(size_of(shape.species) * kGroup, 0.0f);
-  k.last(static_cast<int>(taps), shape.species, last, activation[3], arena.u.data());
+  k.last(static_cast<int>(taps), shape.species, last, last_activation, arena.u.data());
   for (std::size_t l = 0; l < count; ++l) {
     const std::size_t sample = call.order[begin + l], s = size_of(call.pairs.actions[2 * sample]);
     // in double: 1 - q^2 of a saturated q would lose all digits
@@ -701,17 +711,18 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
 
   // backward
   float* delta = arena.delta.need(std::max({points(0), points(1), points(2), kHiddenCells * points(3)}) * kCell);
-  float* delta_spectrum = arena.delta_spectrum.need(most * stride);
-  k.last_back(static_cast<int>(taps), shape.species, last, activation[3], arena.du.data(), delta, slot.last.data());
+  // what the layer above left, and what this one makes of it
+  float* from = product;
+  float* delta_spectrum = arena.product[1].need(most * std::max(stride, image_stride));
+  k.last_back(static_cast<int>(taps), shape.species, last, last_activation, arena.du.data(), delta, slot.last.data());
   for (int layer = 2; layer >= 0; --layer) {
     const Transform& t = plan[layer].transform;
     const std::size_t plane = points(layer + 1) * kCell;
     const Box inside = box(layer + 1, arena, masked);
     for (int j = 0; j < kHiddenCells; ++j) {
       float* d = delta + (layer == 2 ? size_of(j) * plane : 0);
-      if (layer < 2)  // what the layer above left in `product`
-        k.inverse(plan[layer + 1].transform, extent[layer + 1], product + j * kCell, stride, d, scratch);
-      k.pull(inside, shape.slope, activation[layer + 1] + size_of(j) * plane, d);
+      if (layer < 2) k.inverse(plan[layer + 1].transform, extent[layer + 1], from + j * kCell, stride, d, scratch);
+      k.pull(inside, shape.slope, arena.signs[layer + 1].data() + size_of(j) * points(layer + 1), d);
       if (layer == 0 && stamped) {
         alignas(64) float sum[kCell];
         k.total(points(1), d, sum);
@@ -719,13 +730,13 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
           slot.bias[0][size_of(2 * j + c / kSecond % 2)] += sum[c];
           slot.constant[size_of(2 * j + c / kSecond % 2)] += sum[c];
         }
-        float* delta_rows = arena.delta_rows.need(kGroup * image_rows);  // what lies beyond the box stays zero
-        for (int second = 0; second < 2; ++second) {
-          k.separate(extent[1][0] * extent[1][1], extent[1][2], d, second, delta_rows + row_begin,
-                     static_cast<std::ptrdiff_t>(image_rows), row_size);
-          for (const Piece& p : arena.pieces)
-            k.add_rows(p.rows, stamp.out_row, delta_rows + p.row, row_size,
-                       slot.stamps.data() + size_of(2 * j + second) * stamp_size + p.stamp, stamp.out_row);
+        float* delta_rows = arena.delta_rows.need(8 * image_rows);  // what lies beyond the box stays zero
+        for (int part = 0; part < 4; ++part) {
+          k.separate(extent[1][0] * extent[1][1], extent[1][2], d + part % 2 * kSecond + part / 2 * kImaginary,
+                     delta_rows + row_begin, static_cast<std::ptrdiff_t>(image_rows), row_size);
+          for (const Piece& p : arena.pieces[part / 2])
+            k.add_rows(p.rows, p.width, delta_rows + p.row, row_size,
+                       slot.stamps.data() + size_of(2 * j + part % 2) * stamp_size + p.stamp, stamp.out_row);
         }
         continue;
       }
@@ -737,16 +748,24 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
     const int n_in = inputs(layer);
     const std::size_t in_stride = layer == 0 ? image_stride : stride;
     float* sums = slot.sums[layer].need(size_of(t.pairs) * size_of(n_in) * kSums);
-    k.correlate(t, n_in, spectrum[layer], in_stride, delta_spectrum, layer == 0 ? slot.has_sums : add, sums);
+    const bool on_top = layer == 0 ? slot.has_sums : add, go_on = layer > 0 || call.wants_kernels;
     if (layer == 0) slot.has_sums = true;
-    if (layer > 0 || call.wants_kernels)
-      k.multiply(t, weight_spectrum[layer].data(), weight_cells[layer], kHidden, n_in, n_in, 1, false, delta_spectrum,
-                 stride, product, in_stride);
+    // Few frequencies at a time: what one loop has read, the other finds in the cache.
+    Transform part = t;
+    for (int p = 0; p < t.pairs; p += kChunk) {
+      part.pair = t.pair + 2 * p;
+      part.pairs = std::min(kChunk, t.pairs - p);
+      k.correlate(part, n_in, spectrum[layer], in_stride, delta_spectrum, on_top, sums + size_of(p * n_in) * kSums);
+      if (go_on)
+        k.multiply(part, weight_spectrum[layer].data() + size_of(p) * 2 * weight_cells[layer] * kCell,
+                   weight_cells[layer], kHidden, n_in, n_in, 1, false, delta_spectrum, stride,
+                   layer == 0 ? from : delta_spectrum, in_stride);
+    }
+    if (layer > 0) std::swap(from, delta_spectrum);
   }
   if (!call.wants_kernels) return;
   for (int j = 0; j < call.channel_pairs; ++j)
-    k.inverse(plan[0].transform, extent[0], product + j * kCell, image_stride, image + size_of(j) * image_plane,
-              scratch);
+    k.inverse(plan[0].transform, extent[0], from + j * kCell, image_stride, image + size_of(j) * image_plane, scratch);
   for (std::size_t l = 0; l < count; ++l) splat(call, l, call.order[begin + l], image, slot.kernels.data());
   for (int s = 0; s < shape.species; ++s) {
     const float* p = image + size_of(s / 2) * image_plane + s % 2 * kSecond;
@@ -940,7 +959,8 @@ double QTraining::Impl::run(const QNetworkWeights& weights, const StateActions& 
         const float shift = static_cast<float>(static_cast<double>(weights.shift[s]) * by_constant[o]);
         for (std::size_t t = 0; t < taps; ++t) {
           const std::size_t back = taps - 1 - t, line = back / size_of(stamp.taps[2]);
-          w[t] += from[line * size_of(stamp.tap_row) + back % size_of(stamp.taps[2])] + shift;
+          w[t] +=
+              from[line * size_of(stamp.tap_row) + size_of(stamp.tap_begin) + back % size_of(stamp.taps[2])] + shift;
         }
       }
   float* last = out.parameters.data() + parameter_offset(3, false);
@@ -976,6 +996,74 @@ void QTraining::pull_back(const QNetworkWeights& weights, const StateActions& pa
     throw Error("pull must hold " + std::to_string(pairs.size()) + " values, but it holds " +
                 std::to_string(pull.size()));
   impl_->run(weights, pairs, {}, pull, q, out, true, threads);
+}
+
+void image_statistics(const QNetworkShape& shape, std::span<const float> kernels, const StateActions& pairs,
+                      std::span<double> mean, std::span<double> variance) {
+  QNetworkShape plain = shape;  // the smallest network on this grid: its checks and its directions are what is wanted
+  plain.kernel = plain.dilation = 1;
+  const QTraining::Impl frame(plain);
+  const std::size_t species = size_of(shape.species);
+  const std::vector<float> none(frame.parameter_offset(kLayers, false)), shift(species);
+  std::vector<std::int32_t> actions(2 * pairs.size(), 0);
+  frame.check({none, kernels, shift}, {pairs.placed, pairs.offsets, actions});
+  if (mean.size() != species || variance.size() != species)
+    throw Error("mean and variance must hold " + std::to_string(species) + " values, but they hold " +
+                std::to_string(mean.size()) + " and " + std::to_string(variance.size()));
+  const int half = shape.half_window, edge = 2 * half + 1, solid = shape.dimension == 3 ? half : 0;
+  const int* grid = frame.grid;
+  const std::size_t voxels = size_of(grid[0]) * size_of(grid[1]) * size_of(grid[2]);
+  std::vector<float> field(species * voxels);
+  std::vector<double> sum(species), squares(species);
+  // where a line of the kernel begins, wrapped; -1: beyond a wall
+  const auto along = [&](int d, int at) {
+    if (frame.periodic[d]) return (at % grid[d] + grid[d]) % grid[d];
+    return at >= 0 && at < grid[d] ? at : -1;
+  };
+  for (std::size_t i = 0; i < pairs.size(); ++i) {
+    std::fill(field.begin(), field.end(), 0.0f);
+    for (auto row = static_cast<std::size_t>(pairs.offsets[i]); row < static_cast<std::size_t>(pairs.offsets[i + 1]);
+         ++row) {
+      const std::size_t s = size_of(pairs.placed[2 * row]);
+      int atom[3];
+      frame.position(pairs.placed[2 * row + 1], atom);
+      for (int z = -solid; z <= solid; ++z) {
+        const int to_z = along(0, atom[0] + z);
+        for (int y = -half; to_z >= 0 && y <= half; ++y) {
+          const int to_y = along(1, atom[1] + y);
+          if (to_y < 0) continue;
+          float* line = field.data() + s * voxels + size_of((to_z * grid[1] + to_y) * grid[2]);
+          const float* kernel = kernels.data() + s * frame.window + size_of(((z + solid) * edge + y + half) * edge);
+          for (int x = -half; x <= half;) {
+            const int to_x = along(2, atom[2] + x);
+            if (to_x < 0) {
+              ++x;
+              continue;
+            }
+            const int count = std::min(half - x + 1, grid[2] - to_x);
+            for (int k = 0; k < count; ++k) line[to_x + k] += kernel[x + half + k];
+            x += count;
+          }
+        }
+      }
+    }
+    for (std::size_t s = 0; s < species; ++s)
+      for (std::size_t begin = 0; begin < voxels; begin += 64) {
+        float a = 0, b = 0;
+        for (std::size_t k = begin; k < std::min(begin + 64, voxels); ++k) {
+          const float v = field[s * voxels + k];
+          a += v;
+          b += v * v;
+        }
+        sum[s] += static_cast<double>(a);
+        squares[s] += static_cast<double>(b);
+      }
+  }
+  const double count = static_cast<double>(voxels) * static_cast<double>(std::max<std::size_t>(pairs.size(), 1));
+  for (std::size_t s = 0; s < species; ++s) {
+    mean[s] = sum[s] / count;
+    variance[s] = std::max(0.0, squares[s] / count - mean[s] * mean[s]);
+  }
 }
 
 void adam_step(const AdamSettings& settings, std::int64_t update, std::span<const float> gradient,

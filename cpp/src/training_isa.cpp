@@ -5,6 +5,10 @@
 
 #include "training_kernels.hpp"
 
+#ifdef __SSE__
+#include <immintrin.h>
+#endif
+
 namespace thalweg::THALWEG_ISA {
 namespace {
 
@@ -51,6 +55,36 @@ struct Constant {
 
 // ---- transforms -------------------------------------------------------------------------------------------------
 
+// cos and sin of 2 pi j k / radix, j and k from 1 on.
+template <int radix>
+struct Roots;
+template <>
+struct Roots<7> {
+  static constexpr float cosine[3][3] = {{0.623489802f, -0.222520934f, -0.900968868f},
+                                         {-0.222520934f, -0.900968868f, 0.623489802f},
+                                         {-0.900968868f, 0.623489802f, -0.222520934f}};
+  static constexpr float sine[3][3] = {{0.781831482f, 0.974927912f, 0.433883739f},
+                                       {0.974927912f, -0.433883739f, -0.781831482f},
+                                       {0.433883739f, -0.781831482f, 0.974927912f}};
+};
+template <>
+struct Roots<13> {
+  static constexpr float cosine[6][6] = {
+      {0.885456026f, 0.568064747f, 0.12053668f, -0.354604887f, -0.748510748f, -0.970941817f},
+      {0.568064747f, -0.354604887f, -0.970941817f, -0.748510748f, 0.12053668f, 0.885456026f},
+      {0.12053668f, -0.970941817f, -0.354604887f, 0.885456026f, 0.568064747f, -0.748510748f},
+      {-0.354604887f, -0.748510748f, 0.885456026f, 0.12053668f, -0.970941817f, 0.568064747f},
+      {-0.748510748f, 0.12053668f, 0.568064747f, -0.970941817f, 0.885456026f, -0.354604887f},
+      {-0.970941817f, 0.885456026f, -0.748510748f, 0.568064747f, -0.354604887f, 0.12053668f}};
+  static constexpr float sine[6][6] = {
+      {0.464723172f, 0.822983866f, 0.992708874f, 0.935016243f, 0.663122658f, 0.239315664f},
+      {0.822983866f, 0.935016243f, 0.239315664f, -0.663122658f, -0.992708874f, -0.464723172f},
+      {0.992708874f, 0.239315664f, -0.935016243f, -0.464723172f, 0.822983866f, 0.663122658f},
+      {0.935016243f, -0.663122658f, -0.464723172f, 0.992708874f, -0.239315664f, -0.822983866f},
+      {0.663122658f, -0.992708874f, 0.822983866f, -0.239315664f, -0.464723172f, 0.935016243f},
+      {0.239315664f, -0.464723172f, 0.663122658f, -0.822983866f, 0.935016243f, -0.992708874f}};
+};
+
 template <int radix>
 THALWEG_INLINE void butterfly(Complex* a) {
   if constexpr (radix == 2) {
@@ -72,7 +106,7 @@ THALWEG_INLINE void butterfly(Complex* a) {
     a[2] = {b0r - b2r, b0i - b2i};
     a[1] = {b1r + b3i, b1i - b3r};
     a[3] = {b1r - b3i, b1i + b3r};
-  } else {
+  } else if constexpr (radix == 5) {
     const V c1 = spread(0.30901699437494742f), c2 = spread(-0.80901699437494742f);
     const V s1 = spread(0.95105651629515357f), s2 = spread(0.58778525229247313f);
     const V p1r = a[1].re + a[4].re, p1i = a[1].im + a[4].im, q1r = a[1].re - a[4].re, q1i = a[1].im - a[4].im;
@@ -86,19 +120,46 @@ THALWEG_INLINE void butterfly(Complex* a) {
     a[4] = {u1r - w1i, u1i + w1r};
     a[2] = {u2r + w2i, u2i - w2r};
     a[3] = {u2r - w2i, u2i + w2r};
+  } else {
+    // An odd prime: sums and differences of the points k and radix - k give the frequencies j and radix - j.
+    constexpr int half = radix / 2;
+    using Table = Roots<radix>;
+    Complex plus[half], minus[half], sum = a[0];
+#pragma GCC unroll 8
+    for (int k = 0; k < half; ++k) {
+      plus[k] = {a[k + 1].re + a[radix - 1 - k].re, a[k + 1].im + a[radix - 1 - k].im};
+      minus[k] = {a[k + 1].re - a[radix - 1 - k].re, a[k + 1].im - a[radix - 1 - k].im};
+      sum = {sum.re + plus[k].re, sum.im + plus[k].im};
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < half; ++j) {
+      Complex u = a[0], w = {V{}, V{}};
+#pragma GCC unroll 8
+      for (int k = 0; k < half; ++k) {
+        const float c = Table::cosine[j][k], s = Table::sine[j][k];
+        u = {u.re + c * plus[k].re, u.im + c * plus[k].im};
+        w = {w.re + s * minus[k].re, w.im + s * minus[k].im};
+      }
+      a[j + 1] = {u.re + w.im, u.im - w.re};
+      a[radix - 1 - j] = {u.re - w.im, u.im + w.re};
+    }
+    a[0] = sum;
   }
 }
 
-// Elements of a strided line; re and im: where the parts of an element are.
+// Elements of a strided line; re and im: where the parts of an element are. next: from an element to the one that a
+// later line will want in its place. Strided lines live far from the core, and hardware does not foresee them.
 struct In {
   const float* p;
   std::ptrdiff_t stride;
   int count, re, im;
+  std::ptrdiff_t next = 0;
 };
 struct Out {
   float* p;
   std::ptrdiff_t stride;
   int count, re, im;
+  std::ptrdiff_t next = 0;
 };
 
 // One pass: n points left, s interleaved transforms of them. The first reads a line whose tail is zero, the last writes
@@ -109,7 +170,7 @@ THALWEG_INLINE void stage(int n, int s, const float* twiddles, const In& in, con
   for (int p = 0; p < m; ++p) {
     V wr[radix] = {}, wi[radix] = {};
     if constexpr (!last) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int j = 1; j < radix; ++j) {
         wr[j] = spread(twiddles[2 * p * j * s]);
         wi[j] = spread(twiddles[2 * p * j * s + 1]);
@@ -117,22 +178,30 @@ THALWEG_INLINE void stage(int n, int s, const float* twiddles, const In& in, con
     }
     for (int q = 0; q < s; ++q) {
       Complex a[radix];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int j = 0; j < radix; ++j) {
         const int k = q + s * (p + m * j);
         if (first && k >= in.count) {
           a[j] = {V{}, V{}};
         } else {
           const float* x = in.p + k * in.stride;
+          if constexpr (first) {
+            __builtin_prefetch(x + in.next);
+            __builtin_prefetch(x + in.next + kImaginary);
+          }
           a[j] = {load(x + in.re), load(x + in.im)};
         }
       }
       butterfly<radix>(a);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int j = 0; j < radix; ++j) {
         const int k = q + s * (radix * p + j);
         if (last && k >= out.count) continue;
         float* y = out.p + k * out.stride;
+        if constexpr (last) {
+          __builtin_prefetch(y + out.next, 1);
+          __builtin_prefetch(y + out.next + kImaginary, 1);
+        }
         if (last || j == 0) {
           store(y + out.re, a[j].re);
           store(y + out.im, a[j].im);
@@ -154,8 +223,12 @@ THALWEG_INLINE void stage_of(int radix, int n, int s, const float* twiddles, con
       return stage<3, first, last>(n, s, twiddles, in, out);
     case 4:
       return stage<4, first, last>(n, s, twiddles, in, out);
-    default:
+    case 5:
       return stage<5, first, last>(n, s, twiddles, in, out);
+    case 7:
+      return stage<7, first, last>(n, s, twiddles, in, out);
+    default:
+      return stage<13, first, last>(n, s, twiddles, in, out);
   }
 }
 
@@ -207,9 +280,9 @@ void forward(const Transform& t, const int* extent, const float* plane, float* s
             kImaginary},
            {slab + y * row, kCell, t.size[2], 0, kImaginary}, buffer);
     for (std::ptrdiff_t kx = 0; kx < nx; ++kx) {
-      const In in{slab + kx * kCell, row, extent[1], 0, kImaginary};
+      const In in{slab + kx * kCell, row, extent[1], 0, kImaginary, kCell};
       if (t.dimension == 2)
-        line(t.fft[1], in, {spectrum + kx * ny * step, step, t.size[1], 0, kImaginary}, buffer);
+        line(t.fft[1], in, {spectrum + kx * ny * step, step, t.size[1], 0, kImaginary, ny * step}, buffer);
       else
         line(t.fft[1], in, {columns + (z * nx + kx) * column * kCell, kCell, t.size[1], 0, kImaginary}, buffer);
     }
@@ -217,8 +290,8 @@ void forward(const Transform& t, const int* extent, const float* plane, float* s
   if (t.dimension == 3)
     for (std::ptrdiff_t kx = 0; kx < nx; ++kx)
       for (std::ptrdiff_t ky = 0; ky < ny; ++ky)
-        line(t.fft[0], {columns + (kx * column + ky) * kCell, nx * column * kCell, extent[0], 0, kImaginary},
-             {spectrum + (kx * ny + ky) * nz * step, step, t.size[0], 0, kImaginary}, buffer);
+        line(t.fft[0], {columns + (kx * column + ky) * kCell, nx * column * kCell, extent[0], 0, kImaginary, 2 * kCell},
+             {spectrum + (kx * ny + ky) * nz * step, step, t.size[0], 0, kImaginary, nz * step}, buffer);
 }
 
 void inverse(const Transform& t, const int* extent, const float* spectrum, std::size_t stride, float* plane,
@@ -231,13 +304,13 @@ void inverse(const Transform& t, const int* extent, const float* spectrum, std::
   if (t.dimension == 3)
     for (std::ptrdiff_t kx = 0; kx < nx; ++kx)
       for (std::ptrdiff_t ky = 0; ky < ny; ++ky)
-        line(t.fft[0], {spectrum + (kx * ny + ky) * nz * step, step, t.size[0], kImaginary, 0},
-             {columns + (kx * column + ky) * kCell, nx * column * kCell, extent[0], kImaginary, 0}, buffer);
+        line(t.fft[0], {spectrum + (kx * ny + ky) * nz * step, step, t.size[0], kImaginary, 0, nz * step},
+             {columns + (kx * column + ky) * kCell, nx * column * kCell, extent[0], kImaginary, 0, 2 * kCell}, buffer);
   for (int z = 0; z < extent[0]; ++z) {
     for (std::ptrdiff_t kx = 0; kx < nx; ++kx) {
-      const Out out{slab + kx * kCell, row, extent[1], kImaginary, 0};
+      const Out out{slab + kx * kCell, row, extent[1], kImaginary, 0, kCell};
       if (t.dimension == 2)
-        line(t.fft[1], {spectrum + kx * ny * step, step, t.size[1], kImaginary, 0}, out, buffer);
+        line(t.fft[1], {spectrum + kx * ny * step, step, t.size[1], kImaginary, 0, ny * step}, out, buffer);
       else
         line(t.fft[1], {columns + (z * nx + kx) * column * kCell, kCell, t.size[1], kImaginary, 0}, out, buffer);
     }
@@ -289,6 +362,17 @@ THALWEG_INLINE void put(float* f, float* g, std::ptrdiff_t k, int pass, V re, V 
 }
 #endif
 
+// The channels of the next two frequencies: -f is walked backwards, in jumps.
+THALWEG_INLINE void prefetch_channels(const Transform& t, int p, const float* x, std::size_t stride, int channels) {
+  if (p >= t.pairs) return;
+  const float* f = x + static_cast<std::size_t>(t.pair[2 * p]) * stride;
+  const float* g = x + static_cast<std::size_t>(t.pair[2 * p + 1]) * stride;
+  for (int k = 0; k < (channels + 1) / 2 * kCell; k += 16) {
+    __builtin_prefetch(f + k);
+    __builtin_prefetch(g + k);
+  }
+}
+
 THALWEG_INLINE std::ptrdiff_t channel_at(int c) { return c / 2 * kCell + c % 2 * kSecond; }
 
 template <int outputs, bool conjugate>
@@ -326,14 +410,24 @@ void multiply_all(const Transform& t, const float* weights, std::size_t cells, i
   const std::size_t imaginary = cells * kCell;
   for (int p = 0; p < t.pairs; ++p) {
     const std::size_t f = static_cast<std::size_t>(t.pair[2 * p]), g = static_cast<std::size_t>(t.pair[2 * p + 1]);
+    prefetch_channels(t, p + 1, in, in_stride, n_in);
     const float* w = weights + static_cast<std::size_t>(p) * 2 * imaginary;
+    const float *in_f = in + f * in_stride, *in_g = in + g * in_stride;
+    float *out_f = out + f * out_stride, *out_g = out + g * out_stride;
+    alignas(64) float kept[2][kHiddenCells * kCell];
+    if (in == out && n_out > kOutputs) {  // several blocks: the first must not overwrite what the next reads
+      for (int k = 0; k < kHiddenCells * kCell; ++k) {
+        kept[0][k] = in_f[k];
+        kept[1][k] = in_g[k];
+      }
+      in_f = kept[0];
+      in_g = kept[1];
+    }
     int o = 0;
     for (; o + kOutputs <= n_out; o += kOutputs)
-      multiply_block<kOutputs, conjugate>(w, imaginary, n_in, step_in, o, step_out, in + f * in_stride,
-                                          in + g * in_stride, out + f * out_stride, out + g * out_stride);
+      multiply_block<kOutputs, conjugate>(w, imaginary, n_in, step_in, o, step_out, in_f, in_g, out_f, out_g);
     for (; o < n_out; ++o)
-      multiply_block<1, conjugate>(w, imaginary, n_in, step_in, o, step_out, in + f * in_stride, in + g * in_stride,
-                                   out + f * out_stride, out + g * out_stride);
+      multiply_block<1, conjugate>(w, imaginary, n_in, step_in, o, step_out, in_f, in_g, out_f, out_g);
   }
 }
 
@@ -369,30 +463,38 @@ THALWEG_INLINE void transpose(V8* r) {
   }
 }
 
-// Rows of 24 floats, one per sample: real and imaginary parts of the ten channels of d.
+// One row per sample: real and imaginary parts of the ten channels of d, 24 floats. They are read again at once, so
+// each is stored as it will be loaded: a load that spans two pending stores would wait for both.
+constexpr int kRow = 32;
+
 template <bool conjugated>
 THALWEG_INLINE void sample_rows(const float* d, float* rows) {
-  V8 t[8];
+  V8 re[8], im[8];
   const auto real = [&](int c) { return load<8>(d + channel_at(c)); };
   const auto imaginary = [&](int c) {
     const V8 v = load<8>(d + channel_at(c) + kImaginary);
     return conjugated ? -v : v;
   };
 #pragma GCC unroll 8
-  for (int c = 0; c < 8; ++c) t[c] = real(c);
-  transpose(t);
+  for (int c = 0; c < 8; ++c) re[c] = real(c);
 #pragma GCC unroll 8
-  for (int l = 0; l < 8; ++l) store(rows + 24 * l, t[l]);
+  for (int c = 0; c < 8; ++c) im[c] = imaginary(c);
+  transpose(re);
+  transpose(im);
 #pragma GCC unroll 8
-  for (int c = 0; c < 8; ++c) t[c] = imaginary(c);
-  transpose(t);
+  for (int l = 0; l < 8; ++l) {
+#if defined(__AVX512F__)
+    store(rows + kRow * l, __builtin_shufflevector(re[l], im[l], 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+#else
+    store(rows + kRow * l, re[l]);
+    store(rows + kRow * l + 8, im[l]);
+#endif
+  }
+  re[0] = real(8), re[1] = real(9), re[2] = imaginary(8), re[3] = imaginary(9);
+  re[4] = re[5] = re[6] = re[7] = V8{};
+  transpose(re);
 #pragma GCC unroll 8
-  for (int l = 0; l < 8; ++l) store(rows + 24 * l + 8, t[l]);
-  t[0] = real(8), t[1] = real(9), t[2] = imaginary(8), t[3] = imaginary(9);
-  t[4] = t[5] = t[6] = t[7] = V8{};
-  transpose(t);
-#pragma GCC unroll 8
-  for (int l = 0; l < 8; ++l) store(rows + 24 * l + 16, t[l]);
+  for (int l = 0; l < 8; ++l) store(rows + kRow * l + 16, re[l]);
 }
 
 #if defined(__AVX512F__)
@@ -407,25 +509,12 @@ THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, int firs
                                     float* sums) {
   using W = Lanes<kWide>::Type;
   constexpr bool rest = 24 % kWide != 0;
-  W re[channels][kWideCount], im[channels][kWideCount];
-  V8 re_rest[channels], im_rest[channels];
-#pragma GCC unroll 8
-  for (int c = 0; c < channels; ++c) {
-    float* s = sums + (first + c) * kSums;
-#pragma GCC unroll 8
-    for (int k = 0; k < kWideCount; ++k) {
-      re[c][k] = add ? load<kWide>(s + k * kWide) : W{};
-      im[c][k] = add ? load<kWide>(s + 24 + k * kWide) : W{};
-    }
-    if constexpr (rest) {
-      re_rest[c] = add ? load<8>(s + 16) : V8{};
-      im_rest[c] = add ? load<8>(s + 40) : V8{};
-    }
-  }
+  W re[channels][kWideCount] = {}, im[channels][kWideCount] = {};  // sums with Re a and with Im a
+  V8 re_rest[channels] = {}, im_rest[channels] = {};
   // The sign of -f's imaginary parts is in the operation: a factor straight from memory costs nothing to spread.
   const auto side = [&](const float* a, const float* from, auto conjugated) __attribute__((always_inline)) {
     for (int l = 0; l < 8; ++l) {
-      const float* row = from + l * 24;
+      const float* row = from + l * kRow;
       W d[kWideCount];
 #pragma GCC unroll 8
       for (int k = 0; k < kWideCount; ++k) d[k] = load<kWide>(row + k * kWide);
@@ -453,30 +542,49 @@ THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, int firs
     }
   };
   side(a_f, rows, Constant<false>());
-  side(a_g, rows + 8 * 24, Constant<true>());
+  side(a_g, rows + 8 * kRow, Constant<true>());
 #pragma GCC unroll 8
   for (int c = 0; c < channels; ++c) {
     float* s = sums + (first + c) * kSums;
-#pragma GCC unroll 8
+    V8 r[3], i[3];  // Re d_0..7, Im d_0..7, (Re d_8, d_9, Im d_8, d_9, 0 ...)
+#if defined(__AVX512F__)
+    r[0] = __builtin_shufflevector(re[c][0], re[c][0], 0, 1, 2, 3, 4, 5, 6, 7);
+    r[1] = __builtin_shufflevector(re[c][0], re[c][0], 8, 9, 10, 11, 12, 13, 14, 15);
+    i[0] = __builtin_shufflevector(im[c][0], im[c][0], 0, 1, 2, 3, 4, 5, 6, 7);
+    i[1] = __builtin_shufflevector(im[c][0], im[c][0], 8, 9, 10, 11, 12, 13, 14, 15);
+    r[2] = re_rest[c];
+    i[2] = im_rest[c];
+#else
+    alignas(64) float parts[2][24];
     for (int k = 0; k < kWideCount; ++k) {
-      store(s + k * kWide, re[c][k]);
-      store(s + 24 + k * kWide, im[c][k]);
+      store(parts[0] + k * kWide, re[c][k]);
+      store(parts[1] + k * kWide, im[c][k]);
     }
-    if constexpr (rest) {
-      store(s + 16, re_rest[c]);
-      store(s + 40, im_rest[c]);
+    for (int k = 0; k < 3; ++k) {
+      r[k] = load<8>(parts[0] + 8 * k);
+      i[k] = load<8>(parts[1] + 8 * k);
     }
+#endif
+    const V8 out_re = r[0] + i[1], out_im = i[0] - r[1];
+    using V4 = Lanes<4>::Type;
+    const V4 r2 = __builtin_shufflevector(r[2], r[2], 0, 1, 2, 3), i2 = __builtin_shufflevector(i[2], i[2], 2, 3, 0, 1);
+    const V4 rest_out = __builtin_shufflevector(r2 + i2, i2 - r2, 0, 1, 6, 7);
+    store(s, add ? load<8>(s) + out_re : out_re);
+    store(s + 8, add ? load<8>(s + 8) + out_im : out_im);
+    store(s + 16, add ? load<4>(s + 16) + rest_out : rest_out);
   }
 }
 
 void correlate(const Transform& t, int channels, const float* a, std::size_t a_stride, const float* d, bool add,
                float* sums) {
   constexpr std::size_t d_stride = kHiddenCells * kCell;
-  alignas(64) float rows[16 * 24];
+  alignas(64) float rows[16 * kRow];
   for (int p = 0; p < t.pairs; ++p) {
     const std::size_t f = static_cast<std::size_t>(t.pair[2 * p]), g = static_cast<std::size_t>(t.pair[2 * p + 1]);
+    prefetch_channels(t, p + 1, d, d_stride, kHidden);
+    prefetch_channels(t, p + 1, a, a_stride, channels);
     sample_rows<false>(d + f * d_stride, rows);
-    sample_rows<true>(d + g * d_stride, rows + 8 * 24);
+    sample_rows<true>(d + g * d_stride, rows + 8 * kRow);
     float* s = sums + static_cast<std::ptrdiff_t>(p) * channels * kSums;
     int c = 0;
     for (; c + kChannelBlock <= channels; c += kChannelBlock)
@@ -519,11 +627,9 @@ void join(const Transform& t, int channels, int slots, const float* const* sums,
         const float* s = sums[slot] + static_cast<std::size_t>(p) * block + static_cast<std::size_t>(c) * kSums;
         for (int k = 0; k < kSums; ++k) total[k] += s[k];
       }
-      const float *with_re = total, *with_im = total + 24;
       for (int o = 0; o < kHidden; ++o) {
-        const int d_re = o < 8 ? o : 8 + o, d_im = o < 8 ? 8 + o : 10 + o;
-        re[o * channels + c] = half * (with_re[d_re] + with_im[d_im]);
-        im[o * channels + c] = half * (with_im[d_re] - with_re[d_im]);
+        re[o * channels + c] = half * total[o < 8 ? o : 8 + o];
+        im[o * channels + c] = half * total[o < 8 ? 8 + o : 10 + o];
       }
     }
     for (std::size_t j = 0; j < cells; ++j, f += kCell, g += kCell)
@@ -559,26 +665,57 @@ THALWEG_INLINE void for_cells(const Box& box, Body body) {
     }
 }
 
-void activate(const Box& box, const float* bias, float slope, float* plane) {
+using Bits = Lanes<kWidth>::Integer;
+
+// One bit per value above 0.
+THALWEG_INLINE std::uint32_t signs_of(V v) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(v, V{}, _CMP_GT_OQ);
+#elif defined(__AVX__)
+  return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(v, V{}, _CMP_GT_OQ)));
+#elif defined(__SSE__)
+  return static_cast<std::uint32_t>(_mm_movemask_ps(_mm_cmpgt_ps(v, V{})));
+#else
+  std::uint32_t bits = 0;
+  for (int k = 0; k < kWidth; ++k) bits |= static_cast<std::uint32_t>(v[k] > 0) << k;
+  return bits;
+#endif
+}
+
+// bit ? yes : no (in steps that stay vectors where the ternary operator falls apart into scalars).
+THALWEG_INLINE V by_sign(std::uint32_t bits, V yes, V no) {
+  Bits weight;
+  for (int k = 0; k < kWidth; ++k) weight[k] = 1 << k;
+  const Bits mask = ((static_cast<std::int32_t>(bits) - Bits{}) & weight) == weight;
+  return reinterpret_cast<V>((mask & reinterpret_cast<Bits>(yes)) | (~mask & reinterpret_cast<Bits>(no)));
+}
+
+void activate(const Box& box, const float* bias, float slope, float* plane, std::uint32_t* signs) {
   alignas(64) float b[kCell];
   for (int k = 0; k < kCell; ++k) b[k] = bias[k / kSecond % 2];
   const auto body = [&](std::ptrdiff_t at, const float* mask) __attribute__((always_inline)) {
     float* p = plane + at;
+    std::uint32_t bits = 0;
+#pragma GCC unroll 8
     for (int k = 0; k < kCell; k += kWidth) {
       const V v = load(p + k) + load(b + k), low = slope * v;
       V a = v > low ? v : low;
+      bits |= signs_of(v) << k;
       if (mask != nullptr) a *= load(mask + k);
       store(p + k, a);
     }
+    signs[at / kCell] = bits;
   };
   for_cells(box, body);
 }
 
-void pull(const Box& box, float slope, const float* a, float* d) {
+void pull(const Box& box, float slope, const std::uint32_t* signs, float* d) {
   const auto body = [&](std::ptrdiff_t at, const float* mask) __attribute__((always_inline)) {
+    const std::uint32_t bits = signs[at / kCell];
+#pragma GCC unroll 8
     for (int k = 0; k < kCell; k += kWidth) {
       const V v = load(d + at + k);
-      V out = load(a + at + k) > V{} ? v : slope * v;
+      V out = by_sign(bits >> k, v, slope * v);
       if (mask != nullptr) out *= load(mask + k);
       store(d + at + k, out);
     }
@@ -644,38 +781,35 @@ void add_rows(int rows, int width, const float* from, std::ptrdiff_t from_row, f
   }
 }
 
-void interleave(int rows, int width, const float* images, std::ptrdiff_t image, std::ptrdiff_t row, int second,
-                float* plane) {
-  float* out = plane + second * kSecond;
+void interleave(int rows, int width, const float* images, std::ptrdiff_t image, std::ptrdiff_t row, float* lanes) {
   for (int r = 0; r < rows; ++r)
-    for (int x = 0; x < width; x += 8, out += 8 * kCell) {
+    for (int x = 0; x < width; x += 8) {
       const int count = width - x < 8 ? width - x : 8;
-      for (int half = 0; half < 2; ++half) {
-        V8 t[8];
+      V8 t[8];
 #pragma GCC unroll 8
-        for (int l = 0; l < 8; ++l) t[l] = load<8>(images + (8 * half + l) * image + r * row + x);
-        transpose(t);
-        for (int k = 0; k < count; ++k) store(out + k * kCell + half * kImaginary, t[k]);
+      for (int l = 0; l < 8; ++l) t[l] = load<8>(images + l * image + r * row + x);
+      transpose(t);
+      if (count == 8) {
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; ++k) store(lanes + k * kCell, t[k]);
+      } else {
+        for (int k = 0; k < count; ++k) store(lanes + k * kCell, t[k]);
       }
-      if (count < 8) out -= (8 - count) * kCell;
+      lanes += count * kCell;
     }
 }
 
-void separate(int rows, int width, const float* plane, int second, float* images, std::ptrdiff_t image,
-              std::ptrdiff_t row) {
-  const float* in = plane + second * kSecond;
+void separate(int rows, int width, const float* lanes, float* images, std::ptrdiff_t image, std::ptrdiff_t row) {
   for (int r = 0; r < rows; ++r)
-    for (int x = 0; x < width; x += 8, in += 8 * kCell) {
+    for (int x = 0; x < width; x += 8) {
       const int count = width - x < 8 ? width - x : 8;
-      for (int half = 0; half < 2; ++half) {
-        V8 t[8];
+      V8 t[8];
 #pragma GCC unroll 8
-        for (int k = 0; k < 8; ++k) t[k] = k < count ? load<8>(in + k * kCell + half * kImaginary) : V8{};
-        transpose(t);
+      for (int k = 0; k < 8; ++k) t[k] = k < count ? load<8>(lanes + k * kCell) : V8{};
+      transpose(t);
 #pragma GCC unroll 8
-        for (int l = 0; l < 8; ++l) store(images + (8 * half + l) * image + r * row + x, t[l]);
-      }
-      if (count < 8) in -= (8 - count) * kCell;
+      for (int l = 0; l < 8; ++l) store(images + l * image + r * row + x, t[l]);
+      lanes += count * kCell;
     }
 }
 
@@ -687,62 +821,69 @@ void total(std::size_t points, const float* plane, float* cell) {
   for (int k = 0; k < kCell / kWidth; ++k) store(cell + k * kWidth, sum[k]);
 }
 
-// Calls body(element of the kernel, its offset in `out`) for every element.
-template <class Body>
-THALWEG_INLINE void for_kernel(const Stamp& s, Body body) {
-  int n = 0;
-  for (int z = 0; z < s.kernel[0]; ++z)
-    for (int y = 0; y < s.kernel[1]; ++y)
-      for (int x = 0; x < s.kernel[2]; ++x, ++n)
-        body(n, (static_cast<std::ptrdiff_t>(z) * s.out[1] + y) * s.out_row + x);
-}
-
+// A row of the kernel at a time: its elements meet shifted copies of a row of taps, and only sums are stored.
 void stamp(const Stamp& s, const float* kernel, const float* taps, float* out) {
   const std::ptrdiff_t channel = static_cast<std::ptrdiff_t>(s.out[0]) * s.out[1] * s.out_row;
-  const auto body = [&](int n, std::ptrdiff_t at) __attribute__((always_inline)) {
-    const float factor = kernel[n];
-    if (factor == 0) return;
-    const float* w = taps;
-    for (int o = 0; o < kHidden; ++o)
-      for (int z = 0; z < s.taps[0]; ++z)
-        for (int y = 0; y < s.taps[1]; ++y) {
-          float* p = out + o * channel + at + (static_cast<std::ptrdiff_t>(z) * s.out[1] + y) * s.out_row;
-          for (int x = 0; x < s.tap_row; x += 8, w += 8, p += 8) store(p, load<8>(p) + factor * load<8>(w));
-        }
-  };
-  for_kernel(s, body);
+  const int columns = s.kernel[2];
+  for (int kz = 0; kz < s.kernel[0]; ++kz)
+    for (int ky = 0; ky < s.kernel[1]; ++ky, kernel += columns) {
+      int begin = 0, end = columns;
+      while (begin < end && kernel[begin] == 0) ++begin;
+      while (begin < end && kernel[end - 1] == 0) --end;
+      if (begin == end) continue;
+      const float* w = taps + s.tap_begin;
+      for (int o = 0; o < kHidden; ++o)
+        for (int z = 0; z < s.taps[0]; ++z)
+          for (int y = 0; y < s.taps[1]; ++y, w += s.tap_row) {
+            float* p = out + o * channel + (static_cast<std::ptrdiff_t>(z + kz) * s.out[1] + y + ky) * s.out_row;
+            for (int x = 0; x < s.out_row; x += 8) {
+              V8 sum = load<8>(p + x);
+              for (int n = begin; n < end; ++n) sum += kernel[n] * load<8>(w + x - n);
+              store(p + x, sum);
+            }
+          }
+    }
 }
 
 void stamp_taps(const Stamp& s, const float* kernel, const float* out, float* by_taps) {
   const std::ptrdiff_t channel = static_cast<std::ptrdiff_t>(s.out[0]) * s.out[1] * s.out_row;
-  const auto body = [&](int n, std::ptrdiff_t at) __attribute__((always_inline)) {
-    const float factor = kernel[n];
-    if (factor == 0) return;
-    float* w = by_taps;
-    for (int o = 0; o < kHidden; ++o)
-      for (int z = 0; z < s.taps[0]; ++z)
-        for (int y = 0; y < s.taps[1]; ++y) {
-          const float* p = out + o * channel + at + (static_cast<std::ptrdiff_t>(z) * s.out[1] + y) * s.out_row;
-          for (int x = 0; x < s.tap_row; x += 8, w += 8, p += 8) store(w, load<8>(w) + factor * load<8>(p));
+  float* w = by_taps + s.tap_begin;
+  for (int o = 0; o < kHidden; ++o)
+    for (int z = 0; z < s.taps[0]; ++z)
+      for (int y = 0; y < s.taps[1]; ++y, w += s.tap_row)
+        for (int x = 0; x < s.taps[2]; x += 8) {
+          V8 sum[4] = {};
+          const float* k = kernel;
+          for (int kz = 0; kz < s.kernel[0]; ++kz)
+            for (int ky = 0; ky < s.kernel[1]; ++ky, k += s.kernel[2]) {
+              const float* p =
+                  out + o * channel + (static_cast<std::ptrdiff_t>(z + kz) * s.out[1] + y + ky) * s.out_row + x;
+              int n = 0;
+              for (; n + 4 <= s.kernel[2]; n += 4)
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) sum[i] += k[n + i] * load<8>(p + n + i);
+              for (; n < s.kernel[2]; ++n) sum[0] += k[n] * load<8>(p + n);
+            }
+          store(w + x, load<8>(w + x) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
         }
-  };
-  for_kernel(s, body);
 }
 
 void stamp_kernel(const Stamp& s, const float* taps, const float* out, float* by_kernel) {
   const std::ptrdiff_t channel = static_cast<std::ptrdiff_t>(s.out[0]) * s.out[1] * s.out_row;
-  const auto body = [&](int n, std::ptrdiff_t at) __attribute__((always_inline)) {
-    const float* w = taps;
-    V8 sum{};
-    for (int o = 0; o < kHidden; ++o)
-      for (int z = 0; z < s.taps[0]; ++z)
-        for (int y = 0; y < s.taps[1]; ++y) {
-          const float* p = out + o * channel + at + (static_cast<std::ptrdiff_t>(z) * s.out[1] + y) * s.out_row;
-          for (int x = 0; x < s.tap_row; x += 8, w += 8, p += 8) sum += load<8>(w) * load<8>(p);
-        }
-    by_kernel[n] += ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
-  };
-  for_kernel(s, body);
+  for (int kz = 0; kz < s.kernel[0]; ++kz)
+    for (int ky = 0; ky < s.kernel[1]; ++ky)
+      for (int kx = 0; kx < s.kernel[2]; ++kx, ++by_kernel) {
+        const float* w = taps + s.tap_begin;
+        V8 sum{};
+        for (int o = 0; o < kHidden; ++o)
+          for (int z = 0; z < s.taps[0]; ++z)
+            for (int y = 0; y < s.taps[1]; ++y, w += s.tap_row) {
+              const float* p =
+                  out + o * channel + (static_cast<std::ptrdiff_t>(z + kz) * s.out[1] + y + ky) * s.out_row + kx;
+              for (int x = 0; x < s.taps[2]; x += 8) sum += load<8>(w + x) * load<8>(p + x);
+            }
+        *by_kernel += ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+      }
 }
 
 void adam(std::size_t n, const float* gradient, float beta1, float beta2, float rate, float scale, float epsilon,

@@ -16,12 +16,12 @@ inline constexpr int kHiddenCells = kHidden / 2;
 inline constexpr int kMostSpecies = 16;
 inline constexpr int kMostCells = 5;  // of the kernels of one layer
 static_assert(kMostSpecies * kHidden <= kMostCells * kCell && kHidden * kHidden <= kMostCells * kCell);
-inline constexpr int kSums = 48;  // floats per pair of frequencies and input channel, see correlate
+inline constexpr int kSums = 20;  // floats per pair of frequencies and input channel, see correlate
 
 /// A mixed-radix transform of n points (Stockham, self-sorting).
 struct Fft {
   int n, stages;
-  int radix[16];          // 2, 3, 4 or 5 each
+  int radix[16];          // 2, 3, 4, 5, 7 or 13 each
   const float* twiddles;  // (n, 2) exp(-2 pi i j / n)
 };
 
@@ -40,10 +40,11 @@ struct Box {
   const float* mask[3];
 };
 
-/// Sizes of a full convolution out[n + t] = sum kernel[n] taps[t]. kernel: dense. taps (kHidden, z, y, tap_row): rows
-/// padded with zeros to tap_row, a multiple of 8. out (kHidden, z, y, out_row): out_row >= kernel[2] - 1 + tap_row.
+/// Sizes of a full convolution out[n + t] = sum kernel[n] taps[t]. kernel: dense. taps (kHidden, z, y, tap_row): a row
+/// starts with tap_begin >= kernel[2] - 1 zeros and has zeros up to tap_begin + out_row. out (kHidden, z, y, out_row):
+/// out_row a multiple of 8, at least kernel[2] - 1 + taps[2] rounded up to a multiple of 8.
 struct Stamp {
-  int kernel[3], taps[3], tap_row;
+  int kernel[3], taps[3], tap_row, tap_begin;
   int out[3], out_row;
 };
 
@@ -56,19 +57,19 @@ struct TrainingKernels {
   void (*inverse)(const Transform&, const int* extent, const float* spectrum, std::size_t stride, float* plane,
                   float* scratch);
   /// out_o(f) = sum_i w_oi(f) in_i(f), or conj(w_oi(f)); w_oi at [pair][o step_out + i step_in], imaginary parts
-  /// `weight_cells` x 32 floats later.
+  /// `weight_cells` x 32 floats later. out may be in, if the strides are the same.
   void (*multiply)(const Transform&, const float* weights, std::size_t weight_cells, int n_in, int step_in, int n_out,
                    int step_out, bool conjugate, const float* in, std::size_t in_stride, float* out,
                    std::size_t out_stride);
-  /// sums[pair][channel][0..23] = sum over samples of Re a (Re d_0..7, Im d_0..7, Re d_8, Re d_9, Im d_8, Im d_9,
-  /// 0...), [24..47] the same with Im a; frequency -f counts conjugated. add: on top of what is there. d: kHidden
-  /// channels.
+  /// sums[pair][channel] = sum over samples of a(f) conj(d(f)), -f conjugated on top: Re of d_0..7, Im of d_0..7, Re of
+  /// d_8, d_9, Im of d_8, d_9. add: on top of what is there. d: kHidden channels.
   void (*correlate)(const Transform&, int channels, const float* a, std::size_t a_stride, const float* d, bool add,
                     float* sums);
-  /// plane = leaky(plane + bias), zero outside the box's mask. bias: of the two channels.
-  void (*activate)(const Box&, const float* bias, float slope, float* plane);
-  /// d *= leaky'(a) inside the mask, else 0.
-  void (*pull)(const Box&, float slope, const float* a, float* d);
+  /// plane = leaky(plane + bias), zero outside the box's mask. bias: of the two channels. signs: per cell one bit for
+  /// each value above 0.
+  void (*activate)(const Box&, const float* bias, float slope, float* plane, std::uint32_t* signs);
+  /// d *= leaky' by the signs inside the mask, else 0.
+  void (*pull)(const Box&, float slope, const std::uint32_t* signs, float* d);
   /// weights[pair][re, im][kernel] = scale * spectrum of each real kernel; spectrum[f][cells]: kernel 32 j + r (r < 16)
   /// is the real part of lane r of cell j, kernel 32 j + 16 + r its imaginary part.
   void (*split)(const Transform&, std::size_t cells, const float* spectrum, float scale, float* weights);
@@ -81,11 +82,10 @@ struct TrainingKernels {
   void (*last_back)(int points, int species, const float* w, const float* a, const float* du, float* d, float* dw);
   /// Rows of `width` floats (a multiple of 8) of one array added to rows of another.
   void (*add_rows)(int rows, int width, const float* from, std::ptrdiff_t from_row, float* to, std::ptrdiff_t to_row);
-  /// Channel `second` (0, 1) of a plane of `rows` x `width` cells from one image per sample, and back.
-  void (*interleave)(int rows, int width, const float* images, std::ptrdiff_t image, std::ptrdiff_t row, int second,
-                     float* plane);
-  void (*separate)(int rows, int width, const float* plane, int second, float* images, std::ptrdiff_t image,
-                   std::ptrdiff_t row);
+  /// Eight lanes of a plane of `rows` x `width` cells (lanes: the first of them in the first cell) from one image per
+  /// sample, and back.
+  void (*interleave)(int rows, int width, const float* images, std::ptrdiff_t image, std::ptrdiff_t row, float* lanes);
+  void (*separate)(int rows, int width, const float* lanes, float* images, std::ptrdiff_t image, std::ptrdiff_t row);
   /// Sum of all cells of a plane.
   void (*total)(std::size_t points, const float* plane, float* cell);
   /// out += kernel convolved with taps, per channel; see Stamp.

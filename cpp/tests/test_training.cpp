@@ -210,6 +210,8 @@ const QNetworkShape kShapes[] = {
     shape_of(3, 1, 3, 1, 1, {6, 7, 5}, {true, true, true}),
     shape_of(3, 2, 3, 2, 2, {6, 7, 8}, {true, false, false}),
     shape_of(3, 2, 3, 3, 2, {9, 6, 7}, {false, true, true}),
+    shape_of(2, 1, 7, 1, 2, {14, 26, 1}, {false, true, false}),
+    shape_of(2, 1, 11, 1, 2, {16, 12, 1}, {true, false, false}),
 };
 
 }  // namespace
@@ -311,6 +313,49 @@ TEST(small_tails_of_kernels_are_left_out) {
   a.gradient(e.weights(), e.pairs(), e.targets, qa, {ga, {}, {}});
   b.gradient(wide.weights(), wide.pairs(), e.targets, qb, {gb, {}, {}});
   CHECK(qa == qb && ga == gb);
+}
+
+TEST(statistics_are_those_of_every_voxel) {
+  for (const QNetworkShape& shape : kShapes) {
+    const Example e = example(shape, 3, 4, 9);
+    const std::size_t species = static_cast<std::size_t>(shape.species);
+    std::vector<double> mean(species), variance(species);
+    image_statistics(shape, e.kernels, {e.placed, e.offsets, {}}, mean, variance);
+    const int edge = 2 * shape.half_window + 1;
+    std::vector<double> image(species * e.size() * static_cast<std::size_t>(voxels(shape)));
+    for (std::size_t i = 0; i < e.size(); ++i)
+      for (auto row = static_cast<std::size_t>(e.offsets[i]); row < static_cast<std::size_t>(e.offsets[i + 1]); ++row) {
+        const int window = static_cast<int>(e.kernels.size() / species), s = e.placed[2 * row];
+        for (int w = 0; w < window; ++w) {
+          int rest = w, voxel = e.placed[2 * row + 1], to = 0, unit = 1;
+          bool inside = true;
+          for (int d = shape.dimension - 1; d >= 0; --d) {
+            const int n = shape.grid[static_cast<std::size_t>(d)];
+            int at = voxel % n + rest % edge - shape.half_window;
+            if (shape.periodic[static_cast<std::size_t>(d)]) at = (at % n + n) % n;
+            inside = inside && at >= 0 && at < n;
+            to += at * unit;
+            unit *= n;
+            voxel /= n;
+            rest /= edge;
+          }
+          if (inside)
+            image[(static_cast<std::size_t>(s) * e.size() + i) * static_cast<std::size_t>(voxels(shape)) +
+                  static_cast<std::size_t>(to)] +=
+                static_cast<double>(e.kernels[static_cast<std::size_t>(s * window + w)]);
+        }
+      }
+    const std::size_t count = image.size() / species;
+    for (std::size_t s = 0; s < species; ++s) {
+      double sum = 0, squares = 0;
+      for (std::size_t k = 0; k < count; ++k) sum += image[s * count + k];
+      for (std::size_t k = 0; k < count; ++k)
+        squares += (image[s * count + k] - sum / static_cast<double>(count)) *
+                   (image[s * count + k] - sum / static_cast<double>(count));
+      CLOSE(mean[s], sum / static_cast<double>(count), 1e-6);
+      CLOSE(variance[s], squares / static_cast<double>(count), 1e-5);
+    }
+  }
 }
 
 TEST(no_pairs_are_no_work) {

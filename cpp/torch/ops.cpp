@@ -115,7 +115,9 @@ struct Arguments {
       key.push_back(periodic[k] != 0);
     }
   }
-  thalweg::QNetworkWeights weights() const { return {view<float>(parameters), view<float>(kernels), view<float>(shift)}; }
+  thalweg::QNetworkWeights weights() const {
+    return {view<float>(parameters), view<float>(kernels), view<float>(shift)};
+  }
   thalweg::StateActions pairs() const {
     return {view<std::int32_t>(placed), view<std::int64_t>(offsets), view<std::int32_t>(actions)};
   }

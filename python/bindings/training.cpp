@@ -69,6 +69,39 @@ py::tuple gradient(Training& self, const Array<float>& parameters, const Array<f
   return py::make_tuple(loss, q, by_parameters, by_kernels, by_shift);
 }
 
+QNetworkShape shape_of(const std::vector<int>& grid, const std::vector<bool>& periodic) {
+  if (grid.size() != periodic.size() || grid.size() < 2 || grid.size() > 3)
+    throw Error("grid and periodic must have 2 or 3 entries each, but they have " + std::to_string(grid.size()) +
+                " and " + std::to_string(periodic.size()));
+  QNetworkShape shape;
+  shape.dimension = static_cast<int>(grid.size());
+  for (std::size_t d = 0; d < grid.size(); ++d) {
+    shape.grid[d] = grid[d];
+    shape.periodic[d] = periodic[d];
+  }
+  return shape;
+}
+
+py::tuple statistics(const std::vector<int>& grid, const std::vector<bool>& periodic, const Array<float>& kernels,
+                     const Array<std::int32_t>& placed, const Array<std::int64_t>& offsets) {
+  QNetworkShape shape = shape_of(grid, periodic);
+  if (kernels.ndim() != shape.dimension + 1 || kernels.shape(1) % 2 == 0)
+    throw Error("kernels must be (species, edge, ...) with an odd edge per direction of the grid");
+  for (py::ssize_t d = 1; d < kernels.ndim(); ++d)
+    if (kernels.shape(d) != kernels.shape(1)) throw Error("kernels must have the same edge in every direction");
+  shape.species = static_cast<int>(kernels.shape(0));
+  shape.half_window = static_cast<int>(kernels.shape(1) / 2);
+  expect_shape(placed, "placed", {-1, 2});
+  expect_shape(offsets, "offsets", {-1});
+  py::array_t<double> mean(kernels.shape(0)), variance(kernels.shape(0));
+  const std::span<double> m = span_mut(mean), v = span_mut(variance);
+  {
+    py::gil_scoped_release release;
+    image_statistics(shape, span(kernels), {span(placed), span(offsets), {}}, m, v);
+  }
+  return py::make_tuple(mean, variance);
+}
+
 /// In place: an array of another type would be a copy, and the step would be lost.
 using InPlace = py::array_t<float, py::array::c_style>;
 std::span<float> writable(const char* name, const py::object& array) {
@@ -85,20 +118,12 @@ void bind_training(py::module_& m) {
       m, "QTraining", "Q of state-action pairs and gradients of a Q-network for one shape (training.hpp).")
       .def(py::init([](const std::vector<int>& grid, const std::vector<bool>& periodic, int species, int kernel,
                        int dilation, int half_window, float slope) {
-             if (grid.size() != periodic.size() || grid.size() < 2 || grid.size() > 3)
-               throw Error("grid and periodic must have 2 or 3 entries each, but they have " +
-                           std::to_string(grid.size()) + " and " + std::to_string(periodic.size()));
-             QNetworkShape shape;
-             shape.dimension = static_cast<int>(grid.size());
+             QNetworkShape shape = shape_of(grid, periodic);
              shape.species = species;
              shape.kernel = kernel;
              shape.dilation = dilation;
              shape.half_window = half_window;
              shape.slope = slope;
-             for (std::size_t d = 0; d < grid.size(); ++d) {
-               shape.grid[d] = grid[d];
-               shape.periodic[d] = periodic[d];
-             }
              return std::make_shared<Training>(shape);
            }),
            py::arg("grid"), py::arg("periodic"), py::kw_only(), py::arg("species"), py::arg("kernel"),
@@ -111,6 +136,8 @@ void bind_training(py::module_& m) {
            "Mean square loss, Q (n,), and its derivative by parameters and, with image=True, by kernels and shift "
            "(flat, else empty).")
       .def_property_readonly("parameters", [](const Training& self) { return self.training.parameters(); });
+  m.def("image_statistics", &statistics, py::arg("grid"), py::arg("periodic"), py::arg("kernels"), py::arg("placed"),
+        py::arg("offsets"), "Mean and variance (species,) of images (species, *window kernels) of whole grids.");
   m.def(
       "adam_step",
       [](const Array<float>& gradient, const py::object& parameters, const py::object& first, const py::object& second,

@@ -41,6 +41,7 @@ __all__: list[str] = [
     "evaluate",
     "force_isa",
     "fragments",
+    "image_statistics",
     "neighbor_pairs",
     "permute",
     "q_receptive_radius",
@@ -549,6 +550,17 @@ def adam_step(
 ) -> None:
     """
     One step of Adam, in place; update = 1, 2, ...
+    """
+
+def image_statistics(
+    grid: collections.abc.Sequence[int],
+    periodic: collections.abc.Sequence[bool],
+    kernels: numpy.typing.ArrayLike,
+    placed: numpy.typing.ArrayLike,
+    offsets: numpy.typing.ArrayLike,
+) -> tuple[numpy.typing.NDArray[numpy.float64], numpy.typing.NDArray[numpy.float64]]:
+    """
+    Mean and variance (species,) of images (species, *window kernels) of whole grids.
     """
 
 def active_isa() -> str: ...

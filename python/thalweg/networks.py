@@ -133,8 +133,8 @@ class Representation(torch.nn.Module):
         """Sum of the absolute values that an L1 penalty holds down; None if there are none."""
         return None
 
-    def see(self, fields: Tensor) -> None:
-        """Takes note of the fields (n, species, fields, *grid) of whole grids; for normalised representations."""
+    def see(self, mean: Array, variance: Array) -> None:
+        """Takes note of the mean and variance (species,) of fields of whole grids; for normalised representations."""
 
     @property
     def needs_statistics(self) -> bool:
@@ -237,14 +237,13 @@ class _Trained(Representation):
         return self.normalise
 
     @torch.no_grad()
-    def see(self, fields: Tensor) -> None:
-        images = fields[:, :, 0].transpose(0, 1).flatten(1)
+    def see(self, mean: Array, variance: Array) -> None:
         seen = self.get_buffer("seen")
         part = 1.0 if int(seen) == 0 else self.momentum  # the first step starts from what it sees
         seen += 1
-        self.get_buffer("running_mean").lerp_(images.mean(1).to(self.get_buffer("running_mean")), part)
-        variance = images.var(1, correction=0).to(self.get_buffer("running_variance"))
-        self.get_buffer("running_variance").lerp_(variance, part)
+        for name, values in (("running_mean", mean), ("running_variance", variance)):
+            buffer = self.get_buffer(name)
+            buffer.lerp_(torch.from_numpy(values).to(buffer), part)
 
 
 class AGR(_Trained):
@@ -588,8 +587,12 @@ class QNetwork(torch.nn.Module):
             return
         rows = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
         sizes = np.diff(offsets)[chosen]
-        with torch.no_grad():
-            self.representation.see(self.fields(placed[rows], np.concatenate([[0], np.cumsum(sizes)])))
+        kernels = self.representation.kernels()[:, 0].detach().float().numpy()
+        start = np.concatenate([[0], np.cumsum(sizes)])
+        shape, periodic = self._need_grid()
+        self.representation.see(
+            *_core.image_statistics(list(shape), list(periodic), kernels, placed[rows].astype(np.int32), start)
+        )
 
     def q_of(self, placed: Array, offsets: Array, actions: Array, *, fft: bool | None = None) -> Tensor:
         """Q (n,) of n state-action pairs by patches around the actions, with a graph for gradients.
@@ -887,4 +890,4 @@ class Trainer:
         self.updates = int(state["updates"])
         for name, buffer in self.network.named_buffers():
             if f"buffer.{name}" in state:
-                buffer.copy_(torch.from_numpy(np.asarray(state[f"buffer.{name}"])))
+                buffer.copy_(torch.from_numpy(np.array(state[f"buffer.{name}"])))

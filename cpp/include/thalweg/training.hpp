@@ -85,8 +85,16 @@ class QTraining {
 
  private:
   struct Impl;
+  friend void image_statistics(const QNetworkShape&, std::span<const float>, const StateActions&, std::span<double>,
+                               std::span<double>);
   std::unique_ptr<Impl> impl_;
 };
+
+/// Mean and variance (species each) of the images of whole grids, without their shift, over the voxels of all n states;
+/// for representations that are normalised. Uses dimension, species, half_window, grid and periodic of the shape, and
+/// placed and offsets of the pairs. Throws Error as QTraining does.
+void image_statistics(const QNetworkShape& shape, std::span<const float> kernels, const StateActions& pairs,
+                      std::span<double> mean, std::span<double> variance);
 
 /// One step of Adam (Kingma, Ba, arXiv 1412.6980), update = 1, 2, ...; arrays of equal length, in place.
 struct AdamSettings {
