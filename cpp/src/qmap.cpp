@@ -54,7 +54,8 @@ class Floats {
       data_ = static_cast<float*>(std::aligned_alloc(page, bytes));
       if (data_ == nullptr) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-      if (page == kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);  // boxes touch a page per row: small ones would thrash
+      if (page == kHugePage)
+        madvise(data_, bytes, MADV_HUGEPAGE);  // boxes touch a page per row: small ones would thrash
 #endif
       std::memset(data_, 0, bytes);
       size_ = size;
@@ -237,7 +238,7 @@ std::unique_ptr<LayerFft> plan_fft(const Layer& layer, const Grid& grid, const T
 
 // Working memory of one thread.
 struct Scratch {
-  Floats buffer, row, column[2], column_out, padded;
+  Floats buffer, row, line, column[2], column_out, padded;
   Floats box[2];  // changes of a layer, and of the next
 };
 
@@ -274,38 +275,38 @@ struct Transform {
   void row_in(int z, int y, int valid) const {
     float* out = buffer + z * plane + y * row;
     kernels.fft(plan[2], {blocks_in, row_data, row_data + part, lanes, 2 * part, valid, out, out + lanes, block,
-                          element, 0, f.axis[2].cells});
+                          element, 0, f.axis[2].cells, 0});
   }
   void row_out(int z, int y, int from, int to) const {
     const float* in = buffer + z * plane + y * row;
     kernels.fft(plan[2], {blocks_out, in + lanes, in, block, element, f.axis[2].cells, row_data + part, row_data, lanes,
-                          2 * part, from, to});
+                          2 * part, from, to, 0});
   }
   void plane_in(int z, int valid) const {
     if (f.axis[1].cells == 1) return;
     for (int b = 0; b < blocks_in; ++b) {
       float* x = buffer + b * block + z * plane;
-      kernels.fft(plan[1],
-                  {f.axis[2].cells, x, x + lanes, element, row, valid, x, x + lanes, element, row, 0, f.axis[1].cells});
+      kernels.fft(plan[1], {f.axis[2].cells, x, x + lanes, element, row, valid, x, x + lanes, element, row, 0,
+                            f.axis[1].cells, 0});
     }
   }
   void plane_out(int z, int from, int to) const {
     if (f.axis[1].cells == 1) return;
     for (int b = 0; b < blocks_out; ++b) {
       float* x = buffer + b * block + z * plane;
-      kernels.fft(plan[1],
-                  {f.axis[2].cells, x + lanes, x, element, row, f.axis[1].cells, x + lanes, x, element, row, from, to});
+      kernels.fft(plan[1], {f.axis[2].cells, x + lanes, x, element, row, f.axis[1].cells, x + lanes, x, element, row,
+                            from, to, 0});
     }
   }
-  void column_in(int y, int x, int valid, float* out) const {
+  void column_in(int y, int x, int valid, float* out, int64_t ahead) const {
     const float* in = buffer + y * row + x * element;
-    kernels.fft(plan[0],
-                {blocks_in, in, in + lanes, block, plane, valid, out, out + part, lanes, 2 * part, 0, f.axis[0].cells});
+    kernels.fft(plan[0], {blocks_in, in, in + lanes, block, plane, valid, out, out + part, lanes, 2 * part, 0,
+                          f.axis[0].cells, ahead});
   }
   void column_back(int y, int x, int from, int to) const {
     float* out = buffer + y * row + x * element;
     kernels.fft(plan[0], {blocks_out, column_out + part, column_out, lanes, 2 * part, f.axis[0].cells, out + lanes, out,
-                          block, plane, from, to});
+                          block, plane, from, to, 0});
   }
   // Calls body(y, x, y of -f, x of -f) for one column of each pair.
   template <class Body>
@@ -355,8 +356,8 @@ const std::vector<float>& spectrum_of(const LayerFft& f, const Layer& layer, con
     f.spectrum.assign(static_cast<std::size_t>(columns * cells[0] * step + kernels.lanes), 0.0f);
     float* out = f.spectrum.data();
     t.pairs([&](int y, int x, int my, int mx) {
-      t.column_in(y, x, valid[0], t.column[0]);
-      t.column_in(my, mx, valid[0], t.column[1]);
+      t.column_in(y, x, valid[0], t.column[0], 0);
+      t.column_in(my, mx, valid[0], t.column[1], 0);
       for (int z = 0; z < cells[0]; ++z, out += step) {
         const float *a = t.column[0] + 2 * t.part * z, *b = t.column[1] + 2 * t.part * ((cells[0] - z) % cells[0]);
         for (int s = 0; s < half; ++s) {
@@ -378,9 +379,13 @@ struct Stretch {
   int cell, count, voxel;
 };
 
-// out += layer applied to in, for `states` pairs of arrays of the same boxes. Bias is not added.
+// The layer applied to in, without bias, for `states` arrays of the same box. Calls done(state, z, y, row) once for
+// every row of the result (coordinates in its box), (n_x, outputs) numbers that it may change: at once where rows come
+// whole, else at the end, from `out`, in which their parts are added up.
+template <class Done>
 void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const QmapKernels& kernels, Scratch& scratch,
-                  int states, const float* const* in, const QBox& in_box, float* const* out, const QBox& out_box) {
+                  int states, const float* const* in, const QBox& in_box, float* const* out, const QBox& out_box,
+                  Done done) {
   const std::vector<float>& spectrum = spectrum_of(f, layer, kernels);
   const int inputs = layer.inputs, outputs = layer.outputs, columns = states * f.half_subs;
   const Transform t(kernels, f, columns * inputs, columns * outputs, scratch);
@@ -389,6 +394,7 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
   // Per direction and sub: how many cells the box has, and to which voxel of the result each cell goes.
   std::vector<int> given[3], target[3];
   Three valid{0, 0, 0}, from{0, 0, 0}, to{0, 0, 0};
+  bool whole_rows = true;  // every voxel of the result gets one cell: no tiles, no images, no phase without input
   for (int a = 0; a < 3; ++a) {
     const FftAxis& axis = f.axis[a];
     from[a] = axis.cells;
@@ -399,6 +405,7 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
       valid[a] = std::max(valid[a], given[a].back());
     }
     const int reached = axis.circular ? axis.cells : std::min(axis.cells, valid[a] + 2 * axis.half);
+    int targets = 0;
     for (int sub = 0; sub < axis.subs(); ++sub)
       for (int cell = 0; cell < axis.cells; ++cell) {
         const int u = in_box.first[a] + axis.first(sub) + (cell - axis.half) * axis.dilation;
@@ -407,10 +414,14 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
         if (voxel < 0) continue;
         from[a] = std::min(from[a], cell);
         to[a] = std::max(to[a], cell + 1);
+        ++targets;
       }
+    whole_rows = whole_rows && axis.tiles == 1 && targets == out_box.count[a];
   }
-  for (int a = 0; a < 3; ++a)
-    if (valid[a] == 0 || to[a] == 0) return;
+  const int64_t row_size = int64_t{out_box.count[2]} * outputs;
+  float* line = scratch.line.need(row_size);
+  if (!whole_rows)
+    for (int s = 0; s < states; ++s) std::fill_n(out[s], out_box.voxels() * outputs, 0.0f);
   std::vector<std::vector<Stretch>> stretches(static_cast<std::size_t>(ax->subs()));
   for (int sub = 0; sub < ax->subs(); ++sub)
     for (int cell = from[2]; cell < to[2]; ++cell) {
@@ -460,8 +471,8 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
                       t.column_out, step,    t.part, step,    t.part, false};
   t.pairs([&](int y, int x, int my, int mx) {
     const bool two = my != y || mx != x;
-    t.column_in(y, x, valid[0], t.column[0]);
-    if (two) t.column_in(my, mx, valid[0], t.column[1]);
+    t.column_in(y, x, valid[0], t.column[0], t.element);
+    if (two) t.column_in(my, mx, valid[0], t.column[1], -t.element);
     job.weights = w;
     kernels.product(job);
     t.column_back(y, x, from[0], to[0]);
@@ -482,6 +493,7 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
     w += nz * w_step;
   });
 
+  const auto put_runs = whole_rows ? kernels.copy_runs : kernels.add_runs;
   for (int z = from[0]; z < to[0]; ++z) {
     t.plane_out(z, from[1], to[1]);
     for (int y = from[1]; y < to[1]; ++y) {
@@ -489,15 +501,21 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
       each_sub([&](int sz, int sy, int sx, int lane, int64_t part) {
         const int oz = target[0][sz * az->cells + z], oy = target[1][sy * ay->cells + y];
         if (oz < 0 || oy < 0) return;
-        const int64_t start = (int64_t{oz} * out_box.count[1] + oy) * out_box.count[2];
-        for (const Stretch& stretch : stretches[sx])
-          for (int s = 0; s < states; ++s)
-            kernels.add_runs(stretch.count, outputs,
-                             t.row_data + stretch.cell * step + part + (s * f.half_subs + lane) * outputs, step,
-                             out[s] + (start + stretch.voxel) * outputs, int64_t{ax->dilation} * outputs);
+        for (int s = 0; s < states; ++s) {
+          float* row = whole_rows ? line : out[s] + (int64_t{oz} * out_box.count[1] + oy) * row_size;
+          const float* cells = t.row_data + part + (s * f.half_subs + lane) * outputs;
+          for (const Stretch& stretch : stretches[sx])
+            put_runs(stretch.count, outputs, cells + stretch.cell * step, step, row + int64_t{stretch.voxel} * outputs,
+                     int64_t{ax->dilation} * outputs);
+          if (whole_rows && sx + 1 == ax->subs()) done(s, oz, oy, row);
+        }
       });
     }
   }
+  if (whole_rows) return;
+  for (int s = 0; s < states; ++s)
+    for (int z = 0; z < out_box.count[0]; ++z)
+      for (int y = 0; y < out_box.count[1]; ++y) done(s, z, y, out[s] + (int64_t{z} * out_box.count[1] + y) * row_size);
 }
 
 // ---- sums ---------------------------------------------------------------------------------------------------
@@ -611,19 +629,14 @@ struct Layout {
   }
 };
 
-// Calls body(first float of the row, voxels, offsets along x, position in the box) for every row of a box.
-template <class Body>
-void each_row(const Grid& grid, const Layout& layout, const QBox& box, std::vector<int64_t>& offsets, Body body) {
+// Offsets of a box's voxels along x.
+void columns_of(const Grid& grid, const Layout& layout, const QBox& box, std::vector<int64_t>& offsets) {
   offsets.resize(static_cast<std::size_t>(box.count[2]));
   for (int x = 0; x < box.count[2]; ++x)
     offsets[static_cast<std::size_t>(x)] = layout.column[static_cast<std::size_t>((box.first[2] + x) % grid.n[2])];
-  int64_t position = 0;
-  for (int z = 0; z < box.count[0]; ++z)
-    for (int y = 0; y < box.count[1]; ++y) {
-      const int64_t start = (box.first[0] + z) % grid.n[0] * layout.plane + (box.first[1] + y) % grid.n[1] * layout.row;
-      body(start, position);
-      position += int64_t{box.count[2]} * layout.channels;
-    }
+}
+int64_t row_of(const Grid& grid, const Layout& layout, const QBox& box, int z, int y) {
+  return (box.first[0] + z) % grid.n[0] * layout.plane + (box.first[1] + y) % grid.n[1] * layout.row;
 }
 
 void repeat_images(const Grid& grid, const Layout& layout, const QBox& box, float* row) {
@@ -940,6 +953,13 @@ struct QMap::Impl {
   double direct_cost(int l) const;
 };
 
+// A row of a whole grid's result with the bias added, to its place (where it may be already).
+static void put_biased(const Layer& layer, const Grid& grid, const float* row, float* out, int z, int y) {
+  out += (int64_t{z} * grid.n[1] + y) * grid.n[2] * layer.outputs;
+  for (int x = 0; x < grid.n[2]; ++x)
+    for (int o = 0; o < layer.outputs; ++o) out[x * layer.outputs + o] = row[x * layer.outputs + o] + layer.bias[o];
+}
+
 // (voxels, species) before the tanh -> (species, voxels) behind it.
 static void finish(const QmapKernels& kernels, int64_t voxels, int species, float* z, float* q) {
   kernels.tanh(voxels * species, z);
@@ -1020,11 +1040,10 @@ const QMap::Impl::Empty& QMap::Impl::empty_state() const {
       std::vector<float> out(static_cast<std::size_t>(small.voxels() * layer.outputs));
       const auto plan = small.voxels() > 1000 ? plan_fft(layer, small, small.n, true) : nullptr;
       if (plan) {
-        for (int64_t v = 0; v < small.voxels(); ++v)
-          std::copy_n(layer.bias, layer.outputs, out.begin() + v * layer.outputs);
         const float* from = in.data();
         float* to = out.data();
-        convolve_fft(*plan, layer, small, kernels, scratch, 1, &from, all, &to, all);
+        convolve_fft(*plan, layer, small, kernels, scratch, 1, &from, all, &to, all,
+                     [&](int, int z, int y, float* row) { put_biased(layer, small, row, to, z, y); });
       } else {
         convolve_direct(layer, packed_layers()[static_cast<std::size_t>(l)], small, kernels, scratch, in.data(), all,
                         out.data(), all, true);
@@ -1043,9 +1062,8 @@ void QMap::Impl::grid_pass(int states, float* const* first, float* const* spare,
   const QBox all = grid.whole();
   for (std::size_t l = 1; l < layers.size(); ++l) {
     const Layer& layer = layers[l];
-    for (int s = 0; s < states; ++s)
-      for (int64_t v = 0; v < grid.voxels(); ++v) std::copy_n(layer.bias, layer.outputs, out[s] + v * layer.outputs);
-    convolve_fft(*whole[l], layer, grid, kernels, scratch, states, in.data(), all, out.data(), all);
+    convolve_fft(*whole[l], layer, grid, kernels, scratch, states, in.data(), all, out.data(), all,
+                 [&](int s, int z, int y, float* row) { put_biased(layer, grid, row, out[s], z, y); });
     for (int s = 0; s < states; ++s) {
       if (l + 1 < layers.size())
         kernels.leaky(grid.voxels() * layer.outputs, out[s]);
@@ -1301,27 +1319,34 @@ struct QState::Impl {
     std::fill_n(change, box.voxels() * m.layers[0].outputs, 0.0f);
     m.add_atom(atom, box, change, scratch.box[1]);
     for (std::size_t l = 0; l < layouts.size(); ++l) {
-      if (l > 0) {
-        const QBox from = box;
-        const Layer& layer = m.layers[l];
-        box = m.grid.fold(Grid::grown(from, layer.reach()));
-        const float* in = change;
-        change = scratch.box[l % 2].need(box.voxels() * layer.outputs);
-        if (method == QMethod::direct) {
-          convolve_direct(layer, m.packed_layers()[l], m.grid, m.kernels, scratch, in, from, change, box, false);
-        } else {
-          std::fill_n(change, box.voxels() * layer.outputs, 0.0f);
-          convolve_fft(*m.local[l], layer, m.grid, m.kernels, scratch, 1, &in, from, &change, box);
-        }
-      }
+      const QBox from = box;
+      const Layer& layer = m.layers[l];
+      if (l > 0) box = m.grid.fold(Grid::grown(from, layer.reach()));
       const Layout& layout = layouts[l];
+      columns_of(m.grid, layout, box, offsets);
       std::vector<float>& saved = step.values_[l];
       saved.resize(static_cast<std::size_t>(box.voxels() * layout.channels));
-      float* data = activations[l].data();
-      each_row(m.grid, layout, box, offsets, [&](int64_t start, int64_t at) {
-        m.kernels.update(box.count[2], layout.channels, offsets.data(), data + start, change + at, saved.data() + at);
-        repeat_images(m.grid, layout, box, data + start);
-      });
+      const int64_t size = int64_t{box.count[2]} * layout.channels;
+      const int ahead = method == QMethod::direct ? 1 : layer.dilation[1];  // rows: what comes soon
+      const float* in = change;
+      if (l > 0) change = scratch.box[l % 2].need(box.voxels() * layer.outputs);
+      // A row of changed pre-activations becomes one of changed activations, for the next layer.
+      const auto update = [&](int, int z, int y, float* row) {
+        const int64_t position = (int64_t{z} * box.count[1] + y) * size;
+        float* data = activations[l].data() + row_of(m.grid, layout, box, z, y);
+        m.kernels.update(box.count[2], layout.channels, offsets.data(), data, ahead * layout.row, row,
+                         saved.data() + position);
+        repeat_images(m.grid, layout, box, data);
+        if (row != change + position && l + 1 < layouts.size()) std::copy_n(row, size, change + position);
+      };
+      if (l > 0 && method != QMethod::direct) {
+        convolve_fft(*m.local[l], layer, m.grid, m.kernels, scratch, 1, &in, from, &change, box, update);
+      } else {
+        if (l > 0)
+          convolve_direct(layer, m.packed_layers()[l], m.grid, m.kernels, scratch, in, from, change, box, false);
+        for (int z = 0; z < box.count[0]; ++z)
+          for (int y = 0; y < box.count[1]; ++y) update(0, z, y, change + (int64_t{z} * box.count[1] + y) * size);
+      }
       step.boxes_.push_back(box);
     }
     push(std::move(step));
@@ -1343,10 +1368,13 @@ struct QState::Impl {
       const Layout& layout = layouts[l];
       const QBox& box = step.boxes_[l];
       float *data = activations[l].data(), *saved = step.values_[l].data();
-      each_row(m.grid, layout, box, offsets, [&](int64_t start, int64_t at) {
-        m.kernels.exchange(box.count[2], layout.channels, offsets.data(), data + start, saved + at);
-        repeat_images(m.grid, layout, box, data + start);
-      });
+      columns_of(m.grid, layout, box, offsets);
+      for (int z = 0; z < box.count[0]; ++z)
+        for (int y = 0; y < box.count[1]; ++y, saved += int64_t{box.count[2]} * layout.channels) {
+          float* row = data + row_of(m.grid, layout, box, z, y);
+          m.kernels.exchange(box.count[2], layout.channels, offsets.data(), row, layout.row, saved);
+          repeat_images(m.grid, layout, box, row);
+        }
     }
   }
 
@@ -1435,7 +1463,8 @@ QState& QState::operator=(QState&&) noexcept = default;
 std::span<const Placed> QState::placed() const { return impl_->placed; }
 QMethod QState::method() const { return impl_->method; }
 void QState::place(std::int32_t species, std::int64_t voxel) { impl_->place({species, voxel}); }
-QDelta QState::undo() { return impl_->undo(); }
+void QState::undo() { impl_->pool.push_back(impl_->undo()); }
+QDelta QState::retract() { return impl_->undo(); }
 QDelta QState::expand(std::int32_t species, std::int64_t voxel) {
   impl_->place({species, voxel});
   return impl_->undo();

@@ -134,6 +134,10 @@ void fft(const FftPlan& plan, const FftRun& run) {
     const float *in_re = run.in_re + k * run.in_step, *in_im = run.in_im + k * run.in_step;
     float *out_re = run.out_re + k * run.out_step, *out_im = run.out_im + k * run.out_step;
     const auto take = [&](int j) __attribute__((always_inline)) {
+      if (run.ahead != 0 && j < run.valid) {
+        __builtin_prefetch(in_re + j * run.in_stride + run.ahead);
+        __builtin_prefetch(in_im + j * run.in_stride + run.ahead);
+      }
       return j < run.valid ? Complex{load(in_re + j * run.in_stride), load(in_im + j * run.in_stride)} : Complex{};
     };
     const auto put = [&](int j, Complex v) __attribute__((always_inline)) {
@@ -419,12 +423,13 @@ THALWEG_INLINE V changed(V activation, V change) {
   return after > V{} ? after : after * kSlope;
 }
 
-void update(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, float* change,
-            float* saved) {
+void update(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, std::int64_t ahead,
+            float* change, float* saved) {
   by_runs(
       n, channels,
       [=](std::int64_t k) {
         float *s = state + offset[k], *d = change + k * 10, *o = saved + k * 10;
+        __builtin_prefetch(s + ahead, 1);
         const Eight a = load<Eight>(s), b = load<Eight>(s + 2);
         const Eight a_new = changed(a, load<Eight>(d)), b_new = changed(b, load<Eight>(d + 2));
         store(o, a);
@@ -443,11 +448,13 @@ void update(std::int64_t n, std::int32_t channels, const std::int64_t* offset, f
       });
 }
 
-void exchange(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, float* saved) {
+void exchange(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, std::int64_t ahead,
+              float* saved) {
   by_runs(
       n, channels,
       [=](std::int64_t k) {
         float *s = state + offset[k], *o = saved + k * 10;
+        __builtin_prefetch(s + ahead, 1);
         const Eight a = load<Eight>(s), b = load<Eight>(s + 2);
         const Eight c = load<Eight>(o), d = load<Eight>(o + 2);
         store(s, c);

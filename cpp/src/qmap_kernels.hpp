@@ -28,6 +28,7 @@ struct FftRun {
   float *out_re, *out_im;           // may be the input
   std::int64_t out_step, out_stride;
   std::int32_t from, to;  // only these elements are written
+  std::int64_t ahead;     // this far from what is read lies what comes next: asks for it
 };
 
 /// out[column][o] = sum over i of weight[i][o] in[column][i], all complex, at `count` frequencies.
@@ -79,11 +80,12 @@ struct QmapKernels {
   void (*scaled_runs)(std::int64_t n, std::int32_t channels, float weight, const float* in, std::int64_t in_step,
                       float* out, std::int64_t out_step);
   /// Activations at `state + offset[k]` get their pre-activation changed by change[k]; change becomes the change of the
-  /// activation, saved what was there.
-  void (*update)(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, float* change,
-                 float* saved);
+  /// activation, saved what was there. What comes soon lies `ahead` floats behind `state`.
+  void (*update)(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, std::int64_t ahead,
+                 float* change, float* saved);
   /// Exchanges state and saved.
-  void (*exchange)(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, float* saved);
+  void (*exchange)(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, std::int64_t ahead,
+                   float* saved);
   void (*leaky)(std::int64_t n, float* x);
   void (*tanh)(std::int64_t n, float* x);
 };
