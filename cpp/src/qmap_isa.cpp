@@ -128,7 +128,71 @@ THALWEG_INLINE void any_pass(int radix, int m, int s, const float* twiddle, Load
   }
 }
 
-void fft(const FftPlan& plan, const FftRun& run) {
+// Transforms of two passes, with everything but the strides known to the compiler. clipped: not all elements are given
+// or wanted.
+template <int first, int second, bool clipped>
+THALWEG_INLINE void fft_in_two(const FftPlan& plan, const FftRun& run) {
+  constexpr int n = first * second;
+  const std::int64_t in_im = run.in_im - run.in_re, out_im = run.out_im - run.out_re;
+  const int valid = clipped ? run.valid : n, from = clipped ? run.from : 0, to = clipped ? run.to : n;
+  Complex middle[n];
+  for (std::int64_t k = 0; k < run.count; ++k) {
+    const float* in = run.in_re + k * run.in_step;
+    float* out = run.out_re + k * run.out_step;
+    if (run.ahead != 0) {
+      for (int j = 0; j < valid; ++j) {
+        __builtin_prefetch(in + j * run.in_stride + run.ahead);
+        __builtin_prefetch(in + j * run.in_stride + in_im + run.ahead);
+      }
+    }
+    for (int p = 0; p < second; ++p) {
+      Complex a[first];
+#pragma GCC unroll 8
+      for (int j = 0; j < first; ++j) {
+        const float* from_here = in + (p + second * j) * run.in_stride;
+        a[j] = p + second * j < valid ? Complex{load(from_here), load(from_here + in_im)} : Complex{};
+      }
+      butterfly<first>(a);
+      Complex* to_here = middle + first * p;
+      to_here[0] = a[0];
+      if (p == 0) {
+#pragma GCC unroll 8
+        for (int j = 1; j < first; ++j) to_here[j] = a[j];
+      } else {
+        const float* twiddle = plan.twiddle + 2 * (first - 1) * p;
+#pragma GCC unroll 8
+        for (int j = 1; j < first; ++j) {
+          const float c = twiddle[2 * j - 2], d = twiddle[2 * j - 1];
+          to_here[j] = Complex{a[j].re * c - a[j].im * d, a[j].im * c + a[j].re * d};
+        }
+      }
+    }
+    for (int q = 0; q < first; ++q) {
+      Complex a[second];
+#pragma GCC unroll 8
+      for (int j = 0; j < second; ++j) a[j] = middle[q + first * j];
+      butterfly<second>(a);
+#pragma GCC unroll 8
+      for (int j = 0; j < second; ++j) {
+        const int element = q + first * j;
+        if (element < from || element >= to) continue;
+        float* to_here = out + element * run.out_stride;
+        store(to_here, a[j].re);
+        store(to_here + out_im, a[j].im);
+      }
+    }
+  }
+}
+
+template <int first, int second>
+void fft_two(const FftPlan& plan, const FftRun& run) {
+  if (run.valid == plan.n && run.from == 0 && run.to == plan.n)
+    fft_in_two<first, second, false>(plan, run);
+  else
+    fft_in_two<first, second, true>(plan, run);
+}
+
+void fft_any(const FftPlan& plan, const FftRun& run) {
   Complex first[kMostFft], second[kMostFft];
   for (std::int64_t k = 0; k < run.count; ++k) {
     const float *in_re = run.in_re + k * run.in_step, *in_im = run.in_im + k * run.in_step;
@@ -168,6 +232,32 @@ void fft(const FftPlan& plan, const FftRun& run) {
       s *= radix;
     }
   }
+}
+
+void fft(const FftPlan& plan, const FftRun& run) {
+  if (plan.passes == 2) {
+    switch (10 * plan.radix[0] + plan.radix[1]) {
+      case 54:
+        return fft_two<5, 4>(plan, run);
+      case 55:
+        return fft_two<5, 5>(plan, run);
+      case 56:
+        return fft_two<5, 6>(plan, run);
+      case 62:
+        return fft_two<6, 2>(plan, run);
+      case 63:
+        return fft_two<6, 3>(plan, run);
+      case 64:
+        return fft_two<6, 4>(plan, run);
+      case 66:
+        return fft_two<6, 6>(plan, run);
+      case 44:
+        return fft_two<4, 4>(plan, run);
+      default:
+        break;
+    }
+  }
+  fft_any(plan, run);
 }
 
 // ---- products of spectra ------------------------------------------------------------------------------------
