@@ -238,7 +238,7 @@ std::unique_ptr<LayerFft> plan_fft(const Layer& layer, const Grid& grid, const T
 
 // Working memory of one thread.
 struct Scratch {
-  Floats buffer, row, line, column[2], column_out, padded;
+  Floats buffer, row, line, column[2], column_out[2], padded;
   Floats box[2];  // changes of a layer, and of the next
 };
 
@@ -249,7 +249,7 @@ struct Transform {
   int lanes, blocks_in, blocks_out;
   int64_t part, element, row, plane, block;  // floats: between re and im of a row or column; strides of the buffer
   FftPlan plan[3];
-  float *buffer, *row_data, *column[2], *column_out;
+  float *buffer, *row_data, *column[2], *column_out[2];
 
   // in, out: numbers per cell before and behind the product
   Transform(const QmapKernels& k, const LayerFft& layer, int in, int out, Scratch& scratch)
@@ -266,8 +266,10 @@ struct Transform {
     block = f.axis[0].cells * plane;
     buffer = scratch.buffer.need(block * blocks);
     row_data = scratch.row.need(f.axis[2].cells * 2 * part);
-    for (int k2 = 0; k2 < 2; ++k2) column[k2] = scratch.column[k2].need(f.axis[0].cells * 2 * part);
-    column_out = scratch.column_out.need(f.axis[0].cells * 2 * part);
+    for (int side = 0; side < 2; ++side) {
+      column[side] = scratch.column[side].need(f.axis[0].cells * 2 * part);
+      column_out[side] = scratch.column_out[side].need(f.axis[0].cells * 2 * part);
+    }
     for (int a = 0; a < 3; ++a) plan[a] = f.fft[a].view();
   }
 
@@ -303,10 +305,10 @@ struct Transform {
     kernels.fft(plan[0], {blocks_in, in, in + lanes, block, plane, valid, out, out + part, lanes, 2 * part, 0,
                           f.axis[0].cells, ahead});
   }
-  void column_back(int y, int x, int from, int to) const {
+  void column_back(int y, int x, int from, int to, const float* in) const {
     float* out = buffer + y * row + x * element;
-    kernels.fft(plan[0], {blocks_out, column_out + part, column_out, lanes, 2 * part, f.axis[0].cells, out + lanes, out,
-                          block, plane, from, to, 0});
+    kernels.fft(plan[0], {blocks_out, in + part, in, lanes, 2 * part, f.axis[0].cells, out + lanes, out, block, plane,
+                          from, to, 0});
   }
   // Calls body(y, x, y of -f, x of -f) for one column of each pair.
   template <class Body>
@@ -467,29 +469,26 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
   const int nz = az->cells;
   const float* w = spectrum.data();
   const int64_t w_step = 2 * int64_t{inputs} * outputs;
-  SpectrumProduct job{nz,           columns, inputs, outputs, w,      w_step, t.column[0],
-                      t.column_out, step,    t.part, step,    t.part, false};
+  SpectrumProduct job{};
+  job.count = nz;
+  job.columns = columns;
+  job.inputs = inputs;
+  job.outputs = outputs;
+  job.weight_step = w_step;
+  for (int side = 0; side < 2; ++side) {
+    job.in[side] = t.column[side];
+    job.out[side] = t.column_out[side];
+  }
+  job.in_step = job.out_step = step;
+  job.in_im = job.out_im = t.part;
   t.pairs([&](int y, int x, int my, int mx) {
-    const bool two = my != y || mx != x;
+    job.paired = my != y || mx != x;
     t.column_in(y, x, valid[0], t.column[0], t.element);
-    if (two) t.column_in(my, mx, valid[0], t.column[1], -t.element);
+    if (job.paired) t.column_in(my, mx, valid[0], t.column[1], -t.element);
     job.weights = w;
     kernels.product(job);
-    t.column_back(y, x, from[0], to[0]);
-    if (two) {  // frequency -z with the conjugate of weights z
-      SpectrumProduct mirrored = job;
-      mirrored.conjugate = true;
-      mirrored.count = 1;
-      mirrored.in = t.column[1];
-      kernels.product(mirrored);
-      mirrored.count = nz - 1;
-      mirrored.weights = w + w_step;
-      mirrored.in = t.column[1] + (nz - 1) * step;
-      mirrored.out = t.column_out + (nz - 1) * step;
-      mirrored.in_step = mirrored.out_step = -step;
-      kernels.product(mirrored);
-      t.column_back(my, mx, from[0], to[0]);
-    }
+    t.column_back(y, x, from[0], to[0], t.column_out[0]);
+    if (job.paired) t.column_back(my, mx, from[0], to[0], t.column_out[1]);
     w += nz * w_step;
   });
 

@@ -261,58 +261,85 @@ void fft(const FftPlan& plan, const FftRun& run) {
 }
 
 // ---- products of spectra ------------------------------------------------------------------------------------
-template <int group, bool conjugate>
-THALWEG_INLINE void multiply(const float* w, int inputs, int outputs, const float* in, std::int64_t in_im, float* out,
-                             std::int64_t out_im) {
-  Real re[group] = {}, im[group] = {};
+// Keeps a value in a register: the compiler would rather read it again as the operand of each multiply-add, and reads
+// that cross a cache line are what these loops are bound by.
+template <class V>
+THALWEG_INLINE void pin(V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#else
+  (void)v;
+#endif
+}
+
+// `group` columns at a frequency f and, if paired, as many at -f, where the weights are conjugate.
+template <int group, bool paired>
+THALWEG_INLINE void multiply(const float* w, int inputs, int outputs, const float* const (&in)[2], std::int64_t in_im,
+                             float* const (&out)[2], std::int64_t out_im) {
+  constexpr int sides = paired ? 2 : 1;
+  Real re[sides][group] = {}, im[sides][group] = {};
   const float* w_im = w + inputs * outputs;
   for (int i = 0; i < inputs; ++i) {
-    const Real wr = load(w + i * outputs), wi = load(w_im + i * outputs);
+    Real wr = load(w + i * outputs), wi = load(w_im + i * outputs);
+    pin(wr);
+    pin(wi);
+#pragma GCC unroll 2
+    for (int side = 0; side < sides; ++side) {
 #pragma GCC unroll 8
-    for (int g = 0; g < group; ++g) {
-      const Real ar = broadcast(in[g * inputs + i]);
-      re[g] += wr * ar;
-      im[g] = conjugate ? im[g] - wi * ar : im[g] + wi * ar;
-    }
+      for (int g = 0; g < group; ++g) {
+        Real a = broadcast(in[side][g * inputs + i]);
+        pin(a);
+        re[side][g] += wr * a;
+        im[side][g] = side == 0 ? im[side][g] + wi * a : im[side][g] - wi * a;
+      }
 #pragma GCC unroll 8
-    for (int g = 0; g < group; ++g) {
-      const Real ai = broadcast(in[in_im + g * inputs + i]);
-      re[g] = conjugate ? re[g] + wi * ai : re[g] - wi * ai;
-      im[g] += wr * ai;
+      for (int g = 0; g < group; ++g) {
+        Real a = broadcast(in[side][in_im + g * inputs + i]);
+        pin(a);
+        re[side][g] = side == 0 ? re[side][g] - wi * a : re[side][g] + wi * a;
+        im[side][g] += wr * a;
+      }
     }
   }
+#pragma GCC unroll 2
+  for (int side = 0; side < sides; ++side)
 #pragma GCC unroll 8
-  for (int g = 0; g < group; ++g) {  // in order: each store spoils what the next one sets right
-    store(out + g * outputs, re[g]);
-    store(out + out_im + g * outputs, im[g]);
-  }
+    for (int g = 0; g < group; ++g) {  // in order: each store spoils what the next one sets right
+      store(out[side] + g * outputs, re[side][g]);
+      store(out[side] + out_im + g * outputs, im[side][g]);
+    }
 }
 
 // Columns from `column` on in groups; returns the first one left over.
-template <int group, bool conjugate>
-THALWEG_INLINE int multiply_columns(const SpectrumProduct& job, int column, const float* w, const float* in,
-                                    float* out) {
-  for (; column + group <= job.columns; column += group)
-    multiply<group, conjugate>(w, job.inputs, job.outputs, in + column * job.inputs, job.in_im,
-                               out + column * job.outputs, job.out_im);
+template <int group, bool paired>
+THALWEG_INLINE int multiply_columns(const SpectrumProduct& job, int column, const float* w, int o,
+                                    const float* const (&in)[2], float* const (&out)[2]) {
+  for (; column + group <= job.columns; column += group) {
+    const int from = column * job.inputs, to = column * job.outputs + o;
+    multiply<group, paired>(w + o, job.inputs, job.outputs, {in[0] + from, in[1] + from}, job.in_im,
+                            {out[0] + to, out[1] + to}, job.out_im);
+  }
   return column;
 }
 
-template <bool conjugate>
+template <bool paired>
 void product_as(const SpectrumProduct& job) {
+  constexpr int most = paired && kLanes < 16 ? 2 : 4;
   for (int k = 0; k < job.count; ++k) {
-    const float *w = job.weights + k * job.weight_step, *in = job.in + k * job.in_step;
-    float* out = job.out + k * job.out_step;
+    const float* w = job.weights + k * job.weight_step;
+    const int minus = k == 0 ? 0 : job.count - k;
+    const float* const in[2] = {job.in[0] + k * job.in_step, job.in[1] + minus * job.in_step};
+    float* const out[2] = {job.out[0] + k * job.out_step, job.out[1] + minus * job.out_step};
     // The last, partly filled block of outputs first: it runs into the first block of the next column.
     for (int o = (job.outputs - 1) / kLanes * kLanes; o >= 0; o -= kLanes) {
-      int column = multiply_columns<4, conjugate>(job, 0, w + o, in, out + o);
-      column = multiply_columns<2, conjugate>(job, column, w + o, in, out + o);
-      multiply_columns<1, conjugate>(job, column, w + o, in, out + o);
+      int column = multiply_columns<most, paired>(job, 0, w, o, in, out);
+      if (most > 2) column = multiply_columns<2, paired>(job, column, w, o, in, out);
+      multiply_columns<1, paired>(job, column, w, o, in, out);
     }
   }
 }
 
-void product(const SpectrumProduct& job) { job.conjugate ? product_as<true>(job) : product_as<false>(job); }
+void product(const SpectrumProduct& job) { job.paired ? product_as<true>(job) : product_as<false>(job); }
 
 // ---- direct convolution -------------------------------------------------------------------------------------
 // Sums of a row of taps are rounded before they enter the total: a single chain over thousands of taps loses two
@@ -358,17 +385,6 @@ THALWEG_INLINE float sum_of(Real v) {
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int k = 0; k < width; ++k) part[k] += part[k + width];
   return part[0];
-}
-
-// Keeps a value in a register: the compiler would rather read it again as the operand of each multiply-add, and reads
-// that cross a cache line are what these loops are bound by.
-template <class V>
-THALWEG_INLINE void pin(V& v) {
-#if defined(__x86_64__)
-  asm("" : "+v"(v));
-#else
-  (void)v;
-#endif
 }
 
 // sum += weights of a row times the numbers at a[voxel] + offset

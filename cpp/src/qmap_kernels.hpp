@@ -31,16 +31,17 @@ struct FftRun {
   std::int64_t ahead;     // this far from what is read lies what comes next: asks for it
 };
 
-/// out[column][o] = sum over i of weight[i][o] in[column][i], all complex, at `count` frequencies.
+/// out[column][o] = sum over i of weight[i][o] in[column][i], all complex, at frequencies k = 0 .. count - 1 of in[0]
+/// and, if paired, at frequencies -k of in[1], where the weights are conjugate.
 struct SpectrumProduct {
   std::int32_t count, columns, inputs, outputs;
+  bool paired;
   const float*
       weights;  // per frequency (inputs, outputs) real, then imaginary parts; may be read `lanes` beyond the end
   std::int64_t weight_step;
-  const float* in;
-  float* out;  // `lanes` floats behind each of its two parts are overwritten
+  const float* in[2];  // the second is not used unless paired, but must be a pointer that may be moved
+  float* out[2];       // `lanes` floats behind each of the two parts are overwritten
   std::int64_t in_step, in_im, out_step, out_im;
-  bool conjugate;  // of the weights
 };
 
 /// One row of a convolution: out[x][o] = bias[o] + sum over rows r, taps t, inputs i of
