@@ -421,7 +421,7 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
     whole_rows = whole_rows && axis.tiles == 1 && targets == out_box.count[a];
   }
   const int64_t row_size = int64_t{out_box.count[2]} * outputs;
-  float* line = scratch.line.need(row_size);
+  float* lines = scratch.line.need(states * row_size);  // a row of each state, put together from its phases along x
   if (!whole_rows)
     for (int s = 0; s < states; ++s) std::fill_n(out[s], out_box.voxels() * outputs, 0.0f);
   std::vector<std::vector<Stretch>> stretches(static_cast<std::size_t>(ax->subs()));
@@ -501,7 +501,7 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
         const int oz = target[0][sz * az->cells + z], oy = target[1][sy * ay->cells + y];
         if (oz < 0 || oy < 0) return;
         for (int s = 0; s < states; ++s) {
-          float* row = whole_rows ? line : out[s] + (int64_t{oz} * out_box.count[1] + oy) * row_size;
+          float* row = whole_rows ? lines + s * row_size : out[s] + (int64_t{oz} * out_box.count[1] + oy) * row_size;
           const float* cells = t.row_data + part + (s * f.half_subs + lane) * outputs;
           for (const Stretch& stretch : stretches[sx])
             put_runs(stretch.count, outputs, cells + stretch.cell * step, step, row + int64_t{stretch.voxel} * outputs,
