@@ -838,8 +838,8 @@ struct QMap::Impl {
       throw Error("voxels of this grid are 0 to " + text(grid.voxels() - 1) + ", but one is " + text(voxel));
   }
   Three position(int64_t voxel) const {
-    return {static_cast<int>(voxel / grid.n[2] / grid.n[1]), static_cast<int>(voxel / grid.n[2] % grid.n[1]),
-            static_cast<int>(voxel % grid.n[2])};
+    const int v = static_cast<int>(voxel), row = v / grid.n[2], z = row / grid.n[1];
+    return {z, row - z * grid.n[1], v - row * grid.n[2]};
   }
 
   // Adds to out (the stamp's box, layer 1's outputs) what the atom's part of the input [first, last) makes of it;
@@ -1236,9 +1236,10 @@ double QMap::Impl::cost(const LayerFft* plan, const Layer& layer) const {
 }
 
 double QMap::Impl::direct_cost(int l) const {
-  const QBox in = grid.fold(largest[static_cast<std::size_t>(l) - 1]);
-  double pairs = static_cast<double>(layers[l].taps()) * static_cast<double>(in.voxels());
-  return 2.0 * pairs * layers[l].inputs * layers[l].outputs / 25e9;
+  const Layer& layer = layers[static_cast<std::size_t>(l)];
+  double pairs = static_cast<double>(layer.taps());
+  for (int a = 0; a < 3; ++a) pairs *= std::min(largest[static_cast<std::size_t>(l) - 1].count[a], grid.n[a]);
+  return 2.0 * pairs * layer.inputs * layer.outputs / 15e9;
 }
 
 QMethod QMap::choose(std::int64_t asked) const {

@@ -128,14 +128,20 @@ THALWEG_INLINE void any_pass(int radix, int m, int s, const float* twiddle, Load
   }
 }
 
-// Transforms of two passes, with everything but the strides known to the compiler. clipped: not all elements are given
-// or wanted.
-template <int first, int second, bool clipped>
-THALWEG_INLINE void fft_in_two(const FftPlan& plan, const FftRun& run) {
-  constexpr int n = first * second;
+// Transforms of two or (third > 1) three passes, with everything but the strides known to the compiler. clipped: not
+// all elements are given or wanted.
+THALWEG_INLINE Complex turned(Complex a, const float* twiddle) {
+  const float c = twiddle[0], d = twiddle[1];
+  return {a.re * c - a.im * d, a.im * c + a.re * d};
+}
+
+template <int first, int second, int third, bool clipped>
+THALWEG_INLINE void fft_in(const FftPlan& plan, const FftRun& run) {
+  constexpr int n = first * second * third, m = second * third, s = third == 1 ? first : first * second;
+  constexpr int last = third == 1 ? second : third;
   const std::int64_t in_im = run.in_im - run.in_re, out_im = run.out_im - run.out_re;
   const int valid = clipped ? run.valid : n, from = clipped ? run.from : 0, to = clipped ? run.to : n;
-  Complex middle[n];
+  Complex one[n], two[third == 1 ? 1 : n];
   for (std::int64_t k = 0; k < run.count; ++k) {
     const float* in = run.in_re + k * run.in_step;
     float* out = run.out_re + k * run.out_step;
@@ -145,51 +151,59 @@ THALWEG_INLINE void fft_in_two(const FftPlan& plan, const FftRun& run) {
         __builtin_prefetch(in + j * run.in_stride + in_im + run.ahead);
       }
     }
-    for (int p = 0; p < second; ++p) {
+    for (int p = 0; p < m; ++p) {
       Complex a[first];
 #pragma GCC unroll 8
       for (int j = 0; j < first; ++j) {
-        const float* from_here = in + (p + second * j) * run.in_stride;
-        a[j] = p + second * j < valid ? Complex{load(from_here), load(from_here + in_im)} : Complex{};
+        const float* here = in + (p + m * j) * run.in_stride;
+        a[j] = p + m * j < valid ? Complex{load(here), load(here + in_im)} : Complex{};
       }
       butterfly<first>(a);
-      Complex* to_here = middle + first * p;
-      to_here[0] = a[0];
-      if (p == 0) {
+      Complex* here = one + first * p;
+      const float* twiddle = plan.twiddle + 2 * (first - 1) * p;
+      here[0] = a[0];
 #pragma GCC unroll 8
-        for (int j = 1; j < first; ++j) to_here[j] = a[j];
-      } else {
-        const float* twiddle = plan.twiddle + 2 * (first - 1) * p;
+      for (int j = 1; j < first; ++j) here[j] = p == 0 ? a[j] : turned(a[j], twiddle + 2 * j - 2);
+    }
+    if constexpr (third > 1) {
+      for (int p = 0; p < third; ++p) {
+        const float* twiddle = plan.twiddle + 2 * m * (first - 1) + 2 * (second - 1) * p;
+        for (int q = 0; q < first; ++q) {
+          Complex a[second];
 #pragma GCC unroll 8
-        for (int j = 1; j < first; ++j) {
-          const float c = twiddle[2 * j - 2], d = twiddle[2 * j - 1];
-          to_here[j] = Complex{a[j].re * c - a[j].im * d, a[j].im * c + a[j].re * d};
+          for (int j = 0; j < second; ++j) a[j] = one[q + first * (p + third * j)];
+          butterfly<second>(a);
+          Complex* here = two + q + first * second * p;
+          here[0] = a[0];
+#pragma GCC unroll 8
+          for (int j = 1; j < second; ++j) here[first * j] = p == 0 ? a[j] : turned(a[j], twiddle + 2 * j - 2);
         }
       }
     }
-    for (int q = 0; q < first; ++q) {
-      Complex a[second];
+    const Complex* ready = third == 1 ? one : two;
+    for (int q = 0; q < s; ++q) {
+      Complex a[last];
 #pragma GCC unroll 8
-      for (int j = 0; j < second; ++j) a[j] = middle[q + first * j];
-      butterfly<second>(a);
+      for (int j = 0; j < last; ++j) a[j] = ready[q + s * j];
+      butterfly<last>(a);
 #pragma GCC unroll 8
-      for (int j = 0; j < second; ++j) {
-        const int element = q + first * j;
+      for (int j = 0; j < last; ++j) {
+        const int element = q + s * j;
         if (element < from || element >= to) continue;
-        float* to_here = out + element * run.out_stride;
-        store(to_here, a[j].re);
-        store(to_here + out_im, a[j].im);
+        float* here = out + element * run.out_stride;
+        store(here, a[j].re);
+        store(here + out_im, a[j].im);
       }
     }
   }
 }
 
-template <int first, int second>
-void fft_two(const FftPlan& plan, const FftRun& run) {
-  if (run.valid == plan.n && run.from == 0 && run.to == plan.n)
-    fft_in_two<first, second, false>(plan, run);
+template <int first, int second, int third = 1>
+void fft_of(const FftPlan& plan, const FftRun& run) {
+  if (third == 1 && run.valid == plan.n && run.from == 0 && run.to == plan.n)
+    fft_in<first, second, third, false>(plan, run);
   else
-    fft_in_two<first, second, true>(plan, run);
+    fft_in<first, second, third, true>(plan, run);
 }
 
 void fft_any(const FftPlan& plan, const FftRun& run) {
@@ -235,24 +249,40 @@ void fft_any(const FftPlan& plan, const FftRun& run) {
 }
 
 void fft(const FftPlan& plan, const FftRun& run) {
-  if (plan.passes == 2) {
-    switch (10 * plan.radix[0] + plan.radix[1]) {
-      case 54:
-        return fft_two<5, 4>(plan, run);
-      case 55:
-        return fft_two<5, 5>(plan, run);
-      case 56:
-        return fft_two<5, 6>(plan, run);
-      case 62:
-        return fft_two<6, 2>(plan, run);
-      case 63:
-        return fft_two<6, 3>(plan, run);
-      case 64:
-        return fft_two<6, 4>(plan, run);
-      case 66:
-        return fft_two<6, 6>(plan, run);
-      case 44:
-        return fft_two<4, 4>(plan, run);
+  if (plan.passes == 2 || plan.passes == 3) {
+    switch (100 * plan.radix[0] + 10 * plan.radix[1] + (plan.passes == 3 ? plan.radix[2] : 0)) {
+      case 440:
+        return fft_of<4, 4>(plan, run);
+      case 540:
+        return fft_of<5, 4>(plan, run);
+      case 550:
+        return fft_of<5, 5>(plan, run);
+      case 560:
+        return fft_of<5, 6>(plan, run);
+      case 620:
+        return fft_of<6, 2>(plan, run);
+      case 630:
+        return fft_of<6, 3>(plan, run);
+      case 640:
+        return fft_of<6, 4>(plan, run);
+      case 660:
+        return fft_of<6, 6>(plan, run);
+      case 442:
+        return fft_of<4, 4, 2>(plan, run);
+      case 533:
+        return fft_of<5, 3, 3>(plan, run);
+      case 542:
+        return fft_of<5, 4, 2>(plan, run);
+      case 552:
+        return fft_of<5, 5, 2>(plan, run);
+      case 562:
+        return fft_of<5, 6, 2>(plan, run);
+      case 633:
+        return fft_of<6, 3, 3>(plan, run);
+      case 642:
+        return fft_of<6, 4, 2>(plan, run);
+      case 662:
+        return fft_of<6, 6, 2>(plan, run);
       default:
         break;
     }
