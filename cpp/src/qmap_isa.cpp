@@ -435,48 +435,63 @@ THALWEG_INLINE void gather_row(const float* w, int padded, const float* const* a
   }
 }
 
+// The taps of plane z for a group of voxels.
 template <int outputs, int voxels>
-THALWEG_INLINE void gather_some(const Gather& job, const std::int32_t* voxel, int count, int o, float* out) {
-  Real sum[outputs][voxels] = {};
+THALWEG_INLINE void gather_plane(const Gather& job, const std::int32_t* voxel, int count, int o, int z, float* sums) {
+  Real sum[outputs][voxels];
+#pragma GCC unroll 3
+  for (int c = 0; c < outputs; ++c)
+#pragma GCC unroll 12
+    for (int v = 0; v < voxels; ++v) sum[c][v] = load(sums + (c * voxels + v) * kLanes);
   const float *start[voxels], *a[voxels];
-  const std::int32_t* at[voxels];
-  const std::int64_t last_z = (job.rows_z - 1) * job.step, last_y = (job.rows_y - 1) * job.step;
-  bool linear = true;  // no voxel is near a wall or a seam in z or y: rows follow at equal distances
+  const std::int64_t* row[voxels];
+  const std::int64_t last = (job.rows_y - 1) * job.step;
+  bool linear = true;  // no voxel is near a wall or a seam in y: rows follow at equal distances
 #pragma GCC unroll 12
   for (int v = 0; v < voxels; ++v) {
-    at[v] = voxel + 3 * (v < count ? v : count - 1);  // the last voxel once more instead of a special case
-    start[v] = job.in + job.column[at[v][2]];
-    const std::int64_t *plane = job.plane + at[v][0], *row = job.row + at[v][1];
-    linear &= plane[last_z] - plane[0] == last_z * job.plane_stride && row[last_y] - row[0] == last_y * job.row_stride;
-    a[v] = start[v] + plane[0] + row[0];
+    const std::int32_t* at = voxel + 3 * (v < count ? v : count - 1);  // the last voxel again instead of a special case
+    start[v] = job.in + job.column[at[2]] + job.plane[at[0] + z * job.step];
+    row[v] = job.row + at[1];
+    linear &= row[v][last] - row[v][0] == last * job.row_stride;
+    a[v] = start[v] + row[v][0];
   }
-  const float* w = job.weights + o * job.padded;
   const std::int64_t row_of_weights = static_cast<std::int64_t>(job.outputs) * job.padded;
-  if (linear) {
-    for (int z = 0; z < job.rows_z; ++z)
-      for (int y = 0; y < job.rows_y; ++y, w += row_of_weights)
-        gather_row<outputs, voxels>(w, job.padded, a, job.step * (z * job.plane_stride + y * job.row_stride), sum);
-  } else {
-    for (int z = 0; z < job.rows_z; ++z)
-      for (int y = 0; y < job.rows_y; ++y, w += row_of_weights) {
+  const float* w = job.weights + z * job.rows_y * row_of_weights + o * job.padded;
+  for (int y = 0; y < job.rows_y; ++y, w += row_of_weights) {
+    if (linear) {
+      gather_row<outputs, voxels>(w, job.padded, a, job.step * y * job.row_stride, sum);
+    } else {
 #pragma GCC unroll 12
-        for (int v = 0; v < voxels; ++v)
-          a[v] = start[v] + job.plane[at[v][0] + z * job.step] + job.row[at[v][1] + y * job.step];
-        gather_row<outputs, voxels>(w, job.padded, a, 0, sum);
-      }
+      for (int v = 0; v < voxels; ++v) a[v] = start[v] + row[v][y * job.step];
+      gather_row<outputs, voxels>(w, job.padded, a, 0, sum);
+    }
   }
-  for (int v = 0; v < count; ++v)
-    for (int c = 0; c < outputs; ++c) out[v * job.outputs + o + c] = sum_of(sum[c][v]) + job.bias[o + c];
+#pragma GCC unroll 3
+  for (int c = 0; c < outputs; ++c)
+#pragma GCC unroll 12
+    for (int v = 0; v < voxels; ++v) store(sums + (c * voxels + v) * kLanes, sum[c][v]);
 }
 
-// As many voxels at once as the registers hold sums.
+// As many voxels at once as the registers hold sums; groups of them plane by plane, so that a plane's weights stay in
+// the first cache.
 template <int outputs>
 void gather_outputs(const Gather& job, const std::int32_t* voxels, std::int64_t n, int o, float* out) {
   constexpr int registers = kLanes == 16 ? 24 : 12;
-  constexpr int most = registers / outputs, at_once = most < 8 ? most : 8;
-  for (std::int64_t v = 0; v < n; v += at_once)
-    gather_some<outputs, at_once>(job, voxels + 3 * v, n - v < at_once ? static_cast<int>(n - v) : at_once, o,
-                                  out + v * job.outputs);
+  constexpr int most = registers / outputs, at_once = most < 8 ? most : 8, groups = 8, block = groups * at_once;
+  alignas(64) float sums[groups * outputs * at_once * kLanes];
+  for (std::int64_t first = 0; first < n; first += block) {
+    const int count = n - first < block ? static_cast<int>(n - first) : block;
+    for (int k = 0; k < groups * outputs * at_once * kLanes; ++k) sums[k] = 0.0f;
+    for (int z = 0; z < job.rows_z; ++z)
+      for (int v = 0; v < count; v += at_once)
+        gather_plane<outputs, at_once>(job, voxels + 3 * (first + v), count - v < at_once ? count - v : at_once, o, z,
+                                       sums + v * outputs * kLanes);
+    for (int v = 0; v < count; ++v)
+      for (int c = 0; c < outputs; ++c) {
+        const float* sum = sums + (v / at_once * outputs * at_once + c * at_once + v % at_once) * kLanes;
+        out[(first + v) * job.outputs + o + c] = sum_of(load(sum)) + job.bias[o + c];
+      }
+  }
 }
 
 void gather(const Gather& job, const std::int32_t* voxels, std::int64_t n, float* out) {
