@@ -585,7 +585,7 @@ void convolve_direct(const Layer& layer, const PackedLayer& packed, const Grid& 
 // ---- arrays of activations ----------------------------------------------------------------------------------
 // plain:   [z][y][x][channel]
 // for the last layer, whose kernel is summed along rows: [z][y][phase of x][cell of x][channel], so that the taps of a
-// row lie side by side (a register apart where that is wide). x starts half a kernel before the grid; behind the last y
+// row lie side by side. x starts half a kernel before the grid; behind the last y
 // is a row of zeros, behind the last z a plane of them: what open walls show. Periodic directions of x repeat the first
 // and last voxels.
 struct Layout {
@@ -604,14 +604,14 @@ struct Layout {
     for (int x = 0; x < grid.n[2]; ++x) out.column.push_back(int64_t{x} * channels);
     return out;
   }
-  // stride: floats from voxel to voxel
-  static Layout for_rows(const Grid& grid, const Layer& layer, int stride, int slack) {
+  // slack: floats that may be read behind the last row
+  static Layout for_rows(const Grid& grid, const Layer& layer, int slack) {
     Layout out;
     const int d = layer.dilation[2], reach = layer.reach(2), width = grid.n[2] + 2 * reach;
     const int cells = (width + d - 1) / d;
     out.channels = layer.inputs;
-    const auto offset = [&](int e) { return (int64_t{e % d} * cells + e / d) * stride; };
-    out.row = int64_t{cells} * d * stride;
+    const auto offset = [&](int e) { return (int64_t{e % d} * cells + e / d) * layer.inputs; };
+    out.row = int64_t{cells} * d * layer.inputs;
     out.plane = out.row * (grid.n[1] + 1);
     out.floats = out.plane * (grid.n[0] + 1) + slack;
     for (int x = 0; x < grid.n[2]; ++x) {
@@ -814,7 +814,7 @@ struct QMap::Impl {
   mutable std::vector<std::vector<float>> stamps;  // per species: change of layer 1 far from walls, (box, outputs)
   mutable Empty empty;
   mutable Floats gather_weights;
-  int gather_padded = 0, gather_stride = 0;
+  int gather_padded = 0;
   Layout gather_layout;
   std::vector<int64_t> gather_plane, gather_row, gather_column;
 
@@ -1075,13 +1075,9 @@ void QMap::Impl::grid_pass(int states, float* const* first, float* const* spare,
 
 void QMap::Impl::make_gather() {
   const Layer& layer = layers.back();
-  // Registers of 16 floats are read from the start of a cache line, even if some of their lanes are wasted: reads
-  // across two lines cost more than that.
-  const int lanes = kernels.lanes, aligned = (layer.inputs + lanes - 1) / lanes * lanes;
-  gather_stride = lanes == 16 && aligned * 8 <= layer.inputs * 14 ? aligned : layer.inputs;
-  const int row = layer.kernel[2] * gather_stride;
+  const int lanes = kernels.lanes, row = layer.kernel[2] * layer.inputs;
   gather_padded = (row + lanes - 1) / lanes * lanes;
-  gather_layout = Layout::for_rows(grid, layer, gather_stride, gather_padded);
+  gather_layout = Layout::for_rows(grid, layer, gather_padded);
   const auto table = [&](int axis, int64_t stride) {
     std::vector<int64_t> out;
     for (int e = -layer.reach(axis); e < grid.n[axis] + layer.reach(axis); ++e) {
@@ -1093,7 +1089,7 @@ void QMap::Impl::make_gather() {
   gather_plane = table(0, gather_layout.plane);
   gather_row = table(1, gather_layout.row);
   const int d = layer.dilation[2], cells = (grid.n[2] + 2 * layer.reach(2) + d - 1) / d;
-  for (int x = 0; x < grid.n[2]; ++x) gather_column.push_back((int64_t{x % d} * cells + x / d) * gather_stride);
+  for (int x = 0; x < grid.n[2]; ++x) gather_column.push_back((int64_t{x % d} * cells + x / d) * layer.inputs);
 }
 
 const float* QMap::Impl::packed_gather() const {
@@ -1105,7 +1101,7 @@ const float* QMap::Impl::packed_gather() const {
       for (int o = 0; o < layer.outputs; ++o)
         for (int k = 0; k < layer.kernel[2]; ++k)
           for (int i = 0; i < layer.inputs; ++i)
-            out[(int64_t{r} * layer.outputs + o) * gather_padded + k * gather_stride + i] =
+            out[(int64_t{r} * layer.outputs + o) * gather_padded + k * layer.inputs + i] =
                 layer.weights[(int64_t{o} * layer.inputs + i) * layer.taps() + int64_t{r} * layer.kernel[2] + k];
   });
   return gather_weights.data();
