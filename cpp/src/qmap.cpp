@@ -791,6 +791,7 @@ struct QMap::Impl {
   Grid grid;
   std::vector<Layer> layers;
   Three width{1, 1, 1};  // of the representation
+  std::uint64_t id = 0;  // no other map of this process has it
 
   std::vector<std::unique_ptr<LayerFft>> local, whole;  // per layer from the second on; null: not possible
   std::vector<QBox> largest;                            // unfolded boxes that one atom changes, at the origin
@@ -1156,6 +1157,8 @@ QMap::QMap(std::shared_ptr<const QNetwork> network, std::span<const std::int64_t
     m.largest.push_back(box);
   }
   m.make_gather();
+  static std::atomic<std::uint64_t> maps{0};
+  m.id = ++maps;
 }
 
 QMap::~QMap() = default;
@@ -1266,9 +1269,9 @@ struct QState::Impl {
   std::vector<Layout> layouts;  // of the activations that are kept: all hidden layers, or layer 1
   std::vector<Floats> activations;
   std::vector<Placed> placed;
-  std::vector<std::uint64_t> history{0};  // a hash of the atoms placed, in order
-  std::vector<QDelta> steps;              // what the boxes held before
-  std::vector<QDelta> pool;               // their memory, for the next ones
+  std::vector<std::uint64_t> history;  // a hash of the map and the atoms placed, in order
+  std::vector<QDelta> steps;           // what the boxes held before
+  std::vector<QDelta> pool;            // their memory, for the next ones
   Scratch scratch;
   std::vector<int64_t> offsets;
   std::vector<std::int32_t> voxels;
@@ -1276,6 +1279,7 @@ struct QState::Impl {
   bool whole_known = false;  // values hold Q of the whole grid (grid_fft)
 
   Impl(std::shared_ptr<const QMap> map, QMethod wanted) : owner(std::move(map)), m(*owner->impl_), method(wanted) {
+    history.push_back(m.id);
     if (method == QMethod::automatic) method = owner->choose(std::min<int64_t>(25000, m.grid.voxels()));
     if ((method == QMethod::grid_fft && !m.grid_fft_possible()) ||
         (method == QMethod::local_fft && !m.local_fft_possible()))
@@ -1389,10 +1393,7 @@ struct QState::Impl {
     if (step.values_.size() != layouts.size())
       throw Error("this change belongs to a state of another method or network; expand the present one");
     if (step.parent_ != history.back())
-      throw Error("this change belongs to a state with other atoms placed; expand the present one");
-    for (std::size_t l = 0; l < layouts.size(); ++l)
-      if (step.values_[l].size() != static_cast<std::size_t>(step.boxes_[l].voxels() * layouts[l].channels))
-        throw Error("this change belongs to another map; expand a state of this one");
+      throw Error("this change belongs to a state with other atoms placed or of another map; expand the present one");
     exchange(step);
     push(std::move(step));
   }

@@ -396,6 +396,8 @@ TEST(bad_input) {
   const QDelta delta = state.expand(0, 3);
   state.place(1, 1);
   THROWS(state.apply(delta), "with other atoms placed");
+  QState elsewhere(std::make_shared<QMap>(net, Shape{9, 4}, Flags{1, 1}), QMethod::direct);
+  THROWS(elsewhere.apply(delta), "of another map");
   std::vector<float> out(3);
   THROWS(state.q(std::vector<std::int64_t>{1, 2}, out), "out must hold species x voxels, 4 values");
   THROWS(state.q(std::vector<std::int64_t>{99}, std::span(out).first(2)), "but one is 99");
