@@ -158,8 +158,8 @@ class QState {
   QDelta retract();
   /// The change that placing an atom would make, for apply().
   QDelta expand(std::int32_t species, std::int64_t voxel);
-  /// Places the atom of a change that expand() or retract() gave for the atoms placed now; no arithmetic. Throws Error for
-  /// a change of another state.
+  /// Places the atom of a change that expand() or retract() gave for the atoms placed now; no arithmetic. Throws Error
+  /// for a change of another state.
   void apply(QDelta delta);
 
   /// Q (species, n) at n voxels.
