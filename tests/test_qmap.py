@@ -105,6 +105,8 @@ def test_expand_apply_undo(method):
     np.testing.assert_array_equal(state.q(), before)
     state.apply(delta)  # a change can be used again
     np.testing.assert_array_equal(state.q(), after)
+    state.apply(state.retract())
+    np.testing.assert_array_equal(state.q(), after)
 
 
 def test_batch_is_the_same_for_any_number_of_threads():

@@ -479,7 +479,7 @@ void q_maps(Bench& bench) {
     bench.time(name + ", one atom and Q everywhere", "ms", kMilli, 1.5, [&] {
       state.place(0, 700);
       (void)state.q();
-      (void)state.undo();
+      state.undo();
     });
     bench.time(name + ", batch of 64, per map", "ms", kMilli, 0.75, [&] { (void)map->batch(offsets, placed, 1); }, 64);
     bench.time(name + ", first Q of a new map", "ms", kMilli, 0, [&] {
@@ -527,7 +527,7 @@ void q_maps(Bench& bench) {
       bench.time(step, "ms", kMilli, c.target, [&] {
         state.place(0, next);
         state.q(shell, q);
-        (void)state.undo();
+        state.undo();
       });
     }
     if (bench.wants(whole) && c.n <= 60) {
@@ -535,7 +535,7 @@ void q_maps(Bench& bench) {
       bench.time(whole, "ms", kMilli, 0, [&] {
         state.place(0, next);
         (void)state.q();
-        (void)state.undo();
+        state.undo();
       });
     }
     if (c.n <= 60) {

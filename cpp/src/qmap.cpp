@@ -1,574 +1,27 @@
 #include "thalweg/qmap.hpp"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
 #include <exception>
 #include <mutex>
-#include <new>
-#include <numbers>
 #include <string>
-#include <utility>
 
+#include "qmap_convolution.hpp"
 #include "qmap_kernels.hpp"
 
 namespace thalweg {
+
+using namespace convolution;
+
 namespace {
 
-using std::int64_t;
-
-// Everything below works in three directions z, y, x. A grid of two directions has one voxel along y: it keeps its
-// layout, and transforms along z and x are the ones that the code is fastest at.
-using Three = std::array<int, 3>;
-
-int64_t product_of(const Three& n) { return int64_t{1} * n[0] * n[1] * n[2]; }
-int modulo(int a, int n) { return (a % n + n) % n; }
 std::string text(int64_t n) { return std::to_string(n); }
-
-constexpr std::size_t kHugePage = std::size_t{1} << 21;
-
-// Floats on a cache line, zeroed when first had. Grows, never shrinks.
-class Floats {
- public:
-  Floats() = default;
-  Floats(Floats&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
-  Floats& operator=(Floats&& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(size_, other.size_);
-    return *this;
-  }
-  ~Floats() { std::free(data_); }
-  float* need(int64_t size) {
-    if (size > size_) {
-      std::free(data_);
-      size_ = 0;
-      const std::size_t wanted = static_cast<std::size_t>(size) * sizeof(float) + 64;
-      const std::size_t page = wanted > kHugePage / 2 ? kHugePage : 64, bytes = (wanted + page - 1) / page * page;
-      data_ = static_cast<float*>(std::aligned_alloc(page, bytes));
-      if (data_ == nullptr) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-      if (page == kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);  // boxes touch a page per row: small ones would thrash
-#endif
-      std::memset(data_, 0, bytes);
-      size_ = size;
-    }
-    return data_;
-  }
-  float* data() { return data_; }
-  const float* data() const { return data_; }
-  int64_t size() const { return size_; }
-
- private:
-  float* data_ = nullptr;
-  int64_t size_ = 0;
-};
-
-struct Layer {
-  int inputs = 0, outputs = 0;
-  Three kernel{1, 1, 1}, dilation{1, 1, 1};
-  const float* weights = nullptr;  // (outputs, inputs, kernel)
-  const float* bias = nullptr;
-
-  int half(int axis) const { return kernel[axis] / 2; }
-  int reach(int axis) const { return half(axis) * dilation[axis]; }
-  Three reach() const { return {reach(0), reach(1), reach(2)}; }
-  int64_t taps() const { return product_of(kernel); }
-};
-
-struct Grid {
-  Three n{1, 1, 1};
-  std::array<bool, 3> periodic{};
-
-  int64_t voxels() const { return product_of(n); }
-  QBox whole() const { return {{0, 0, 0}, {n[0], n[1], n[2]}}; }
-  // A box that may stick out of the grid: cut at open walls, at most once round periodic directions.
-  QBox fold(const QBox& box) const {
-    QBox out = box;
-    for (int a = 0; a < 3; ++a) {
-      if (!periodic[a]) {
-        const int first = std::max(0, box.first[a]), last = std::min(n[a], box.first[a] + box.count[a]);
-        out.first[a] = first;
-        out.count[a] = std::max(0, last - first);
-      } else if (box.count[a] >= n[a]) {
-        out.first[a] = 0;
-        out.count[a] = n[a];
-      } else {
-        out.first[a] = modulo(box.first[a], n[a]);
-      }
-    }
-    return out;
-  }
-  static QBox grown(const QBox& box, const Three& by) {
-    QBox out = box;
-    for (int a = 0; a < 3; ++a) {
-      out.first[a] -= by[a];
-      out.count[a] += 2 * by[a];
-    }
-    return out;
-  }
-  // Index in the box of coordinate u, which may lie outside the grid; -1 if the box does not hold it.
-  int index(const QBox& box, int axis, int u) const {
-    const int i = periodic[axis] ? modulo(u - box.first[axis], n[axis]) : u - box.first[axis];
-    return i >= 0 && i < box.count[axis] ? i : -1;
-  }
-};
-
-// ---- transforms ---------------------------------------------------------------------------------------------
-bool smooth(int n) {
-  for (const int p : {2, 3, 5})
-    while (n % p == 0) n /= p;
-  return n == 1;
-}
-int smooth_from(int n) {
-  while (!smooth(n)) ++n;
-  return n;
-}
-
-struct Fft {
-  FftPlan plan{};
-  std::vector<float> twiddle;
-
-  explicit Fft(int n = 1) {
-    plan.n = n;
-    int left = n;
-    for (const int radix : {5, 6, 4, 3, 2})
-      while (left % radix == 0) {
-        plan.radix[plan.passes++] = radix;
-        left /= radix;
-      }
-    if (n == 1) return;
-    for (int pass = 0, length = n; pass < plan.passes; ++pass) {
-      const int radix = plan.radix[pass], m = length / radix;
-      for (int p = 0; p < m; ++p)
-        for (int j = 1; j < radix; ++j) {
-          const double angle = 2 * std::numbers::pi * p * j / length;
-          twiddle.push_back(static_cast<float>(std::cos(angle)));
-          twiddle.push_back(static_cast<float>(-std::sin(angle)));
-        }
-      length = m;
-    }
-  }
-  FftPlan view() const {
-    FftPlan out = plan;
-    out.twiddle = twiddle.data();
-    return out;
-  }
-};
-
-// How one direction of a box is transformed. Voxel t tile + c dilation + q of the box is cell c of phase q in tile t.
-// All phases and tiles see the same kernel: they are transformed side by side, half of them as real, half as imaginary
-// parts. Tiles are made where there is but one phase.
-struct FftAxis {
-  int cells = 1;  // length of the transform
-  int tiles = 1, tile = 1;
-  int dilation = 1, half = 0;
-  bool circular = false;  // the transform goes round the grid, else results are folded when they are added up
-
-  int subs() const { return tiles * dilation; }
-  int first(int sub) const { return sub / dilation * tile + sub % dilation; }
-};
-
-// The transforms of one layer for boxes up to a given size.
-//
-//   buffer[block][z][y][x][re | im]   a block: as many numbers as a register holds, channels of all subs
-//   lane of (state, sub, channel):    (state half_subs + sub % half_subs) channels + channel, re or im by sub /
-//   half_subs spectrum[column][z][i][o], re then im; columns (y, x): one of each pair f, -f, whose spectra are
-//   conjugate
-struct LayerFft {
-  FftAxis axis[3];
-  Fft fft[3];
-  int subs = 1, half_subs = 1;
-  mutable std::once_flag made;
-  mutable std::vector<float> spectrum;
-
-  int64_t cells() const { return int64_t{1} * axis[0].cells * axis[1].cells * axis[2].cells; }
-};
-
-// Lays out the transforms of boxes of up to `count` voxels; null if a direction needs more than kMostFft cells.
-// whole: boxes are the whole grid, and results are wanted inside it only.
-std::unique_ptr<LayerFft> plan_fft(const Layer& layer, const Grid& grid, const Three& count, bool whole) {
-  const auto direction = [&](int a, int tiles) {
-    FftAxis out;
-    out.dilation = layer.dilation[a];
-    out.half = layer.half(a);
-    out.tiles = tiles;
-    const int cells = (count[a] + out.dilation - 1) / out.dilation, per_tile = (cells + tiles - 1) / tiles;
-    out.tile = per_tile * out.dilation;
-    if (tiles == 1 && grid.periodic[a] && count[a] == grid.n[a] && grid.n[a] % out.dilation == 0 && smooth(cells)) {
-      out.circular = true;
-      out.cells = cells;
-    } else if (tiles == 1 && whole && !grid.periodic[a]) {
-      out.cells = smooth_from(cells + out.half);  // what wraps round falls outside the grid
-    } else {
-      out.cells = smooth_from(per_tile + 2 * out.half);
-    }
-    return out;
-  };
-  auto out = std::make_unique<LayerFft>();
-  out->subs = layer.dilation[0] * layer.dilation[1] * layer.dilation[2];
-  for (int a = 0; a < 3; ++a) out->axis[a] = direction(a, 1);
-  if (out->subs == 1) {
-    int best = -1;
-    int64_t least = 0;
-    for (int a = 0; a < 3; ++a) {
-      if (count[a] < 2) continue;
-      const int64_t cells = out->cells() / out->axis[a].cells * direction(a, 2).cells;
-      if (best < 0 || cells < least) best = a, least = cells;
-    }
-    if (best >= 0) {
-      out->axis[best] = direction(best, 2);
-      out->subs = 2;
-    }
-  }
-  out->half_subs = (out->subs + 1) / 2;
-  for (int a = 0; a < 3; ++a) {
-    if (out->axis[a].cells > kMostFft) return nullptr;
-    out->fft[a] = Fft(out->axis[a].cells);
-  }
-  return out;
-}
-
-// Working memory of one thread.
-struct Scratch {
-  Floats buffer, row, column[2], column_out, padded;
-  Floats box[2];  // changes of a layer, and of the next
-};
-
-// The buffer and the strides of one set of transforms.
-struct Transform {
-  const QmapKernels& kernels;
-  const LayerFft& f;
-  int lanes, blocks_in, blocks_out;
-  int64_t part, element, row, plane, block;  // floats: between re and im of a row or column; strides of the buffer
-  FftPlan plan[3];
-  float *buffer, *row_data, *column[2], *column_out;
-
-  // in, out: numbers per cell before and behind the product
-  Transform(const QmapKernels& k, const LayerFft& layer, int in, int out, Scratch& scratch)
-      : kernels(k), f(layer), lanes(k.lanes) {
-    blocks_in = (in + lanes - 1) / lanes;
-    blocks_out = (out + lanes - 1) / lanes;
-    const int blocks = std::max(blocks_in, blocks_out);
-    part = int64_t{blocks + 1} * lanes;
-    element = 2 * lanes;
-    // One element more than needed: else strides are powers of two, and all of a column falls into one set of the
-    // cache.
-    row = (f.axis[2].cells + 1) * element;
-    plane = f.axis[1].cells * row + element;
-    block = f.axis[0].cells * plane;
-    buffer = scratch.buffer.need(block * blocks);
-    row_data = scratch.row.need(f.axis[2].cells * 2 * part);
-    for (int k2 = 0; k2 < 2; ++k2) column[k2] = scratch.column[k2].need(f.axis[0].cells * 2 * part);
-    column_out = scratch.column_out.need(f.axis[0].cells * 2 * part);
-    for (int a = 0; a < 3; ++a) plan[a] = f.fft[a].view();
-  }
-
-  // The row (z, y) from row_data, of whose cells the first `valid` are given.
-  void row_in(int z, int y, int valid) const {
-    float* out = buffer + z * plane + y * row;
-    kernels.fft(plan[2], {blocks_in, row_data, row_data + part, lanes, 2 * part, valid, out, out + lanes, block,
-                          element, 0, f.axis[2].cells});
-  }
-  void row_out(int z, int y, int from, int to) const {
-    const float* in = buffer + z * plane + y * row;
-    kernels.fft(plan[2], {blocks_out, in + lanes, in, block, element, f.axis[2].cells, row_data + part, row_data, lanes,
-                          2 * part, from, to});
-  }
-  void plane_in(int z, int valid) const {
-    if (f.axis[1].cells == 1) return;
-    for (int b = 0; b < blocks_in; ++b) {
-      float* x = buffer + b * block + z * plane;
-      kernels.fft(plan[1],
-                  {f.axis[2].cells, x, x + lanes, element, row, valid, x, x + lanes, element, row, 0, f.axis[1].cells});
-    }
-  }
-  void plane_out(int z, int from, int to) const {
-    if (f.axis[1].cells == 1) return;
-    for (int b = 0; b < blocks_out; ++b) {
-      float* x = buffer + b * block + z * plane;
-      kernels.fft(plan[1],
-                  {f.axis[2].cells, x + lanes, x, element, row, f.axis[1].cells, x + lanes, x, element, row, from, to});
-    }
-  }
-  void column_in(int y, int x, int valid, float* out) const {
-    const float* in = buffer + y * row + x * element;
-    kernels.fft(plan[0],
-                {blocks_in, in, in + lanes, block, plane, valid, out, out + part, lanes, 2 * part, 0, f.axis[0].cells});
-  }
-  void column_back(int y, int x, int from, int to) const {
-    float* out = buffer + y * row + x * element;
-    kernels.fft(plan[0], {blocks_out, column_out + part, column_out, lanes, 2 * part, f.axis[0].cells, out + lanes, out,
-                          block, plane, from, to});
-  }
-  // Calls body(y, x, y of -f, x of -f) for one column of each pair.
-  template <class Body>
-  void pairs(Body body) const {
-    const int ny = f.axis[1].cells, nx = f.axis[2].cells;
-    for (int y = 0; y < ny; ++y)
-      for (int x = 0; x < nx; ++x) {
-        const int my = (ny - y) % ny, mx = (nx - x) % nx;
-        if (y * nx + x <= my * nx + mx) body(y, x, my, mx);
-      }
-  }
-};
-
-const std::vector<float>& spectrum_of(const LayerFft& f, const Layer& layer, const QmapKernels& kernels) {
-  std::call_once(f.made, [&] {
-    // Kernels of (input, output) pairs are the signals: the first half of them real, the second half imaginary parts.
-    const int inputs = layer.inputs, outputs = layer.outputs, half = (inputs * outputs + 1) / 2;
-    Scratch scratch;
-    const Transform t(kernels, f, half, half, scratch);
-    const Three cells{f.axis[0].cells, f.axis[1].cells, f.axis[2].cells};
-    Three valid;
-    for (int a = 0; a < 3; ++a) valid[a] = std::min(layer.kernel[a], cells[a]);
-    const double scale = 1.0 / static_cast<double>(f.cells());
-    for (int z = 0; z < valid[0]; ++z) {
-      for (int y = 0; y < valid[1]; ++y) {
-        std::memset(t.row_data, 0, static_cast<std::size_t>(2 * t.part * cells[2]) * sizeof(float));
-        // Layers correlate: the transform's kernel is turned round. It may be longer than a periodic grid.
-        for (int kz = layer.kernel[0] - 1 - z; kz >= 0; kz -= cells[0])
-          for (int ky = layer.kernel[1] - 1 - y; ky >= 0; ky -= cells[1])
-            for (int kx = 0; kx < layer.kernel[2]; ++kx) {
-              float* at = t.row_data + 2 * t.part * ((layer.kernel[2] - 1 - kx) % cells[2]);
-              const float* w = layer.weights + (kz * layer.kernel[1] + ky) * layer.kernel[2] + kx;
-              for (int i = 0; i < inputs; ++i)
-                for (int o = 0; o < outputs; ++o) {
-                  const int signal = i * outputs + o;
-                  at[signal < half ? signal : signal - half + t.part] +=
-                      static_cast<float>(scale * w[(o * inputs + i) * layer.taps()]);
-                }
-            }
-        t.row_in(z, y, valid[2]);
-      }
-      t.plane_in(z, valid[1]);
-    }
-    const int64_t step = 2 * int64_t{inputs} * outputs;
-    int64_t columns = 0;
-    t.pairs([&](int, int, int, int) { ++columns; });
-    f.spectrum.assign(static_cast<std::size_t>(columns * cells[0] * step + kernels.lanes), 0.0f);
-    float* out = f.spectrum.data();
-    t.pairs([&](int y, int x, int my, int mx) {
-      t.column_in(y, x, valid[0], t.column[0]);
-      t.column_in(my, mx, valid[0], t.column[1]);
-      for (int z = 0; z < cells[0]; ++z, out += step) {
-        const float *a = t.column[0] + 2 * t.part * z, *b = t.column[1] + 2 * t.part * ((cells[0] - z) % cells[0]);
-        for (int s = 0; s < half; ++s) {
-          const float re = 0.5f * (a[s] + b[s]), im = 0.5f * (a[s + t.part] - b[s + t.part]);
-          out[s] = re;
-          out[s + step / 2] = im;
-          if (s + half >= inputs * outputs) continue;
-          out[s + half] = 0.5f * (a[s + t.part] + b[s + t.part]);
-          out[s + half + step / 2] = -0.5f * (a[s] - b[s]);
-        }
-      }
-    });
-  });
-  return f.spectrum;
-}
-
-// A stretch of a row of cells that goes to, or comes from, consecutive voxels of a phase.
-struct Stretch {
-  int cell, count, voxel;
-};
-
-// out += layer applied to in, for `states` pairs of arrays of the same boxes. Bias is not added.
-void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const QmapKernels& kernels, Scratch& scratch,
-                  int states, const float* const* in, const QBox& in_box, float* const* out, const QBox& out_box) {
-  const std::vector<float>& spectrum = spectrum_of(f, layer, kernels);
-  const int inputs = layer.inputs, outputs = layer.outputs, columns = states * f.half_subs;
-  const Transform t(kernels, f, columns * inputs, columns * outputs, scratch);
-  const FftAxis *az = f.axis, *ay = f.axis + 1, *ax = f.axis + 2;
-
-  // Per direction and sub: how many cells the box has, and to which voxel of the result each cell goes.
-  std::vector<int> given[3], target[3];
-  Three valid{0, 0, 0}, from{0, 0, 0}, to{0, 0, 0};
-  for (int a = 0; a < 3; ++a) {
-    const FftAxis& axis = f.axis[a];
-    from[a] = axis.cells;
-    for (int sub = 0; sub < axis.subs(); ++sub) {
-      const int end =
-          std::min(in_box.count[a], axis.tiles == 1 ? in_box.count[a] : (sub / axis.dilation + 1) * axis.tile);
-      given[a].push_back(std::max(0, (end - axis.first(sub) + axis.dilation - 1) / axis.dilation));
-      valid[a] = std::max(valid[a], given[a].back());
-    }
-    const int reached = axis.circular ? axis.cells : std::min(axis.cells, valid[a] + 2 * axis.half);
-    for (int sub = 0; sub < axis.subs(); ++sub)
-      for (int cell = 0; cell < axis.cells; ++cell) {
-        const int u = in_box.first[a] + axis.first(sub) + (cell - axis.half) * axis.dilation;
-        const int voxel = cell < reached && given[a][sub] > 0 ? grid.index(out_box, a, u) : -1;
-        target[a].push_back(voxel);
-        if (voxel < 0) continue;
-        from[a] = std::min(from[a], cell);
-        to[a] = std::max(to[a], cell + 1);
-      }
-  }
-  for (int a = 0; a < 3; ++a)
-    if (valid[a] == 0 || to[a] == 0) return;
-  std::vector<std::vector<Stretch>> stretches(static_cast<std::size_t>(ax->subs()));
-  for (int sub = 0; sub < ax->subs(); ++sub)
-    for (int cell = from[2]; cell < to[2]; ++cell) {
-      const int voxel = target[2][sub * ax->cells + cell];
-      auto& list = stretches[sub];
-      if (voxel < 0) continue;
-      if (!list.empty() && list.back().cell + list.back().count == cell &&
-          list.back().voxel + list.back().count * ax->dilation == voxel)
-        ++list.back().count;
-      else
-        list.push_back({cell, 1, voxel});
-    }
-
-  const auto each_sub = [&](auto body) {
-    int sub = 0;
-    for (int sz = 0; sz < az->subs(); ++sz)
-      for (int sy = 0; sy < ay->subs(); ++sy)
-        for (int sx = 0; sx < ax->subs(); ++sx, ++sub)
-          body(sz, sy, sx, sub % f.half_subs, sub < f.half_subs ? int64_t{0} : t.part);
-  };
-  const int64_t step = 2 * t.part;
-  if (f.subs % 2 != 0)  // the imaginary part without a sub
-    for (int x = 0; x < valid[2]; ++x)
-      for (int s = 0; s < states; ++s)
-        std::fill_n(t.row_data + x * step + t.part + ((s + 1) * f.half_subs - 1) * inputs, inputs, 0.0f);
-  for (int z = 0; z < valid[0]; ++z) {
-    for (int y = 0; y < valid[1]; ++y) {
-      each_sub([&](int sz, int sy, int sx, int lane, int64_t part) {
-        const int iz = az->first(sz) + z * az->dilation, iy = ay->first(sy) + y * ay->dilation;
-        const int count = z < given[0][sz] && y < given[1][sy] ? given[2][sx] : 0;
-        const int64_t start = ((int64_t{iz} * in_box.count[1] + iy) * in_box.count[2] + ax->first(sx)) * inputs;
-        for (int s = 0; s < states; ++s) {
-          float* row = t.row_data + part + (s * f.half_subs + lane) * inputs;
-          if (count > 0) kernels.copy_runs(count, inputs, in[s] + start, int64_t{ax->dilation} * inputs, row, step);
-          for (int x = count; x < valid[2]; ++x) std::fill_n(row + x * step, inputs, 0.0f);
-        }
-      });
-      t.row_in(z, y, valid[2]);
-    }
-    t.plane_in(z, valid[1]);
-  }
-
-  const int nz = az->cells;
-  const float* w = spectrum.data();
-  const int64_t w_step = 2 * int64_t{inputs} * outputs;
-  SpectrumProduct job{nz,           columns, inputs, outputs, w,      w_step, t.column[0],
-                      t.column_out, step,    t.part, step,    t.part, false};
-  t.pairs([&](int y, int x, int my, int mx) {
-    const bool two = my != y || mx != x;
-    t.column_in(y, x, valid[0], t.column[0]);
-    if (two) t.column_in(my, mx, valid[0], t.column[1]);
-    job.weights = w;
-    kernels.product(job);
-    t.column_back(y, x, from[0], to[0]);
-    if (two) {  // frequency -z with the conjugate of weights z
-      SpectrumProduct mirrored = job;
-      mirrored.conjugate = true;
-      mirrored.count = 1;
-      mirrored.in = t.column[1];
-      kernels.product(mirrored);
-      mirrored.count = nz - 1;
-      mirrored.weights = w + w_step;
-      mirrored.in = t.column[1] + (nz - 1) * step;
-      mirrored.out = t.column_out + (nz - 1) * step;
-      mirrored.in_step = mirrored.out_step = -step;
-      kernels.product(mirrored);
-      t.column_back(my, mx, from[0], to[0]);
-    }
-    w += nz * w_step;
-  });
-
-  for (int z = from[0]; z < to[0]; ++z) {
-    t.plane_out(z, from[1], to[1]);
-    for (int y = from[1]; y < to[1]; ++y) {
-      t.row_out(z, y, from[2], to[2]);
-      each_sub([&](int sz, int sy, int sx, int lane, int64_t part) {
-        const int oz = target[0][sz * az->cells + z], oy = target[1][sy * ay->cells + y];
-        if (oz < 0 || oy < 0) return;
-        const int64_t start = (int64_t{oz} * out_box.count[1] + oy) * out_box.count[2];
-        for (const Stretch& stretch : stretches[sx])
-          for (int s = 0; s < states; ++s)
-            kernels.add_runs(stretch.count, outputs,
-                             t.row_data + stretch.cell * step + part + (s * f.half_subs + lane) * outputs, step,
-                             out[s] + (start + stretch.voxel) * outputs, int64_t{ax->dilation} * outputs);
-      });
-    }
-  }
-}
-
-// ---- sums ---------------------------------------------------------------------------------------------------
-// Weights (tap, input, output), outputs padded with zeros to whole registers; bias likewise.
-struct PackedLayer {
-  int padded = 0;
-  std::vector<float> weights, bias, no_bias;
-
-  PackedLayer(const Layer& layer, int lanes) {
-    padded = (layer.outputs + lanes - 1) / lanes * lanes;
-    weights.assign(static_cast<std::size_t>(layer.taps() * layer.inputs * padded), 0.0f);
-    no_bias.assign(static_cast<std::size_t>(padded), 0.0f);
-    bias = no_bias;
-    std::copy_n(layer.bias, layer.outputs, bias.begin());
-    for (int o = 0; o < layer.outputs; ++o)
-      for (int i = 0; i < layer.inputs; ++i)
-        for (int64_t t = 0; t < layer.taps(); ++t)
-          weights[static_cast<std::size_t>((t * layer.inputs + i) * padded + o)] =
-              layer.weights[(int64_t{o} * layer.inputs + i) * layer.taps() + t];
-  }
-};
-
-// out = layer applied to in (zero outside its box), plus the bias if wanted.
-void convolve_direct(const Layer& layer, const PackedLayer& packed, const Grid& grid, const QmapKernels& kernels,
-                     Scratch& scratch, const float* in, const QBox& in_box, float* out, const QBox& out_box,
-                     bool with_bias) {
-  // Rows of the input, spread along x over all that the kernel reads for the output.
-  const int reach = layer.reach(2), width = out_box.count[2] + 2 * reach;
-  const int64_t row_floats = int64_t{width} * layer.inputs, rows = int64_t{in_box.count[0]} * in_box.count[1];
-  float* padded = scratch.padded.need(rows * row_floats);
-  for (int e = 0; e < width; ++e) {
-    const int x = grid.index(in_box, 2, out_box.first[2] + e - reach);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* to = padded + r * row_floats + int64_t{e} * layer.inputs;
-      if (x < 0)
-        std::fill_n(to, layer.inputs, 0.0f);
-      else
-        std::copy_n(in + (r * in_box.count[2] + x) * layer.inputs, layer.inputs, to);
-    }
-  }
-  std::vector<int64_t> in_rows, weight_rows;
-  DirectRow job{0, layer.kernel[2], layer.inputs, layer.outputs, packed.padded, nullptr, nullptr, 0, nullptr, nullptr};
-  job.tap_step = int64_t{layer.dilation[2]} * layer.inputs;
-  job.weights = packed.weights.data();
-  job.bias = with_bias ? packed.bias.data() : packed.no_bias.data();
-  for (int z = 0; z < out_box.count[0]; ++z) {
-    for (int y = 0; y < out_box.count[1]; ++y) {
-      in_rows.clear();
-      weight_rows.clear();
-      for (int kz = 0; kz < layer.kernel[0]; ++kz) {
-        const int iz = grid.index(in_box, 0, out_box.first[0] + z + (kz - layer.half(0)) * layer.dilation[0]);
-        for (int ky = 0; ky < layer.kernel[1] && iz >= 0; ++ky) {
-          const int iy = grid.index(in_box, 1, out_box.first[1] + y + (ky - layer.half(1)) * layer.dilation[1]);
-          if (iy < 0) continue;
-          in_rows.push_back((int64_t{iz} * in_box.count[1] + iy) * row_floats);
-          weight_rows.push_back(int64_t{kz * layer.kernel[1] + ky} * layer.kernel[2]);
-        }
-      }
-      job.rows = static_cast<int>(in_rows.size());
-      job.in_row = in_rows.data();
-      job.weight_row = weight_rows.data();
-      kernels.direct_row(job, padded, out + (int64_t{z} * out_box.count[1] + y) * out_box.count[2] * layer.outputs,
-                         out_box.count[2]);
-    }
-  }
-}
 
 // ---- arrays of activations ----------------------------------------------------------------------------------
 // plain:   [z][y][x][channel]
 // for the last layer, whose kernel is summed along rows: [z][y][phase of x][cell of x][channel], so that the taps of a
-// row lie side by side (a register apart where that is wide). x starts half a kernel before the grid; behind the last y
+// row lie side by side. x starts half a kernel before the grid; behind the last y
 // is a row of zeros, behind the last z a plane of them: what open walls show. Periodic directions of x repeat the first
 // and last voxels.
 struct Layout {
@@ -587,14 +40,14 @@ struct Layout {
     for (int x = 0; x < grid.n[2]; ++x) out.column.push_back(int64_t{x} * channels);
     return out;
   }
-  // stride: floats from voxel to voxel
-  static Layout for_rows(const Grid& grid, const Layer& layer, int stride, int slack) {
+  // slack: floats that may be read behind the last row
+  static Layout for_rows(const Grid& grid, const Layer& layer, int slack) {
     Layout out;
     const int d = layer.dilation[2], reach = layer.reach(2), width = grid.n[2] + 2 * reach;
     const int cells = (width + d - 1) / d;
     out.channels = layer.inputs;
-    const auto offset = [&](int e) { return (int64_t{e % d} * cells + e / d) * stride; };
-    out.row = int64_t{cells} * d * stride;
+    const auto offset = [&](int e) { return (int64_t{e % d} * cells + e / d) * layer.inputs; };
+    out.row = int64_t{cells} * d * layer.inputs;
     out.plane = out.row * (grid.n[1] + 1);
     out.floats = out.plane * (grid.n[0] + 1) + slack;
     for (int x = 0; x < grid.n[2]; ++x) {
@@ -611,19 +64,14 @@ struct Layout {
   }
 };
 
-// Calls body(first float of the row, voxels, offsets along x, position in the box) for every row of a box.
-template <class Body>
-void each_row(const Grid& grid, const Layout& layout, const QBox& box, std::vector<int64_t>& offsets, Body body) {
+// Offsets of a box's voxels along x.
+void columns_of(const Grid& grid, const Layout& layout, const QBox& box, std::vector<int64_t>& offsets) {
   offsets.resize(static_cast<std::size_t>(box.count[2]));
   for (int x = 0; x < box.count[2]; ++x)
     offsets[static_cast<std::size_t>(x)] = layout.column[static_cast<std::size_t>((box.first[2] + x) % grid.n[2])];
-  int64_t position = 0;
-  for (int z = 0; z < box.count[0]; ++z)
-    for (int y = 0; y < box.count[1]; ++y) {
-      const int64_t start = (box.first[0] + z) % grid.n[0] * layout.plane + (box.first[1] + y) % grid.n[1] * layout.row;
-      body(start, position);
-      position += int64_t{box.count[2]} * layout.channels;
-    }
+}
+int64_t row_of(const Grid& grid, const Layout& layout, const QBox& box, int z, int y) {
+  return (box.first[0] + z) % grid.n[0] * layout.plane + (box.first[1] + y) % grid.n[1] * layout.row;
 }
 
 void repeat_images(const Grid& grid, const Layout& layout, const QBox& box, float* row) {
@@ -779,6 +227,7 @@ struct QMap::Impl {
   Grid grid;
   std::vector<Layer> layers;
   Three width{1, 1, 1};  // of the representation
+  std::uint64_t id = 0;  // no other map of this process has it
 
   std::vector<std::unique_ptr<LayerFft>> local, whole;  // per layer from the second on; null: not possible
   std::vector<QBox> largest;                            // unfolded boxes that one atom changes, at the origin
@@ -802,7 +251,7 @@ struct QMap::Impl {
   mutable std::vector<std::vector<float>> stamps;  // per species: change of layer 1 far from walls, (box, outputs)
   mutable Empty empty;
   mutable Floats gather_weights;
-  int gather_padded = 0, gather_stride = 0;
+  int gather_padded = 0;
   Layout gather_layout;
   std::vector<int64_t> gather_plane, gather_row, gather_column;
 
@@ -826,8 +275,8 @@ struct QMap::Impl {
       throw Error("voxels of this grid are 0 to " + text(grid.voxels() - 1) + ", but one is " + text(voxel));
   }
   Three position(int64_t voxel) const {
-    return {static_cast<int>(voxel / grid.n[2] / grid.n[1]), static_cast<int>(voxel / grid.n[2] % grid.n[1]),
-            static_cast<int>(voxel % grid.n[2])};
+    const int v = static_cast<int>(voxel), row = v / grid.n[2], z = row / grid.n[1];
+    return {z, row - z * grid.n[1], v - row * grid.n[2]};
   }
 
   // Adds to out (the stamp's box, layer 1's outputs) what the atom's part of the input [first, last) makes of it;
@@ -940,6 +389,13 @@ struct QMap::Impl {
   double direct_cost(int l) const;
 };
 
+// A row of a whole grid's result with the bias added, to its place (where it may be already).
+static void put_biased(const Layer& layer, const Grid& grid, const float* row, float* out, int z, int y) {
+  out += (int64_t{z} * grid.n[1] + y) * grid.n[2] * layer.outputs;
+  for (int x = 0; x < grid.n[2]; ++x)
+    for (int o = 0; o < layer.outputs; ++o) out[x * layer.outputs + o] = row[x * layer.outputs + o] + layer.bias[o];
+}
+
 // (voxels, species) before the tanh -> (species, voxels) behind it.
 static void finish(const QmapKernels& kernels, int64_t voxels, int species, float* z, float* q) {
   kernels.tanh(voxels * species, z);
@@ -1020,11 +476,10 @@ const QMap::Impl::Empty& QMap::Impl::empty_state() const {
       std::vector<float> out(static_cast<std::size_t>(small.voxels() * layer.outputs));
       const auto plan = small.voxels() > 1000 ? plan_fft(layer, small, small.n, true) : nullptr;
       if (plan) {
-        for (int64_t v = 0; v < small.voxels(); ++v)
-          std::copy_n(layer.bias, layer.outputs, out.begin() + v * layer.outputs);
         const float* from = in.data();
         float* to = out.data();
-        convolve_fft(*plan, layer, small, kernels, scratch, 1, &from, all, &to, all);
+        convolve_fft(*plan, layer, small, kernels, scratch, 1, &from, all, &to, all,
+                     [&](int, int z, int y, float* row) { put_biased(layer, small, row, to, z, y); });
       } else {
         convolve_direct(layer, packed_layers()[static_cast<std::size_t>(l)], small, kernels, scratch, in.data(), all,
                         out.data(), all, true);
@@ -1043,9 +498,8 @@ void QMap::Impl::grid_pass(int states, float* const* first, float* const* spare,
   const QBox all = grid.whole();
   for (std::size_t l = 1; l < layers.size(); ++l) {
     const Layer& layer = layers[l];
-    for (int s = 0; s < states; ++s)
-      for (int64_t v = 0; v < grid.voxels(); ++v) std::copy_n(layer.bias, layer.outputs, out[s] + v * layer.outputs);
-    convolve_fft(*whole[l], layer, grid, kernels, scratch, states, in.data(), all, out.data(), all);
+    convolve_fft(*whole[l], layer, grid, kernels, scratch, states, in.data(), all, out.data(), all,
+                 [&](int s, int z, int y, float* row) { put_biased(layer, grid, row, out[s], z, y); });
     for (int s = 0; s < states; ++s) {
       if (l + 1 < layers.size())
         kernels.leaky(grid.voxels() * layer.outputs, out[s]);
@@ -1058,13 +512,9 @@ void QMap::Impl::grid_pass(int states, float* const* first, float* const* spare,
 
 void QMap::Impl::make_gather() {
   const Layer& layer = layers.back();
-  // Registers of 16 floats are read from the start of a cache line, even if some of their lanes are wasted: reads
-  // across two lines cost more than that.
-  const int lanes = kernels.lanes, aligned = (layer.inputs + lanes - 1) / lanes * lanes;
-  gather_stride = lanes == 16 && aligned * 8 <= layer.inputs * 14 ? aligned : layer.inputs;
-  const int row = layer.kernel[2] * gather_stride;
+  const int lanes = kernels.lanes, row = layer.kernel[2] * layer.inputs;
   gather_padded = (row + lanes - 1) / lanes * lanes;
-  gather_layout = Layout::for_rows(grid, layer, gather_stride, gather_padded);
+  gather_layout = Layout::for_rows(grid, layer, gather_padded);
   const auto table = [&](int axis, int64_t stride) {
     std::vector<int64_t> out;
     for (int e = -layer.reach(axis); e < grid.n[axis] + layer.reach(axis); ++e) {
@@ -1076,7 +526,7 @@ void QMap::Impl::make_gather() {
   gather_plane = table(0, gather_layout.plane);
   gather_row = table(1, gather_layout.row);
   const int d = layer.dilation[2], cells = (grid.n[2] + 2 * layer.reach(2) + d - 1) / d;
-  for (int x = 0; x < grid.n[2]; ++x) gather_column.push_back((int64_t{x % d} * cells + x / d) * gather_stride);
+  for (int x = 0; x < grid.n[2]; ++x) gather_column.push_back((int64_t{x % d} * cells + x / d) * layer.inputs);
 }
 
 const float* QMap::Impl::packed_gather() const {
@@ -1088,7 +538,7 @@ const float* QMap::Impl::packed_gather() const {
       for (int o = 0; o < layer.outputs; ++o)
         for (int k = 0; k < layer.kernel[2]; ++k)
           for (int i = 0; i < layer.inputs; ++i)
-            out[(int64_t{r} * layer.outputs + o) * gather_padded + k * gather_stride + i] =
+            out[(int64_t{r} * layer.outputs + o) * gather_padded + k * layer.inputs + i] =
                 layer.weights[(int64_t{o} * layer.inputs + i) * layer.taps() + int64_t{r} * layer.kernel[2] + k];
   });
   return gather_weights.data();
@@ -1143,6 +593,8 @@ QMap::QMap(std::shared_ptr<const QNetwork> network, std::span<const std::int64_t
     m.largest.push_back(box);
   }
   m.make_gather();
+  static std::atomic<std::uint64_t> maps{0};
+  m.id = ++maps;
 }
 
 QMap::~QMap() = default;
@@ -1219,9 +671,10 @@ double QMap::Impl::cost(const LayerFft* plan, const Layer& layer) const {
 }
 
 double QMap::Impl::direct_cost(int l) const {
-  const QBox in = grid.fold(largest[static_cast<std::size_t>(l) - 1]);
-  double pairs = static_cast<double>(layers[l].taps()) * static_cast<double>(in.voxels());
-  return 2.0 * pairs * layers[l].inputs * layers[l].outputs / 25e9;
+  const Layer& layer = layers[static_cast<std::size_t>(l)];
+  double pairs = static_cast<double>(layer.taps());
+  for (int a = 0; a < 3; ++a) pairs *= std::min(largest[static_cast<std::size_t>(l) - 1].count[a], grid.n[a]);
+  return 2.0 * pairs * layer.inputs * layer.outputs / 15e9;
 }
 
 QMethod QMap::choose(std::int64_t asked) const {
@@ -1252,9 +705,9 @@ struct QState::Impl {
   std::vector<Layout> layouts;  // of the activations that are kept: all hidden layers, or layer 1
   std::vector<Floats> activations;
   std::vector<Placed> placed;
-  std::vector<std::uint64_t> history{0};  // a hash of the atoms placed, in order
-  std::vector<QDelta> steps;              // what the boxes held before
-  std::vector<QDelta> pool;               // their memory, for the next ones
+  std::vector<std::uint64_t> history;  // a hash of the map and the atoms placed, in order
+  std::vector<QDelta> steps;           // what the boxes held before
+  std::vector<QDelta> pool;            // their memory, for the next ones
   Scratch scratch;
   std::vector<int64_t> offsets;
   std::vector<std::int32_t> voxels;
@@ -1262,6 +715,7 @@ struct QState::Impl {
   bool whole_known = false;  // values hold Q of the whole grid (grid_fft)
 
   Impl(std::shared_ptr<const QMap> map, QMethod wanted) : owner(std::move(map)), m(*owner->impl_), method(wanted) {
+    history.push_back(m.id);
     if (method == QMethod::automatic) method = owner->choose(std::min<int64_t>(25000, m.grid.voxels()));
     if ((method == QMethod::grid_fft && !m.grid_fft_possible()) ||
         (method == QMethod::local_fft && !m.local_fft_possible()))
@@ -1301,27 +755,34 @@ struct QState::Impl {
     std::fill_n(change, box.voxels() * m.layers[0].outputs, 0.0f);
     m.add_atom(atom, box, change, scratch.box[1]);
     for (std::size_t l = 0; l < layouts.size(); ++l) {
-      if (l > 0) {
-        const QBox from = box;
-        const Layer& layer = m.layers[l];
-        box = m.grid.fold(Grid::grown(from, layer.reach()));
-        const float* in = change;
-        change = scratch.box[l % 2].need(box.voxels() * layer.outputs);
-        if (method == QMethod::direct) {
-          convolve_direct(layer, m.packed_layers()[l], m.grid, m.kernels, scratch, in, from, change, box, false);
-        } else {
-          std::fill_n(change, box.voxels() * layer.outputs, 0.0f);
-          convolve_fft(*m.local[l], layer, m.grid, m.kernels, scratch, 1, &in, from, &change, box);
-        }
-      }
+      const QBox from = box;
+      const Layer& layer = m.layers[l];
+      if (l > 0) box = m.grid.fold(Grid::grown(from, layer.reach()));
       const Layout& layout = layouts[l];
+      columns_of(m.grid, layout, box, offsets);
       std::vector<float>& saved = step.values_[l];
       saved.resize(static_cast<std::size_t>(box.voxels() * layout.channels));
-      float* data = activations[l].data();
-      each_row(m.grid, layout, box, offsets, [&](int64_t start, int64_t at) {
-        m.kernels.update(box.count[2], layout.channels, offsets.data(), data + start, change + at, saved.data() + at);
-        repeat_images(m.grid, layout, box, data + start);
-      });
+      const int64_t size = int64_t{box.count[2]} * layout.channels;
+      const int ahead = method == QMethod::direct ? 1 : layer.dilation[1];  // rows: what comes soon
+      const float* in = change;
+      if (l > 0) change = scratch.box[l % 2].need(box.voxels() * layer.outputs);
+      // A row of changed pre-activations becomes one of changed activations, for the next layer.
+      const auto update = [&](int, int z, int y, float* row) {
+        const int64_t position = (int64_t{z} * box.count[1] + y) * size;
+        float* data = activations[l].data() + row_of(m.grid, layout, box, z, y);
+        m.kernels.update(box.count[2], layout.channels, offsets.data(), data, ahead * layout.row, row,
+                         saved.data() + position);
+        repeat_images(m.grid, layout, box, data);
+        if (row != change + position && l + 1 < layouts.size()) std::copy_n(row, size, change + position);
+      };
+      if (l > 0 && method != QMethod::direct) {
+        convolve_fft(*m.local[l], layer, m.grid, m.kernels, scratch, 1, &in, from, &change, box, update);
+      } else {
+        if (l > 0)
+          convolve_direct(layer, m.packed_layers()[l], m.grid, m.kernels, scratch, in, from, change, box, false);
+        for (int z = 0; z < box.count[0]; ++z)
+          for (int y = 0; y < box.count[1]; ++y) update(0, z, y, change + (int64_t{z} * box.count[1] + y) * size);
+      }
       step.boxes_.push_back(box);
     }
     push(std::move(step));
@@ -1343,10 +804,13 @@ struct QState::Impl {
       const Layout& layout = layouts[l];
       const QBox& box = step.boxes_[l];
       float *data = activations[l].data(), *saved = step.values_[l].data();
-      each_row(m.grid, layout, box, offsets, [&](int64_t start, int64_t at) {
-        m.kernels.exchange(box.count[2], layout.channels, offsets.data(), data + start, saved + at);
-        repeat_images(m.grid, layout, box, data + start);
-      });
+      columns_of(m.grid, layout, box, offsets);
+      for (int z = 0; z < box.count[0]; ++z)
+        for (int y = 0; y < box.count[1]; ++y, saved += int64_t{box.count[2]} * layout.channels) {
+          float* row = data + row_of(m.grid, layout, box, z, y);
+          m.kernels.exchange(box.count[2], layout.channels, offsets.data(), row, layout.row, saved);
+          repeat_images(m.grid, layout, box, row);
+        }
     }
   }
 
@@ -1365,10 +829,7 @@ struct QState::Impl {
     if (step.values_.size() != layouts.size())
       throw Error("this change belongs to a state of another method or network; expand the present one");
     if (step.parent_ != history.back())
-      throw Error("this change belongs to a state with other atoms placed; expand the present one");
-    for (std::size_t l = 0; l < layouts.size(); ++l)
-      if (step.values_[l].size() != static_cast<std::size_t>(step.boxes_[l].voxels() * layouts[l].channels))
-        throw Error("this change belongs to another map; expand a state of this one");
+      throw Error("this change belongs to a state with other atoms placed or of another map; expand the present one");
     exchange(step);
     push(std::move(step));
   }
@@ -1435,7 +896,8 @@ QState& QState::operator=(QState&&) noexcept = default;
 std::span<const Placed> QState::placed() const { return impl_->placed; }
 QMethod QState::method() const { return impl_->method; }
 void QState::place(std::int32_t species, std::int64_t voxel) { impl_->place({species, voxel}); }
-QDelta QState::undo() { return impl_->undo(); }
+void QState::undo() { impl_->pool.push_back(impl_->undo()); }
+QDelta QState::retract() { return impl_->undo(); }
 QDelta QState::expand(std::int32_t species, std::int64_t voxel) {
   impl_->place({species, voxel});
   return impl_->undo();

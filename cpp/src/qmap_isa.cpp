@@ -128,12 +128,94 @@ THALWEG_INLINE void any_pass(int radix, int m, int s, const float* twiddle, Load
   }
 }
 
-void fft(const FftPlan& plan, const FftRun& run) {
+// Transforms of two or (third > 1) three passes, with everything but the strides known to the compiler. clipped: not
+// all elements are given or wanted.
+THALWEG_INLINE Complex turned(Complex a, const float* twiddle) {
+  const float c = twiddle[0], d = twiddle[1];
+  return {a.re * c - a.im * d, a.im * c + a.re * d};
+}
+
+template <int first, int second, int third, bool clipped>
+THALWEG_INLINE void fft_in(const FftPlan& plan, const FftRun& run) {
+  constexpr int n = first * second * third, m = second * third, s = third == 1 ? first : first * second;
+  constexpr int last = third == 1 ? second : third;
+  const std::int64_t in_im = run.in_im - run.in_re, out_im = run.out_im - run.out_re;
+  const int valid = clipped ? run.valid : n, from = clipped ? run.from : 0, to = clipped ? run.to : n;
+  Complex one[n], two[third == 1 ? 1 : n];
+  for (std::int64_t k = 0; k < run.count; ++k) {
+    const float* in = run.in_re + k * run.in_step;
+    float* out = run.out_re + k * run.out_step;
+    if (run.ahead != 0) {
+      for (int j = 0; j < valid; ++j) {
+        __builtin_prefetch(in + j * run.in_stride + run.ahead);
+        __builtin_prefetch(in + j * run.in_stride + in_im + run.ahead);
+      }
+    }
+    for (int p = 0; p < m; ++p) {
+      Complex a[first];
+#pragma GCC unroll 8
+      for (int j = 0; j < first; ++j) {
+        const float* here = in + (p + m * j) * run.in_stride;
+        a[j] = p + m * j < valid ? Complex{load(here), load(here + in_im)} : Complex{};
+      }
+      butterfly<first>(a);
+      Complex* here = one + first * p;
+      const float* twiddle = plan.twiddle + 2 * (first - 1) * p;
+      here[0] = a[0];
+#pragma GCC unroll 8
+      for (int j = 1; j < first; ++j) here[j] = p == 0 ? a[j] : turned(a[j], twiddle + 2 * j - 2);
+    }
+    if constexpr (third > 1) {
+      for (int p = 0; p < third; ++p) {
+        const float* twiddle = plan.twiddle + 2 * m * (first - 1) + 2 * (second - 1) * p;
+        for (int q = 0; q < first; ++q) {
+          Complex a[second];
+#pragma GCC unroll 8
+          for (int j = 0; j < second; ++j) a[j] = one[q + first * (p + third * j)];
+          butterfly<second>(a);
+          Complex* here = two + q + first * second * p;
+          here[0] = a[0];
+#pragma GCC unroll 8
+          for (int j = 1; j < second; ++j) here[first * j] = p == 0 ? a[j] : turned(a[j], twiddle + 2 * j - 2);
+        }
+      }
+    }
+    const Complex* ready = third == 1 ? one : two;
+    for (int q = 0; q < s; ++q) {
+      Complex a[last];
+#pragma GCC unroll 8
+      for (int j = 0; j < last; ++j) a[j] = ready[q + s * j];
+      butterfly<last>(a);
+#pragma GCC unroll 8
+      for (int j = 0; j < last; ++j) {
+        const int element = q + s * j;
+        if (element < from || element >= to) continue;
+        float* here = out + element * run.out_stride;
+        store(here, a[j].re);
+        store(here + out_im, a[j].im);
+      }
+    }
+  }
+}
+
+template <int first, int second, int third = 1>
+void fft_of(const FftPlan& plan, const FftRun& run) {
+  if (third == 1 && run.valid == plan.n && run.from == 0 && run.to == plan.n)
+    fft_in<first, second, third, false>(plan, run);
+  else
+    fft_in<first, second, third, true>(plan, run);
+}
+
+void fft_any(const FftPlan& plan, const FftRun& run) {
   Complex first[kMostFft], second[kMostFft];
   for (std::int64_t k = 0; k < run.count; ++k) {
     const float *in_re = run.in_re + k * run.in_step, *in_im = run.in_im + k * run.in_step;
     float *out_re = run.out_re + k * run.out_step, *out_im = run.out_im + k * run.out_step;
     const auto take = [&](int j) __attribute__((always_inline)) {
+      if (run.ahead != 0 && j < run.valid) {
+        __builtin_prefetch(in_re + j * run.in_stride + run.ahead);
+        __builtin_prefetch(in_im + j * run.in_stride + run.ahead);
+      }
       return j < run.valid ? Complex{load(in_re + j * run.in_stride), load(in_im + j * run.in_stride)} : Complex{};
     };
     const auto put = [&](int j, Complex v) __attribute__((always_inline)) {
@@ -166,59 +248,128 @@ void fft(const FftPlan& plan, const FftRun& run) {
   }
 }
 
+void fft(const FftPlan& plan, const FftRun& run) {
+  if (plan.passes == 2 || plan.passes == 3) {
+    switch (100 * plan.radix[0] + 10 * plan.radix[1] + (plan.passes == 3 ? plan.radix[2] : 0)) {
+      case 440:
+        return fft_of<4, 4>(plan, run);
+      case 540:
+        return fft_of<5, 4>(plan, run);
+      case 550:
+        return fft_of<5, 5>(plan, run);
+      case 560:
+        return fft_of<5, 6>(plan, run);
+      case 620:
+        return fft_of<6, 2>(plan, run);
+      case 630:
+        return fft_of<6, 3>(plan, run);
+      case 640:
+        return fft_of<6, 4>(plan, run);
+      case 660:
+        return fft_of<6, 6>(plan, run);
+      case 442:
+        return fft_of<4, 4, 2>(plan, run);
+      case 533:
+        return fft_of<5, 3, 3>(plan, run);
+      case 542:
+        return fft_of<5, 4, 2>(plan, run);
+      case 552:
+        return fft_of<5, 5, 2>(plan, run);
+      case 562:
+        return fft_of<5, 6, 2>(plan, run);
+      case 633:
+        return fft_of<6, 3, 3>(plan, run);
+      case 642:
+        return fft_of<6, 4, 2>(plan, run);
+      case 662:
+        return fft_of<6, 6, 2>(plan, run);
+      default:
+        break;
+    }
+  }
+  fft_any(plan, run);
+}
+
 // ---- products of spectra ------------------------------------------------------------------------------------
-template <int group, bool conjugate>
-THALWEG_INLINE void multiply(const float* w, int inputs, int outputs, const float* in, std::int64_t in_im, float* out,
-                             std::int64_t out_im) {
-  Real re[group] = {}, im[group] = {};
+// Keeps a value in a register: the compiler would rather read it again as the operand of each multiply-add, and reads
+// that cross a cache line are what these loops are bound by.
+template <class V>
+THALWEG_INLINE void pin(V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#else
+  (void)v;
+#endif
+}
+
+// `group` columns at a frequency f and, if paired, as many at -f, where the weights are conjugate.
+template <int group, bool paired>
+THALWEG_INLINE void multiply(const float* w, int inputs, int outputs, const float* const (&in)[2], std::int64_t in_im,
+                             float* const (&out)[2], std::int64_t out_im) {
+  constexpr int sides = paired ? 2 : 1;
+  Real re[sides][group] = {}, im[sides][group] = {};
   const float* w_im = w + inputs * outputs;
   for (int i = 0; i < inputs; ++i) {
-    const Real wr = load(w + i * outputs), wi = load(w_im + i * outputs);
+    Real wr = load(w + i * outputs), wi = load(w_im + i * outputs);
+    pin(wr);
+    pin(wi);
+#pragma GCC unroll 2
+    for (int side = 0; side < sides; ++side) {
 #pragma GCC unroll 8
-    for (int g = 0; g < group; ++g) {
-      const Real ar = broadcast(in[g * inputs + i]);
-      re[g] += wr * ar;
-      im[g] = conjugate ? im[g] - wi * ar : im[g] + wi * ar;
-    }
+      for (int g = 0; g < group; ++g) {
+        Real a = broadcast(in[side][g * inputs + i]);
+        pin(a);
+        re[side][g] += wr * a;
+        im[side][g] = side == 0 ? im[side][g] + wi * a : im[side][g] - wi * a;
+      }
 #pragma GCC unroll 8
-    for (int g = 0; g < group; ++g) {
-      const Real ai = broadcast(in[in_im + g * inputs + i]);
-      re[g] = conjugate ? re[g] + wi * ai : re[g] - wi * ai;
-      im[g] += wr * ai;
+      for (int g = 0; g < group; ++g) {
+        Real a = broadcast(in[side][in_im + g * inputs + i]);
+        pin(a);
+        re[side][g] = side == 0 ? re[side][g] - wi * a : re[side][g] + wi * a;
+        im[side][g] += wr * a;
+      }
     }
   }
+#pragma GCC unroll 2
+  for (int side = 0; side < sides; ++side)
 #pragma GCC unroll 8
-  for (int g = 0; g < group; ++g) {  // in order: each store spoils what the next one sets right
-    store(out + g * outputs, re[g]);
-    store(out + out_im + g * outputs, im[g]);
-  }
+    for (int g = 0; g < group; ++g) {  // in order: each store spoils what the next one sets right
+      store(out[side] + g * outputs, re[side][g]);
+      store(out[side] + out_im + g * outputs, im[side][g]);
+    }
 }
 
 // Columns from `column` on in groups; returns the first one left over.
-template <int group, bool conjugate>
-THALWEG_INLINE int multiply_columns(const SpectrumProduct& job, int column, const float* w, const float* in,
-                                    float* out) {
-  for (; column + group <= job.columns; column += group)
-    multiply<group, conjugate>(w, job.inputs, job.outputs, in + column * job.inputs, job.in_im,
-                               out + column * job.outputs, job.out_im);
+template <int group, bool paired>
+THALWEG_INLINE int multiply_columns(const SpectrumProduct& job, int column, const float* w, int o,
+                                    const float* const (&in)[2], float* const (&out)[2]) {
+  for (; column + group <= job.columns; column += group) {
+    const int from = column * job.inputs, to = column * job.outputs + o;
+    multiply<group, paired>(w + o, job.inputs, job.outputs, {in[0] + from, in[1] + from}, job.in_im,
+                            {out[0] + to, out[1] + to}, job.out_im);
+  }
   return column;
 }
 
-template <bool conjugate>
+template <bool paired>
 void product_as(const SpectrumProduct& job) {
+  constexpr int most = paired && kLanes < 16 ? 2 : 4;
   for (int k = 0; k < job.count; ++k) {
-    const float *w = job.weights + k * job.weight_step, *in = job.in + k * job.in_step;
-    float* out = job.out + k * job.out_step;
+    const float* w = job.weights + k * job.weight_step;
+    const int minus = k == 0 ? 0 : job.count - k;
+    const float* const in[2] = {job.in[0] + k * job.in_step, job.in[1] + minus * job.in_step};
+    float* const out[2] = {job.out[0] + k * job.out_step, job.out[1] + minus * job.out_step};
     // The last, partly filled block of outputs first: it runs into the first block of the next column.
     for (int o = (job.outputs - 1) / kLanes * kLanes; o >= 0; o -= kLanes) {
-      int column = multiply_columns<4, conjugate>(job, 0, w + o, in, out + o);
-      column = multiply_columns<2, conjugate>(job, column, w + o, in, out + o);
-      multiply_columns<1, conjugate>(job, column, w + o, in, out + o);
+      int column = multiply_columns<most, paired>(job, 0, w, o, in, out);
+      if (most > 2) column = multiply_columns<2, paired>(job, column, w, o, in, out);
+      multiply_columns<1, paired>(job, column, w, o, in, out);
     }
   }
 }
 
-void product(const SpectrumProduct& job) { job.conjugate ? product_as<true>(job) : product_as<false>(job); }
+void product(const SpectrumProduct& job) { job.paired ? product_as<true>(job) : product_as<false>(job); }
 
 // ---- direct convolution -------------------------------------------------------------------------------------
 // Sums of a row of taps are rounded before they enter the total: a single chain over thousands of taps loses two
@@ -266,17 +417,6 @@ THALWEG_INLINE float sum_of(Real v) {
   return part[0];
 }
 
-// Keeps a value in a register: the compiler would rather read it again as the operand of each multiply-add, and reads
-// that cross a cache line are what these loops are bound by.
-template <class V>
-THALWEG_INLINE void pin(V& v) {
-#if defined(__x86_64__)
-  asm("" : "+v"(v));
-#else
-  (void)v;
-#endif
-}
-
 // sum += weights of a row times the numbers at a[voxel] + offset
 template <int outputs, int voxels>
 THALWEG_INLINE void gather_row(const float* w, int padded, const float* const* a, std::int64_t offset,
@@ -295,48 +435,63 @@ THALWEG_INLINE void gather_row(const float* w, int padded, const float* const* a
   }
 }
 
+// The taps of plane z for a group of voxels.
 template <int outputs, int voxels>
-THALWEG_INLINE void gather_some(const Gather& job, const std::int32_t* voxel, int count, int o, float* out) {
-  Real sum[outputs][voxels] = {};
+THALWEG_INLINE void gather_plane(const Gather& job, const std::int32_t* voxel, int count, int o, int z, float* sums) {
+  Real sum[outputs][voxels];
+#pragma GCC unroll 3
+  for (int c = 0; c < outputs; ++c)
+#pragma GCC unroll 12
+    for (int v = 0; v < voxels; ++v) sum[c][v] = load(sums + (c * voxels + v) * kLanes);
   const float *start[voxels], *a[voxels];
-  const std::int32_t* at[voxels];
-  const std::int64_t last_z = (job.rows_z - 1) * job.step, last_y = (job.rows_y - 1) * job.step;
-  bool linear = true;  // no voxel is near a wall or a seam in z or y: rows follow at equal distances
+  const std::int64_t* row[voxels];
+  const std::int64_t last = (job.rows_y - 1) * job.step;
+  bool linear = true;  // no voxel is near a wall or a seam in y: rows follow at equal distances
 #pragma GCC unroll 12
   for (int v = 0; v < voxels; ++v) {
-    at[v] = voxel + 3 * (v < count ? v : count - 1);  // the last voxel once more instead of a special case
-    start[v] = job.in + job.column[at[v][2]];
-    const std::int64_t *plane = job.plane + at[v][0], *row = job.row + at[v][1];
-    linear &= plane[last_z] - plane[0] == last_z * job.plane_stride && row[last_y] - row[0] == last_y * job.row_stride;
-    a[v] = start[v] + plane[0] + row[0];
+    const std::int32_t* at = voxel + 3 * (v < count ? v : count - 1);  // the last voxel again instead of a special case
+    start[v] = job.in + job.column[at[2]] + job.plane[at[0] + z * job.step];
+    row[v] = job.row + at[1];
+    linear &= row[v][last] - row[v][0] == last * job.row_stride;
+    a[v] = start[v] + row[v][0];
   }
-  const float* w = job.weights + o * job.padded;
   const std::int64_t row_of_weights = static_cast<std::int64_t>(job.outputs) * job.padded;
-  if (linear) {
-    for (int z = 0; z < job.rows_z; ++z)
-      for (int y = 0; y < job.rows_y; ++y, w += row_of_weights)
-        gather_row<outputs, voxels>(w, job.padded, a, job.step * (z * job.plane_stride + y * job.row_stride), sum);
-  } else {
-    for (int z = 0; z < job.rows_z; ++z)
-      for (int y = 0; y < job.rows_y; ++y, w += row_of_weights) {
+  const float* w = job.weights + z * job.rows_y * row_of_weights + o * job.padded;
+  for (int y = 0; y < job.rows_y; ++y, w += row_of_weights) {
+    if (linear) {
+      gather_row<outputs, voxels>(w, job.padded, a, job.step * y * job.row_stride, sum);
+    } else {
 #pragma GCC unroll 12
-        for (int v = 0; v < voxels; ++v)
-          a[v] = start[v] + job.plane[at[v][0] + z * job.step] + job.row[at[v][1] + y * job.step];
-        gather_row<outputs, voxels>(w, job.padded, a, 0, sum);
-      }
+      for (int v = 0; v < voxels; ++v) a[v] = start[v] + row[v][y * job.step];
+      gather_row<outputs, voxels>(w, job.padded, a, 0, sum);
+    }
   }
-  for (int v = 0; v < count; ++v)
-    for (int c = 0; c < outputs; ++c) out[v * job.outputs + o + c] = sum_of(sum[c][v]) + job.bias[o + c];
+#pragma GCC unroll 3
+  for (int c = 0; c < outputs; ++c)
+#pragma GCC unroll 12
+    for (int v = 0; v < voxels; ++v) store(sums + (c * voxels + v) * kLanes, sum[c][v]);
 }
 
-// As many voxels at once as the registers hold sums.
+// As many voxels at once as the registers hold sums; groups of them plane by plane, so that a plane's weights stay in
+// the first cache.
 template <int outputs>
 void gather_outputs(const Gather& job, const std::int32_t* voxels, std::int64_t n, int o, float* out) {
   constexpr int registers = kLanes == 16 ? 24 : 12;
-  constexpr int most = registers / outputs, at_once = most < 8 ? most : 8;
-  for (std::int64_t v = 0; v < n; v += at_once)
-    gather_some<outputs, at_once>(job, voxels + 3 * v, n - v < at_once ? static_cast<int>(n - v) : at_once, o,
-                                  out + v * job.outputs);
+  constexpr int most = registers / outputs, at_once = most < 8 ? most : 8, groups = 8, block = groups * at_once;
+  alignas(64) float sums[groups * outputs * at_once * kLanes];
+  for (std::int64_t first = 0; first < n; first += block) {
+    const int count = n - first < block ? static_cast<int>(n - first) : block;
+    for (int k = 0; k < groups * outputs * at_once * kLanes; ++k) sums[k] = 0.0f;
+    for (int z = 0; z < job.rows_z; ++z)
+      for (int v = 0; v < count; v += at_once)
+        gather_plane<outputs, at_once>(job, voxels + 3 * (first + v), count - v < at_once ? count - v : at_once, o, z,
+                                       sums + v * outputs * kLanes);
+    for (int v = 0; v < count; ++v)
+      for (int c = 0; c < outputs; ++c) {
+        const float* sum = sums + (v / at_once * outputs * at_once + c * at_once + v % at_once) * kLanes;
+        out[(first + v) * job.outputs + o + c] = sum_of(load(sum)) + job.bias[o + c];
+      }
+  }
 }
 
 void gather(const Gather& job, const std::int32_t* voxels, std::int64_t n, float* out) {
@@ -419,12 +574,13 @@ THALWEG_INLINE V changed(V activation, V change) {
   return after > V{} ? after : after * kSlope;
 }
 
-void update(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, float* change,
-            float* saved) {
+void update(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, std::int64_t ahead,
+            float* change, float* saved) {
   by_runs(
       n, channels,
       [=](std::int64_t k) {
         float *s = state + offset[k], *d = change + k * 10, *o = saved + k * 10;
+        __builtin_prefetch(s + ahead, 1);
         const Eight a = load<Eight>(s), b = load<Eight>(s + 2);
         const Eight a_new = changed(a, load<Eight>(d)), b_new = changed(b, load<Eight>(d + 2));
         store(o, a);
@@ -443,11 +599,13 @@ void update(std::int64_t n, std::int32_t channels, const std::int64_t* offset, f
       });
 }
 
-void exchange(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, float* saved) {
+void exchange(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, std::int64_t ahead,
+              float* saved) {
   by_runs(
       n, channels,
       [=](std::int64_t k) {
         float *s = state + offset[k], *o = saved + k * 10;
+        __builtin_prefetch(s + ahead, 1);
         const Eight a = load<Eight>(s), b = load<Eight>(s + 2);
         const Eight c = load<Eight>(o), d = load<Eight>(o + 2);
         store(s, c);

@@ -28,18 +28,20 @@ struct FftRun {
   float *out_re, *out_im;           // may be the input
   std::int64_t out_step, out_stride;
   std::int32_t from, to;  // only these elements are written
+  std::int64_t ahead;     // this far from what is read lies what comes next: asks for it
 };
 
-/// out[column][o] = sum over i of weight[i][o] in[column][i], all complex, at `count` frequencies.
+/// out[column][o] = sum over i of weight[i][o] in[column][i], all complex, at frequencies k = 0 .. count - 1 of in[0]
+/// and, if paired, at frequencies -k of in[1], where the weights are conjugate.
 struct SpectrumProduct {
   std::int32_t count, columns, inputs, outputs;
+  bool paired;
   const float*
       weights;  // per frequency (inputs, outputs) real, then imaginary parts; may be read `lanes` beyond the end
   std::int64_t weight_step;
-  const float* in;
-  float* out;  // `lanes` floats behind each of its two parts are overwritten
+  const float* in[2];  // the second is not used unless paired, but must be a pointer that may be moved
+  float* out[2];       // `lanes` floats behind each of the two parts are overwritten
   std::int64_t in_step, in_im, out_step, out_im;
-  bool conjugate;  // of the weights
 };
 
 /// One row of a convolution: out[x][o] = bias[o] + sum over rows r, taps t, inputs i of
@@ -79,11 +81,12 @@ struct QmapKernels {
   void (*scaled_runs)(std::int64_t n, std::int32_t channels, float weight, const float* in, std::int64_t in_step,
                       float* out, std::int64_t out_step);
   /// Activations at `state + offset[k]` get their pre-activation changed by change[k]; change becomes the change of the
-  /// activation, saved what was there.
-  void (*update)(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, float* change,
-                 float* saved);
+  /// activation, saved what was there. What comes soon lies `ahead` floats behind `state`.
+  void (*update)(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, std::int64_t ahead,
+                 float* change, float* saved);
   /// Exchanges state and saved.
-  void (*exchange)(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, float* saved);
+  void (*exchange)(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, std::int64_t ahead,
+                   float* saved);
   void (*leaky)(std::int64_t n, float* x);
   void (*tanh)(std::int64_t n, float* x);
 };

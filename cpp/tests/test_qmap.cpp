@@ -233,15 +233,15 @@ TEST(undo_and_apply_are_exact) {
       CHECK(second.bytes() > 0 && second.placed().voxel == placed[1].voxel);
       state.place(placed[1].species, placed[1].voxel);
       const auto two = state.q();
-      (void)state.undo();
+      state.undo();
       state.apply(second);
       CHECK(state.q() == two && state.placed().size() == 2);
-      (void)state.undo();
+      state.undo();
       CHECK(state.q() == one);
       state.place(placed[2].species, placed[2].voxel);
       CHECK(state.q() != one);
-      (void)state.undo();
-      (void)state.undo();
+      state.undo();
+      state.undo();
       CHECK(state.q() == empty && state.placed().empty());
       // A delta serves any number of states with the same atoms.
       QState other(map, method);
@@ -261,7 +261,7 @@ TEST(no_drift_over_twenty_atoms) {
       for (const Placed& atom : atoms(*map, 20, 13)) {
         state.place(atom.species, atom.voxel);
         while (random.uniform() < 0.5 && !state.placed().empty()) {  // back some way and forth again
-          QDelta delta = state.undo();
+          QDelta delta = state.retract();
           if (random.uniform() < 0.5) state.place(0, static_cast<std::int64_t>(random.uniform(0, 100))), state.undo();
           state.apply(std::move(delta));
         }
@@ -396,6 +396,8 @@ TEST(bad_input) {
   const QDelta delta = state.expand(0, 3);
   state.place(1, 1);
   THROWS(state.apply(delta), "with other atoms placed");
+  QState elsewhere(std::make_shared<QMap>(net, Shape{9, 4}, Flags{1, 1}), QMethod::direct);
+  THROWS(elsewhere.apply(delta), "of another map");
   std::vector<float> out(3);
   THROWS(state.q(std::vector<std::int64_t>{1, 2}, out), "out must hold species x voxels, 4 values");
   THROWS(state.q(std::vector<std::int64_t>{99}, std::span(out).first(2)), "but one is 99");

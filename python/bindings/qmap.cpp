@@ -222,8 +222,10 @@ the whole grid when Q is asked for).)")
           py::arg("species"), py::arg("voxel"), py::call_guard<py::gil_scoped_release>(),
           "Raises ConfigurationError for a species or voxel that does not exist.")
       .def(
-          "undo", [](StateOnMap& self) { return self.state.undo(); },
-          "Takes the last atom back, exactly; returns the change, for apply().")
+          "undo", [](StateOnMap& self) { self.state.undo(); }, "Takes the last atom back, exactly.")
+      .def(
+          "retract", [](StateOnMap& self) { return self.state.retract(); },
+          "undo(), but returns the change, for apply().")
       .def(
           "expand",
           [](StateOnMap& self, std::int32_t species, std::int64_t voxel) { return self.state.expand(species, voxel); },
@@ -231,7 +233,7 @@ the whole grid when Q is asked for).)")
           "The change that placing an atom would make, for apply().")
       .def(
           "apply", [](StateOnMap& self, const QDelta& delta) { self.state.apply(delta); }, py::arg("delta"),
-          "Places the atom of a change that expand() or undo() gave for the atoms placed now; no arithmetic.")
+          "Places the atom of a change that expand() or retract() gave for the atoms placed now; no arithmetic.")
       .def(
           "q",
           [](StateOnMap& self, const py::object& voxels) -> py::array_t<float> {

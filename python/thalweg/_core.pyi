@@ -785,9 +785,13 @@ class QState:
         """
         Raises ConfigurationError for a species or voxel that does not exist.
         """
-    def undo(self) -> QDelta:
+    def undo(self) -> None:
         """
-        Takes the last atom back, exactly; returns the change, for apply().
+        Takes the last atom back, exactly.
+        """
+    def retract(self) -> QDelta:
+        """
+        undo(), but returns the change, for apply().
         """
     def expand(self, species: int, voxel: int) -> QDelta:
         """
@@ -795,7 +799,7 @@ class QState:
         """
     def apply(self, delta: QDelta) -> None:
         """
-        Places the atom of a change that expand() or undo() gave for the atoms placed now; no arithmetic.
+        Places the atom of a change that expand() or retract() gave for the atoms placed now; no arithmetic.
         """
     def q(self, voxels: numpy.typing.ArrayLike | None = None) -> numpy.typing.NDArray[numpy.float32]:
         """

@@ -152,12 +152,14 @@ class QState {
 
   /// Throws Error for a species or voxel that does not exist.
   void place(std::int32_t species, std::int64_t voxel);
-  /// Takes the last atom back, exactly; returns the change, for apply(). Throws Error if none is placed.
-  QDelta undo();
+  /// Takes the last atom back, exactly. Throws Error if none is placed.
+  void undo();
+  /// undo(), but returns the change, for apply().
+  QDelta retract();
   /// The change that placing an atom would make, for apply().
   QDelta expand(std::int32_t species, std::int64_t voxel);
-  /// Places the atom of a change that expand() or undo() gave for the atoms placed now; no arithmetic. Throws Error for
-  /// a change of another state.
+  /// Places the atom of a change that expand() or retract() gave for the atoms placed now; no arithmetic. Throws Error
+  /// for a change of another state.
   void apply(QDelta delta);
 
   /// Q (species, n) at n voxels.
