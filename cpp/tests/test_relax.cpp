@@ -385,7 +385,9 @@ TEST(same_bits_for_any_batch_and_thread_count) {
 
 TEST(errors_of_a_landscape_come_through_threads) {
   struct Refuses : Landscape {
-    std::unique_ptr<Evaluator> evaluator(const BatchView&, ForcesOn) const override { throw Error("no such species here"); }
+    std::unique_ptr<Evaluator> evaluator(const BatchView&, ForcesOn) const override {
+      throw Error("no such species here");
+    }
   };
   Structures s;
   s.add({0, 0, 0});

@@ -85,10 +85,11 @@ class Tersoff : public Landscape {
   std::vector<Entry> entries_;
 };
 
-/// A smooth model of carbon, for statistics and tests of agents that learn from structures far from any minimum: where a
-/// bond-order potential is flat or harsh it has a slope. Morse pairs and a term for the angle at each atom with two
+/// A smooth model of carbon, for statistics and tests of agents that learn from structures far from any minimum: where
+/// a bond-order potential is flat or harsh it has a slope. Morse pairs and a term for the angle at each atom with two
 /// neighbours,
-///   E = sum_{i<j} depth ((1 - e^{-a (r - r0)})^2 - 1) w(r) + sum_i sum_{j<k} angle (cos theta_jik + 1/2)^2 w(r_ij) w(r_ik),
+///   E = sum_{i<j} depth ((1 - e^{-a (r - r0)})^2 - 1) w(r) + sum_i sum_{j<k} angle (cos theta_jik + 1/2)^2 w(r_ij)
+///   w(r_ik),
 /// w from 1 at `inner` to 0 at `outer` with two continuous derivatives. Threefold coordination with 120 degrees is its
 /// ideal; the lowest structures in the plane are those of graphene.
 class SmoothCarbon : public Landscape {
