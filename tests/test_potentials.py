@@ -1,5 +1,7 @@
 """Built-in potentials: values of ASE's calculators, derivatives, laws, bad input."""
 
+import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +12,8 @@ from ase.calculators.emt import EMT as AseEMT
 from ase.calculators.lj import LennardJones as AseLennardJones
 from ase.data import atomic_numbers
 from ase.neighborlist import neighbor_list
-from thalweg import _core
-from thalweg.calculators import EMT, LennardJones, landscape_of, make_calculator
+from thalweg import Evaluate, Problem, Random, Search, _core
+from thalweg.calculators import EMT, LennardJones, SmoothCarbon, landscape_of, make_calculator
 from thalweg.errors import ConfigurationError, ThalwegError
 
 METALS = ["Al", "Cu", "Ag", "Au", "Ni", "Pd", "Pt"]
@@ -511,3 +513,71 @@ def test_make_calculator():
     ]:
         with pytest.raises(ConfigurationError, match=message):
             make_calculator(name, **arguments)
+
+
+def smooth_carbon_formula(positions, cell, pbc, *, depth, stiffness, r0, angle, inner, outer):
+    """The energy of potentials.hpp in plain sums over atoms and images."""
+
+    def switch(r):
+        t = np.clip((r - inner) / (outer - inner), 0, 1)
+        return 1 - t**3 * (10 - t * (15 - 6 * t))
+
+    energy, images = 0.0, [(-1, 0, 1) if p else (0,) for p in pbc]
+    for i, x in enumerate(positions):
+        bonds = []
+        for j, y in enumerate(positions):
+            for image in itertools.product(*images):
+                d = y + np.array(image) @ cell - x
+                r = np.linalg.norm(d)
+                if r < outer and not (i == j and image == (0, 0, 0)):
+                    bonds.append((r, d / r))
+        energy += sum(0.5 * depth * ((1 - np.exp(-stiffness * (r - r0))) ** 2 - 1) * switch(r) for r, _ in bonds)
+        for (ra, a), (rb, b) in itertools.combinations(bonds, 2):
+            energy += angle * (a @ b + 0.5) ** 2 * switch(ra) * switch(rb)
+    return energy
+
+
+@pytest.mark.parametrize("pbc", [(False, False, False), (True, True, False)])
+def test_smooth_carbon_equals_its_formula(pbc):
+    numbers = dict(depth=2.5, stiffness=1.9, r0=1.5, angle=1.7, inner=1.7, outer=2.6)
+    rng = np.random.default_rng(4)
+    atoms = Atoms("C7", rng.uniform(0, 4, (7, 3)), cell=[5.5, 5.2, 9.0], pbc=pbc)
+    atoms.calc = SmoothCarbon(**numbers)
+    expected = smooth_carbon_formula(atoms.positions, atoms.cell.array, pbc, **numbers)
+    assert atoms.get_potential_energy() == pytest.approx(expected, rel=1e-12)
+    forces = atoms.get_forces()
+    for atom, axis in ((0, 0), (3, 1), (6, 2)):
+        moved = []
+        for step in (1e-5, -1e-5):
+            shifted = atoms.copy()
+            shifted.positions[atom, axis] += step
+            moved.append(smooth_carbon_formula(shifted.positions, atoms.cell.array, pbc, **numbers))
+        assert forces[atom, axis] == pytest.approx(-(moved[0] - moved[1]) / 2e-5, rel=1e-6, abs=1e-6)
+
+
+def test_graphene_is_the_minimum_of_smooth_carbon():
+    """Three bonds of depth 3 eV for every two atoms and no strain; nothing that random sheets relax to lies lower."""
+    r = 1.45
+    cell = np.array([2 * np.sqrt(3) * r, 3 * r, 10.0])
+    basis = np.array([[0, 0, 5], [0, r, 5], [np.sqrt(3) / 2 * r, 1.5 * r, 5], [np.sqrt(3) / 2 * r, 2.5 * r, 5]])
+    positions = np.concatenate([basis, basis + np.array([np.sqrt(3) * r, 0, 0])])
+    sheet = Atoms("C8", positions, cell=cell, pbc=(True, True, False))
+    sheet.calc = SmoothCarbon()
+    assert sheet.get_potential_energy() == pytest.approx(-36.0, abs=1e-9)
+    assert np.abs(sheet.get_forces()).max() < 1e-9
+    box = ([0, 0, 4.5], [[cell[0], 0, 0], [0, cell[1], 0], [0, 0, 1]])
+    problem = Problem("C8", cell=cell, pbc=(True, True, False), box=box)
+    starts = Search(problem, propose=Random(60), evaluate=Evaluate(SmoothCarbon()), seed=1).ask().proposed
+    flat = starts.positions * [1, 1, 0] + [0, 0, 5]
+    starts = replace(starts.with_positions(flat), fixed=np.tile([False, False, True], (starts.atoms, 1)))
+    relaxed = _core.relax(_core.SmoothCarbon(), starts, steps=400, force_tolerance=0.01)[1]
+    assert relaxed.min() > -36.0 - 1e-6 and np.sum(relaxed < -35.99) >= 3
+
+
+def test_smooth_carbon_is_for_carbon():
+    atoms = Atoms("CO", [[0, 0, 0], [0, 0, 1.2]])
+    atoms.calc = SmoothCarbon()
+    with pytest.raises(ConfigurationError, match="carbon alone"):
+        atoms.get_potential_energy()
+    with pytest.raises(ConfigurationError, match="inner < outer"):
+        SmoothCarbon(inner=3.0)
