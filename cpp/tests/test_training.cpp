@@ -218,7 +218,7 @@ const QNetworkShape kShapes[] = {
 
 TEST(gradients_are_those_of_whole_grids) {
   for (const QNetworkShape& shape : kShapes) {
-    const Example e = example(shape, 19, 5, 1);
+    const Example e = example(shape, 18, 4, 1);
     const Reference wanted = reference(e);
     at_every_level([&] {
       QTraining training(shape);
@@ -235,7 +235,7 @@ TEST(gradients_are_those_of_whole_grids) {
 // Without constants and their gradient, atoms away from the walls are stamped and the others go through images.
 TEST(gradients_without_images_are_the_same) {
   for (QNetworkShape shape : kShapes) {
-    Example e = example(shape, 40, 3, 4);
+    Example e = example(shape, 24, 3, 4);
     std::fill(e.shift.begin(), e.shift.end(), 0.0f);
     const Reference wanted = reference(e);
     at_every_level([&] {

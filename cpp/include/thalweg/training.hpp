@@ -16,8 +16,10 @@
 //   spectrum   [frequency][channel pair] cells, frequency = (kx ny + ky) nz + kz
 //   weights    [pair of frequencies f, -f][re, im][out x in]: real kernels, so half of the frequencies suffice
 //   parameters w_1 (10, S, K^D) b_1 w_2 (10, 10, K^D) b_2 w_3 b_3 w_4 (S, 10, K^D) b_4, float32, C order
-// Weight gradients are summed over actions as spectra and transformed back once. Groups are shared out among threads;
-// they are summed in an order that depends on their number only.
+// Where every bias is zero, empty space has pre-activations of exactly 0; here they are rounding noise, so that the
+// leaky ReLU's slope there is one or the other. Biases leave zero with the first step. Weight gradients are summed over
+// actions as spectra and transformed back once. Groups are shared out among threads; they are summed in an order that
+// depends on their number only.
 #pragma once
 
 #include <array>
