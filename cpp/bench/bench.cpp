@@ -524,11 +524,18 @@ void q_maps(Bench& bench) {
     if (bench.wants(step)) {
       QState state(map, QMethod::local_fft);
       for (const Placed& atom : placed) state.place(atom.species, atom.voxel);
-      bench.time(step, "ms", kMilli, c.target, [&] {
+      std::vector<double> forth, back;
+      for (int repeat = 0; repeat < 40; ++repeat) {
+        double start = now();
         state.place(0, next);
         state.q(shell, q);
+        forth.push_back(now() - start);
+        start = now();
         state.undo();
-      });
+        back.push_back(now() - start);
+      }
+      bench.report(step, "ms", forth, kMilli, c.target);
+      bench.report(name + ", undo", "ms", back, kMilli, 0);
     }
     if (bench.wants(whole) && c.n <= 60) {
       QState state(map, QMethod::grid_fft);
