@@ -712,6 +712,93 @@ def _steps(table: Table, *, against_torch: bool) -> None:
         _milli(table, name, a, b, target=ratio if against_torch else limit, note=note)
 
 
+# Label, preset, grid, periodic, target ratio.
+QMAPS: list[tuple[str, str, tuple[int, ...], bool, float]] = [
+    ("graphene 41 x 36, 15 x 15", "thesis-2d", (41, 36), True, 2.5),
+    ("60^3, 7^3 dilation 2", "thesis-3d-dilated-2", (60, 60, 60), False, 50.0),
+    ("100^3, 7^3 dilation 2", "thesis-3d-dilated-2", (100, 100, 100), False, 200.0),
+]
+
+
+def _q_maps(table: Table, *, against_torch: bool) -> None:
+    """The Q-map after one more atom: in two dimensions everywhere, in three on the shell of 22,000 voxels around nine
+    atoms. PyTorch's side: the whole pass over the images, channels last; dilated nets as the phases of their lattice, side
+    by side in one batch without dilation, which is its fastest way."""
+    import torch
+
+    from thalweg.networks import Gaussian, QNetwork, Trainer
+
+    torch.set_num_threads(1)
+    for label, preset, grid, wraps, ratio in QMAPS:
+        name = f"Q-map after one more atom, {label}"
+        if not table.wants(name):
+            continue
+        dimension, species = len(grid), 1 if len(grid) == 2 else 2
+        periodic = (wraps,) * dimension
+        network = QNetwork.preset(preset, Gaussian(species, dimension), initial="uniform", seed=1)
+        arrays = Trainer(network, grid, periodic, threads=1).weights()
+        images = np.zeros((species, species, *arrays["kernels"].shape[1:]), np.float32)
+        images[np.arange(species), np.arange(species)] = arrays["kernels"]
+        weights, biases = ([arrays[f"{kind}{k}"] for k in (1, 2, 3, 4)] for kind in "wb")
+        compiled = _core.QNetwork(
+            weights,
+            biases,
+            dilations=list(network.dilations),
+            representation=images,
+            representation_bias=arrays["shift"],
+        )
+        state = _core.QState(_core.QMap(compiled, list(grid), list(periodic)))
+        rng = np.random.default_rng(1)
+        middle = np.array(grid) // 2
+        sites = np.unique(np.clip(rng.normal(middle, 4.0, (60, dimension)).astype(int), 0, np.array(grid) - 1), axis=0)
+        atoms = rng.permutation(sites)[:9]
+        for k, site in enumerate(atoms[:-1]):
+            state.place(k % species, int(np.ravel_multi_index(tuple(site), grid)))
+        shell = None
+        if dimension == 3:
+            points = np.indices(grid).reshape(3, -1).T
+            nearest = np.min([np.square(points - site).sum(axis=1) for site in atoms], axis=0)
+            shell = np.sort(np.argsort(nearest, kind="stable")[:22_000])
+        last = (len(atoms) - 1) % species, int(np.ravel_multi_index(tuple(atoms[-1]), grid))
+
+        def ours(state=state, last=last, shell=shell):
+            begin = time.process_time()
+            state.place(*last)
+            q = state.q(shell)
+            seconds = time.process_time() - begin
+            state.undo()
+            return seconds, q
+
+        dilation = network.dilations[0]
+        layout = torch.channels_last if dimension == 2 else torch.channels_last_3d
+        convolve = torch.nn.functional.conv2d if dimension == 2 else torch.nn.functional.conv3d
+        tensors = [torch.from_numpy(w).contiguous(memory_format=layout) for w in weights]
+        reach = weights[0].shape[-1] // 2
+        phases = torch.randn(dilation**dimension, species, *[n // dilation for n in grid]).contiguous(
+            memory_format=layout
+        )
+
+        def theirs(phases=phases, tensors=tensors, convolve=convolve, biases=biases, reach=reach, wraps=wraps):
+            begin = time.process_time()
+            with torch.no_grad():
+                x = phases
+                for k, (w, b) in enumerate(zip(tensors, biases, strict=True)):
+                    if wraps:
+                        x = torch.nn.functional.pad(x, (reach,) * (2 * (x.dim() - 2)), mode="circular")
+                    x = convolve(x, w, torch.from_numpy(b), padding=0 if wraps else reach)
+                    x = torch.nn.functional.leaky_relu(x, 0.01) if k < len(tensors) - 1 else torch.tanh(x)
+            return time.process_time() - begin
+
+        if against_torch and dimension == 2:
+            network.on(grid, periodic)
+            placed = [[k % species, np.ravel_multi_index(tuple(site), grid)] for k, site in enumerate(atoms)]
+            exact = network.q_map(np.array(placed))
+            table.check(f"{name}: Q", float(np.abs(ours()[1] - exact).max()), 3e-6)
+        ours()
+        a, b = _turns(lambda: ours()[0], theirs if against_torch else None, 7 if dimension == 2 else 3)
+        _milli(table, name, a, b, target=ratio if against_torch else None)
+
+
 def _own(table: Table) -> None:
     """Figures without a counterpart: EMT against ASE's, the store, import time."""
     import ase.calculators.emt
@@ -827,6 +914,7 @@ def kernels(
         if peer is None:
             if has_torch:
                 _steps(table, against_torch=against == "torch")
+                _q_maps(table, against_torch=against == "torch")
             if against is None:
                 _own(table)
     finally:
