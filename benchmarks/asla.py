@@ -134,7 +134,7 @@ def one(task: tuple[str, str, int, int]) -> dict:
     search.callbacks.append(StopAt(target, tolerance))
     search.run(cap, evaluations=cap)
     energies = np.where(search.data.ok, search.data.columns["energy"], np.inf)
-    hit = np.flatnonzero(energies <= target + tolerance)
+    hit = np.flatnonzero((energies <= target + tolerance) & (energies > target - 1.0))  # lower yet: no energy
     return {
         "problem": name, "arm": arm, "seed": seed, "cap": cap, "evaluations": int(hit[0]) + 1 if len(hit) else cap,
         "success": bool(len(hit)), "best_above": float(energies.min() - target), "episodes": search.iteration,

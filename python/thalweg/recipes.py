@@ -217,7 +217,7 @@ def asla(
     replay: int = 3,
     symmetry: bool | None = None,
     transfer_from: str | None = None,
-    prior: Any = "auto",
+    prior: Any = "fitted",
     backend: str = "auto",
     threads: int = 0,
 ) -> Search:
@@ -284,7 +284,7 @@ def asla(
     transfer_from : str, optional
         A snapshot (.npz) of an agent for the same species, from whose weights learning starts.
     prior : "auto", "fitted", "bonding", "repulsive", "none" or what `GPR` takes
-        Of the surrogate, see `gofee`.
+        Of the surrogate, which learns energies alone; see `gofee`.
     backend : "auto", "core" or "torch"
         What trains the network, see `thalweg.networks.Trainer`.
     threads : int
@@ -313,7 +313,7 @@ def asla(
     )  # fmt: skip
     models: dict[str, Any] = {} if policy == "uniform" else {"agent": agent}  # who asks for no Q need not learn it
     if surrogate:
-        models["gp"] = _one_of(_global_models(_means(prior)))
+        models["gp"] = _one_of(_global_models(_means(prior), use_forces=False))  # an episode must stay cheap
     build = Build({0: count, rebuild_after: count - rebuild} if rebuild else count, **asking)
     return Search(
         problem,
