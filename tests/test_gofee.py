@@ -126,13 +126,14 @@ def test_killed_with_another_prior_and_resumed(tmp_path):
 @pytest.mark.parametrize("cut", [1, 5, 13])
 def test_resumed_equals_straight_with_forces(tmp_path, cut):
     """Which structures taught their forces is part of the state; so is the order in which they came."""
-    path, options = tmp_path / "a.journal", {"use_forces": True, "candidates": 8, "surrogate_steps": 20}
+    path = tmp_path / "a.journal"
+    options = {"use_forces": True, "prior": "fitted", "candidates": 8, "surrogate_steps": 20, "hops": 0}
     with recipes.gofee(PROBLEM, EMT(), seed=3, store=path, threads=1, **options) as search:
         search.run(10, evaluations=cut)
         assert search.evaluations == cut
     straight = rows(10, **options)
     assert same_rows(rows(10, store=path, threads=2, **options), straight)
-    assert len(straight) > 13 and not same_rows(rows(10, candidates=8, surrogate_steps=20), straight)
+    assert len(straight) > 13 and not same_rows(rows(10, **{**options, "use_forces": False}), straight)
 
 
 def test_killed_with_forces_and_resumed(tmp_path):
