@@ -74,7 +74,7 @@ class Grid:
     shape : points along each of the `dimension` directions
     periodic : whether each of them is
     species : (S,) atomic numbers on the grid, rising: those of the placed atoms and of a template's atoms on it
-    template : (t, 2) int32, a template's atoms that lie on the grid, as rows of a state
+    template : (t, 2) int32, a template's atoms that lie on the grid (with two dimensions: whose projections do), as rows
     alone : whether no template atom lies beyond it, so that rotated and mirrored states are as good
 
     Raises ConfigurationError if the grid would have more than 2e7 points, or heights name no species of the problem.
