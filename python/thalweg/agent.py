@@ -194,7 +194,8 @@ class Build:
     def __call__(self, ctx: Context) -> Batch:
         grid = self.grid.of(ctx.problem)
         starts = [np.zeros((0, 2), np.int32)] * scheduled(self.count, ctx.iteration)
-        builds = _built(grid, ctx, self.model, self.policy, starts, self.novel)
+        every = _built(grid, ctx, self.model, self.policy, starts, self.novel)
+        builds = [rows for rows in every if rows is not None]
         return _batch(ctx.problem, grid, builds, parent=-1) if builds else Batch.empty()
 
 
@@ -246,23 +247,15 @@ class Rebuild:
             starts.append(np.delete(rows, out, axis=0))
             parents.append(parent)
         known = ctx.sample.columns.get("row", np.full(len(ctx.sample), -1))
-        builds = _built(grid, ctx, self.model, self.policy, starts, self.novel, keep_lost=True)
+        builds = _built(grid, ctx, self.model, self.policy, starts, self.novel)
         good = [i for i, rows in enumerate(builds) if rows is not None]
         if not good:
             return Batch.empty()
         return _batch(ctx.problem, grid, [builds[i] for i in good], parent=known[np.array(parents)[good]])
 
 
-def _built(
-    grid: Grid,
-    ctx: Context,
-    model: str,
-    policy: Policy,
-    starts: Sequence[Array],
-    novel: bool,
-    *,
-    keep_lost: bool = False,
-) -> list[Any]:
+def _built(grid: Grid, ctx: Context, model: str, policy: Policy, starts: Sequence[Array], novel: bool) -> list[Any]:
+    """What became of each start; None for one that was given up."""
     agent = ctx.models.get(model)
     if policy.asks and agent is None:
         raise ConfigurationError(
@@ -280,7 +273,7 @@ def _built(
             fresh = build(grid, q_maps, policy, [starts[i] for i in again], [keys[i].fold(attempt) for i in again])
             for i, rows in zip(again, fresh, strict=True):
                 builds[i] = rows
-    return builds if keep_lost else [rows for rows in builds if rows is not None]
+    return builds
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,12 @@ class GridSettings:
             raise ConfigurationError("heights are those of a grid of dimension 2; a grid of dimension 3 has them all")
 
     def of(self, problem: Problem) -> Grid:
-        """The grid over that problem's box."""
-        return Grid(problem, self)
+        """The grid over that problem's box; the same object as long as the problem is the same."""
+        grid: Grid | None = self.__dict__.get("_grid")
+        if grid is None or grid.problem is not problem:
+            grid = Grid(problem, self)
+            object.__setattr__(self, "_grid", grid)  # every stage of a search asks, in every iteration
+        return grid
 
 
 class Grid:
