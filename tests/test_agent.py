@@ -57,13 +57,32 @@ def test_heights_are_those_of_the_species():
     assert np.allclose(z, [6.4, 6.0])
 
 
+def test_in_three_dimensions_species_keep_to_their_heights():
+    problem = Problem("C3H3", cell=12.0, box=([3, 3, 5.0], [[5.0, 0, 0], [0, 4.0, 0], [0, 0, 3.0]]))
+    grid = GridSettings(0.4, 3, heights={"H": 6.4, "C": (5.5, 6.5)}).of(problem)
+    assert grid.flat.tolist() == [True, False]
+    layers = np.unique(grid.points[:, 2])
+    plane = layers[np.argmin(np.abs(layers - 6.4))]
+    for rows in uniform_builds(grid, 20):
+        z, hydrogen = grid.place(rows)[:, 2], grid.species[rows[:, 0]] == 1
+        assert np.allclose(z[hydrogen], plane)
+        assert np.all((z[~hydrogen] >= 5.5 - 1e-6) & (z[~hydrogen] <= 6.5 + 1e-6))
+        # relaxed atoms that left come back
+        away = grid.place(rows) + [0.0, 0.0, 1.5]
+        z = grid.place(grid.snap(away, grid.species[rows[:, 0]]))[:, 2]
+        assert np.allclose(z[hydrogen], plane) and np.all(z[~hydrogen] <= 6.5 + 1e-6)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         (lambda: GridSettings(0.0), "spacing"),
         (lambda: GridSettings(0.2, 4), "2 or 3"),
-        (lambda: GridSettings(0.2, 3, heights={"C": 1.0}), "heights"),
+        (lambda: GridSettings(0.2, 3, heights={"C": (2.0, 1.0)}), "height of C"),
+        (lambda: GridSettings(0.2, 3, heights={"C": [1.0, 2.0, 3.0]}), "height of C"),
+        (lambda: GridSettings(0.2, heights={"C": (1.0, 2.0)}), "dimension 3 has ranges"),
         (lambda: GridSettings(0.2, heights={"Au": 1.0}).of(MIXED), "Au"),
+        (lambda: GridSettings(0.5, 3, heights={"C": (20.0, 21.0)}).of(MIXED), "no point of the grid"),
         (lambda: GridSettings(0.0005).of(FLAT), "too fine"),
         (lambda: Policy("greedy"), "epsilon-greedy"),
         (lambda: Policy(epsilon=1.5), "epsilon"),
@@ -240,7 +259,8 @@ def test_an_agent_learns_and_its_targets_are_those_of_the_best_episode():
 @pytest.mark.parametrize(
     "options",
     [{}, {"postprocess": "surrogate", "surrogate_after": 3}, {"acquisition": "lcb", "candidates": 4, "rebuild": 2,
-     "rebuild_after": 3}, {"representation": "agr"}, {"postprocess": "true", "true_steps": 3}],
+     "rebuild_after": 3}, {"acquisition": "lcb", "candidates": 2, "rebuild": 1, "unchosen": 3, "displaced": 2,
+     "rebuild_after": 3, "postprocess": "surrogate", "surrogate_after": 3}, {"representation": "agr"}, {"postprocess": "true", "true_steps": 3}],
 )  # fmt: skip
 def test_a_resumed_agent_goes_on_as_if_nothing_had_happened(tmp_path, options):
     with toy(seed=2, **options) as straight:
@@ -337,6 +357,7 @@ def test_an_agent_finds_a_small_minimum_sooner_than_chance():
         ({"postprocess": "relax"}, "postprocess must be one of"),
         ({"acquisition": "ei"}, "acquisition must be one of"),
         ({"rebuild": 3}, "rebuild"),
+        ({"unchosen": 3}, "acquisition"),
         ({"representation": "gausian"}, "Did you mean 'gaussian'"),
         ({"policy": "greedy"}, "policy"),
         ({"span": -1.0}, "span"),

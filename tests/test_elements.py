@@ -11,6 +11,7 @@ from test_models import random_batch
 from thalweg import (
     GPR,
     LCB,
+    AlongForces,
     Batch,
     Best,
     Centre,
@@ -31,9 +32,11 @@ from thalweg import (
     Random,
     Rattle,
     Relax,
+    Remembering,
     Search,
     SurrogateHops,
     Thompson,
+    Unchosen,
     Wrap,
     _core,
 )  # fmt: skip
@@ -55,6 +58,8 @@ def with_model():
         (Random(5), "propose"),
         (Rattle(5), "propose"),
         (Permute(5), "propose"),
+        (AlongForces(5), "propose"),
+        (Unchosen(5), "propose"),
         (FirstOf(Rattle(2), Random(2)), "propose"),
         (OneOf(Rattle(2), Permute(2)), "propose"),
         (KMeans(4), "sample"),
@@ -539,3 +544,54 @@ def test_relaxations_that_break_a_structure_are_taken_back():
     atoms = np.repeat(broken, 6)
     assert np.array_equal(kept.positions[atoms], before.positions[atoms])
     assert np.array_equal(kept.positions[~atoms], free.positions[~atoms])
+
+
+# ---- what was known, again -----------------------------------------------------------------------------------
+
+
+def remembering_search(displaced=2, **options):
+    """A search whose generators look back: what was not evaluated, and what moves along its forces."""
+    return Search(
+        Problem("Ni3Au2", cell=12.0, box=6.0), sample=Best(3),
+        propose=[Random({0: 4, 3: 1}), Unchosen({0: 0, 3: 3}), AlongForces({0: 0, 3: displaced}, step=0.1)],
+        models={"gp": GPR()}, acquire=Remembering(LCB(), 3), evaluate=Evaluate(EMT()), seed=3, **options,
+    )  # fmt: skip
+
+
+def test_unchosen_candidates_come_again_and_evaluated_ones_do_not():
+    steps = []
+    search = remembering_search(displaced=0)
+    search.callbacks.append(lambda step, _: steps.append(step))
+    search.run(8)
+    for before, step in zip(steps[3:], steps[4:], strict=False):
+        again = step.refined.take(step.refined.columns["origin"] == "Unchosen").positions.reshape(-1, 5, 3)
+        order = np.argsort(before.refined.columns["score"], kind="stable")
+        expected = before.refined.positions.reshape(-1, 5, 3)[order[1:4]]
+        assert np.array_equal(again, expected)
+
+
+def test_displaced_structures_follow_their_true_forces():
+    steps = []
+    search = remembering_search()
+    search.callbacks.append(lambda step, found: steps.append((step, found.data)))
+    search.run(5)
+    step, data = steps[3]
+    moved = step.refined.take(step.refined.columns["origin"] == "AlongForces")
+    assert len(moved) == 2
+    for i in range(len(moved)):
+        parent = data[int(moved.columns["parent"][i])]
+        away, forces = moved[i].positions - parent.positions, parent.atom_columns["forces"]
+        assert np.isclose(np.linalg.norm(away, axis=1).max(), 0.1)
+        assert np.allclose(away / 0.1, forces / np.linalg.norm(forces, axis=1).max())
+    with pytest.raises(ConfigurationError, match="step"):
+        AlongForces(1, step=0.0)
+
+
+def test_a_search_that_looks_back_resumes_as_it_was(tmp_path):
+    with remembering_search() as straight:
+        straight.run(8)
+    for part in (4, 1, 3):
+        with remembering_search(store=tmp_path / "run.journal") as search:
+            search.run(part)
+            found = search.data
+    assert np.array_equal(found.positions, straight.data.positions)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from thalweg.descriptors import Fingerprint
     from thalweg.errors import ConfigurationError, Stop, StoreError, ThalwegError
     from thalweg.evaluate import Duplicate, Evaluate, Metropolis
-    from thalweg.generators import FirstOf, OneOf, Permute, Random, Rattle
+    from thalweg.generators import AlongForces, FirstOf, OneOf, Permute, Random, Rattle, Unchosen
     from thalweg.grid import Grid, GridSettings
     from thalweg.local_model import LocalGPR
     from thalweg.model_choice import ChosenModel
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         KMeans,
         LastAccepted,
         Novelty,
+        Remembering,
         Thompson,
     )
     from thalweg.stagnation import ResetOnStagnation
@@ -56,7 +57,7 @@ _WHERE = {
         "errors": "ConfigurationError Stop StoreError ThalwegError",
         "evaluate": "Duplicate Evaluate Metropolis",
         "grid": "Grid GridSettings",
-        "generators": "FirstOf OneOf Permute Random Rattle",
+        "generators": "AlongForces FirstOf OneOf Permute Random Rattle Unchosen",
         "local_model": "LocalGPR",
         "models": "GPR",
         "priors": "CalculatorPrior FittedPrior",
@@ -64,7 +65,7 @@ _WHERE = {
         "records": "Asked Batch Context Problem Step",
         "refine": "Centre Connected MinDistance Relax SurrogateHops Wrap",
         "search": "Found Search",
-        "select": "LCB Best ExpectedImprovement KMeans KernelSimilarity LastAccepted Novelty Thompson",
+        "select": "LCB Best ExpectedImprovement KMeans KernelSimilarity LastAccepted Novelty Remembering Thompson",
         "stagnation": "ResetOnStagnation",
         "model_choice": "ChosenModel",
         "store": "History Store open_runs",

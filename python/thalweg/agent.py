@@ -132,7 +132,7 @@ def build(
 
 
 def _batch(problem: Problem, grid: Grid, builds: Sequence[Array], **columns: Any) -> Batch:
-    """Structures of complete builds; the column `order` says which placed atom came when. In two dimensions atoms keep
+    """Structures of complete builds; the column `order` says which placed atom came when. On a plane atoms keep
     their height when relaxed."""
     before = 0 if problem.template is None else problem.template.atoms
     positions = np.zeros((len(builds), len(problem.numbers), 3))
@@ -147,10 +147,8 @@ def _batch(problem: Problem, grid: Grid, builds: Sequence[Array], **columns: Any
         positions[i, before + slots] = grid.place(rows)
         orders[i] = slots
     batch = problem.batch(positions, order=orders, **columns)
-    if grid.dimension == 3:
-        return batch
     fixed = batch.fixed.reshape(len(batch), -1, 3).copy()
-    fixed[:, before:, 2] = True
+    fixed[:, before:, 2] |= grid.flat[kinds]
     return replace(batch, fixed=fixed.reshape(-1, 3))
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from thalweg import _core
+from thalweg.errors import ConfigurationError
 from thalweg.records import Batch, Context
 from thalweg.schedule import Schedule, check_schedule, scheduled
 
-__all__ = ["FirstOf", "OneOf", "Permute", "Random", "Rattle"]
+__all__ = ["AlongForces", "FirstOf", "OneOf", "Permute", "Random", "Rattle", "Unchosen"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,15 @@ def _children(ctx: Context, parents: Batch, positions: np.ndarray, ok: np.ndarra
     return children.take(np.asarray(ok, bool))
 
 
+def _placed_as(ctx: Context, children: Batch, parents: Batch) -> Batch:
+    """Children whose placed atoms move as their parents' may, in the same order of placement (`thalweg.agent`)."""
+    before = 0 if ctx.problem.template is None else ctx.problem.template.atoms
+    fixed = children.fixed.reshape(len(children), -1, 3).copy()
+    fixed[:, before:] |= parents.fixed.reshape(fixed.shape)[:, before:]
+    children = replace(children, fixed=fixed.reshape(-1, 3))
+    return children.with_columns(order=parents.columns["order"]) if "order" in parents.columns else children
+
+
 @dataclass(frozen=True)
 class Rattle:
     """Members of the sample with some atoms moved: each with probability `moved` / n, at least one, by a vector uniform
@@ -112,6 +122,78 @@ class Rattle:
             threads=ctx.threads,
         )
         return _children(ctx, parents, positions, ok)
+
+
+@dataclass(frozen=True)
+class AlongForces:
+    """Members of the sample with all free atoms moved along their true forces; costs no evaluation (thesis ch. 6).
+
+    Parameters
+    ----------
+    count : int or {iteration: int}
+    step : float
+        How far the atom with the largest force goes [angstrom]; the others in proportion.
+    """
+
+    count: Schedule[int] = 5
+    step: float = 0.2
+    name: str = "AlongForces"
+
+    def __post_init__(self) -> None:
+        check_schedule(self.count, f"the count of {self.name}")
+        if not self.step > 0:
+            raise ConfigurationError(f"the step of {self.name} must be above 0 angstrom, got {self.step!r}")
+
+    def __call__(self, ctx: Context) -> Batch:
+        parents = _parents(ctx, scheduled(self.count, ctx.iteration))
+        if not len(parents):
+            return Batch.empty()
+        forces = np.where(parents.fixed, 0.0, parents.atom_columns["forces"]).reshape(len(parents), -1, 3)
+        largest = np.linalg.norm(forces, axis=2).max(axis=1)
+        moves = self.step * forces / np.maximum(largest, 1e-12)[:, None, None]
+        children = _children(ctx, parents, parents.positions + moves.reshape(-1, 3), largest > 1e-3)
+        return _placed_as(ctx, children, parents.take(largest > 1e-3)) if len(children) else children
+
+
+@dataclass(frozen=True)
+class Unchosen:
+    """The best candidates of the iteration before that were not evaluated, again (thesis ch. 6): what a search found and
+    did not pay for. The acquisition must be `Remembering`.
+
+    Parameters
+    ----------
+    count : int or {iteration: int}
+        At most so many.
+    acquisition : str
+        Name of the `Remembering` acquisition.
+    """
+
+    count: Schedule[int] = 20
+    acquisition: str = "Remembering"
+    name: str = "Unchosen"
+
+    def __post_init__(self) -> None:
+        check_schedule(self.count, f"the count of {self.name}")
+
+    def __call__(self, ctx: Context) -> Batch:
+        kept, count = ctx.carry.get(self.acquisition), scheduled(self.count, ctx.iteration)
+        if not kept or not len(kept["positions"]) or not count:
+            return Batch.empty()
+        positions = kept["positions"]
+        # What was kept holds the chosen ones too, which are known by now, or are in flight.
+        known = Batch.concat([ctx.data[max(0, len(ctx.data) - 100) :], ctx.pending])
+        known = known.take(np.diff(known.offsets) == positions.shape[1])
+        seen = known.positions.reshape(len(known), -1)
+        fresh = [
+            i
+            for i, one in enumerate(positions.reshape(len(positions), -1))
+            if not np.any(np.abs(seen - one).max(axis=1, initial=0.0) < 1e-6)
+        ][:count]
+        if not fresh:
+            return Batch.empty()
+        batch = ctx.problem.batch(positions[fresh], parent=-1)
+        batch = replace(batch, fixed=kept["fixed"][fresh].reshape(-1, 3))
+        return batch.with_columns(order=kept["order"][fresh]) if "order" in kept else batch
 
 
 @dataclass(frozen=True)

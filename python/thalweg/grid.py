@@ -18,7 +18,8 @@ from functools import cached_property
 import numpy as np
 
 from thalweg import _core
-from thalweg.errors import ConfigurationError
+from thalweg.elements import NUMBERS
+from thalweg.errors import ConfigurationError, nearest
 from thalweg.records import Problem
 
 __all__ = ["Grid", "GridSettings"]
@@ -39,8 +40,10 @@ class GridSettings:
         In angstrom, of neighbouring points; the nearest that divides the box is taken.
     dimension : 2 or 3
         2: one layer of points that the box's first two vectors span.
-    heights : mapping of symbol to angstrom, optional
-        With dimension 2: the z coordinate of each species' atoms (layered pseudo-3D). Default: the middle of the box.
+    heights : mapping of symbol to angstrom or (lowest, highest), optional
+        With dimension 2: the z coordinate of each species' atoms (layered pseudo-3D); default: the middle of the box.
+        With dimension 3: a species keeps to the layer of points nearest to that z, or to the points between two heights;
+        default: the whole box. Atoms with one height keep it when they are relaxed.
     hydrogen_last : bool
         Hydrogen is placed when all else is.
     """
@@ -48,7 +51,7 @@ class GridSettings:
     spacing: float = 0.2
     dimension: int = 2
     _: KW_ONLY
-    heights: Mapping[str, float] | None = None
+    heights: Mapping[str, float | Sequence[float]] | None = None
     hydrogen_last: bool = False
 
     def __post_init__(self) -> None:
@@ -56,8 +59,16 @@ class GridSettings:
             raise ConfigurationError(f"the spacing of a grid must be above 0 angstrom, got {self.spacing!r}")
         if self.dimension not in (2, 3):
             raise ConfigurationError(f"the dimension of a grid must be 2 or 3, got {self.dimension!r}")
-        if self.heights is not None and self.dimension == 3:
-            raise ConfigurationError("heights are those of a grid of dimension 2; a grid of dimension 3 has them all")
+        for name, height in (self.heights or {}).items():
+            ends = np.atleast_1d(np.asarray(height, float))
+            if ends.shape not in ((1,), (2,)) or not np.all(np.isfinite(ends)) or ends[0] > ends[-1]:
+                raise ConfigurationError(
+                    f"the height of {name} must be a number of angstrom, or the lowest and the highest, got {height!r}"
+                )
+            if self.dimension == 2 and len(ends) == 2:
+                raise ConfigurationError(
+                    f"a grid of dimension 2 has one height per species, got {height!r} for {name}; dimension 3 has ranges"
+                )
 
     def of(self, problem: Problem) -> Grid:
         """The grid over that problem's box; the same object as long as the problem is the same."""
@@ -79,6 +90,8 @@ class Grid:
     periodic : whether each of them is
     species : (S,) atomic numbers on the grid, rising: those of the placed atoms and of a template's atoms on it
     template : (t, 2) int32, a template's atoms that lie on the grid (with two dimensions: whose projections do), as rows
+    room : (S, V) or (S, 1) bool, the points that each species may take
+    flat : (S,) whether a species' atoms keep their height when relaxed
     alone : whether no template atom lies beyond it, so that rotated and mirrored states are as good
 
     Raises ConfigurationError if the grid would have more than 2e7 points, or heights name no species of the problem.
@@ -118,7 +131,7 @@ class Grid:
         self.species = np.unique(np.concatenate([problem.placed_numbers, numbers]).astype(np.int32))
         self.radii = np.array([_core.covalent_radius(int(z)) for z in self.species])
         self.counts = np.array([int(np.sum(problem.placed_numbers == z)) for z in self.species])
-        self.heights = self._heights()
+        self.heights, self.room, self.flat = self._heights()
         self.template = np.zeros((0, 2), np.int32)
         if template is not None and len(on_grid):
             kinds = np.searchsorted(self.species, template.numbers[on_grid])
@@ -164,19 +177,38 @@ class Grid:
                 inside &= (exact[:, k] > -0.5) & (exact[:, k] < n - 0.5)
         return inside
 
-    def _heights(self) -> Array | None:
-        """(S,) z of each species on a grid of two dimensions with heights."""
-        given = self.settings.heights
-        if given is None:
-            return None
-        from thalweg.elements import NUMBERS
-
+    def _heights(self) -> tuple[Array | None, Array, Array]:
+        """(S,) z of each species on a grid of two dimensions with heights, else None; (S, V) or (S, 1) bool, the points a
+        species may take; (S,) bool, whether its atoms keep their height."""
+        given, flat = self.settings.heights or {}, np.full(len(self.species), self.dimension == 2)
         names = {NUMBERS[name]: name for name in self.problem.counts}
         unknown = set(given) - set(names.values())
         if unknown:
-            raise ConfigurationError(f"heights name {', '.join(sorted(unknown))}, which the problem does not place")
-        default = float(self.corner[2])
-        return np.array([float(given.get(names.get(int(z), ""), default)) for z in self.species])
+            raise ConfigurationError(
+                f"heights name {', '.join(sorted(unknown))}, which the problem does not place."
+                f"{nearest(min(unknown), names.values())}"
+            )
+        anywhere = np.ones((len(self.species), 1), bool)
+        if not given:
+            return None, anywhere, flat
+        heights = [given.get(names.get(int(z), "")) for z in self.species]
+        if self.dimension == 2:
+            z = [self.corner[2] if height is None else float(np.atleast_1d(height)[0]) for height in heights]
+            return np.array(z), anywhere, flat
+        z, room = self.points[:, 2], np.ones((len(self.species), self.voxels), bool)
+        for s, height in enumerate(heights):
+            if height is None:
+                continue
+            ends = np.atleast_1d(np.asarray(height, float))
+            flat[s] = len(ends) == 1
+            away = np.maximum(ends[0] - z, z - ends[-1])
+            room[s] = away < 1e-6 + (max(away.min(), 0.0) if flat[s] else 0.0)
+            if not room[s].any():
+                raise ConfigurationError(
+                    f"no point of the grid lies between the heights {ends[0]:g} and {ends[-1]:g} of {names[int(self.species[s])]}; "
+                    f"the points reach from {z.min():g} to {z.max():g} angstrom"
+                )
+        return None, room, flat
 
     # ---- where the next atom may go ------------------------------------------------------------------
     @cached_property
@@ -219,18 +251,20 @@ class Grid:
         """(S, V) bool: the actions that may be taken. used (S,): atoms of each species placed so far.
 
         The first atom where there is no template goes to the middle of a grid without periodic directions (Paper IV),
-        anywhere in one with. Where nothing is within reach, the reach grows.
+        or as near to it as its heights allow; anywhere in one with. Where nothing is within reach, the reach grows.
         """
         kinds = used < self.counts
         if self.settings.hydrogen_last and np.any(kinds & (self.species != 1)):
             kinds &= self.species != 1
-        free = kinds[:, None] & (ratio >= self.problem.c1)
+        free = kinds[:, None] & self.room & (ratio >= self.problem.c1)
         if first and not np.isfinite(ratio).any():
             if any(self.periodic):
                 return free
             middle = np.ravel_multi_index(tuple(n // 2 for n in self.shape), self.shape)
+            away = np.linalg.norm(self.points - self.points[middle], axis=1)
             only = np.zeros_like(free)
-            only[:, middle] = free[:, middle]
+            for s in np.flatnonzero(kinds):  # a species that is kept away from there: as near as it may be
+                only[s, int(np.argmin(np.where(np.broadcast_to(self.room[s], self.voxels), away, np.inf)))] = True
             return only
         reach = self.problem.c2
         for _ in range(_TRIES):
@@ -249,14 +283,14 @@ class Grid:
         ratio, rows = self.empty.copy(), []
         for atom in range(len(numbers)) if order is None else order:
             s = int(kinds[atom])
-            nearest = self.nearest(positions[atom])
-            if ratio[s, nearest] < self.problem.c1:
+            voxel, room = self.nearest(positions[atom]), np.broadcast_to(self.room[s], self.voxels)
+            if ratio[s, voxel] < self.problem.c1 or not room[voxel]:
                 distance = self._distances(positions[atom], s)
-                room = ratio[s] >= self.problem.c1
-                if not room.any():
-                    room = ratio[s] > 0
-                nearest = int(np.argmin(np.where(room, distance, np.inf)))
-            rows.append((s, nearest))
+                free = room & (ratio[s] >= self.problem.c1)
+                if not free.any():
+                    free = room & (ratio[s] > 0)
+                voxel = int(np.argmin(np.where(free, distance, np.inf)))
+            rows.append((s, voxel))
             self.narrow(ratio, self.place(np.array([rows[-1]]))[0], float(self.radii[s]))
         return np.array(rows, np.int32).reshape(-1, 2)
 
@@ -269,7 +303,11 @@ class Grid:
         d, index = self.dimension, np.arange(self.voxels).reshape(self.shape)
         product = self.steps @ self.steps.T
         square = [bool(np.all(np.abs(np.delete(product[k], k)) < 1e-9)) for k in range(d)]
-        axes = [k for k in range(d) if square[k] and not (d == 3 and k == 2 and self.problem.template is not None)]
+        axes = [
+            k
+            for k in range(d)
+            if square[k] and not (k == 2 and (self.problem.template is not None or self.room.shape[1] > 1))
+        ]
         found = []
         swaps = [list(range(d))]
         for a, b in itertools.combinations(axes, 2):

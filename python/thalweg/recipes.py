@@ -9,7 +9,7 @@ from typing import Any
 from thalweg.agent import Agent, Build, Policy, Rebuild, Snap
 from thalweg.errors import ConfigurationError, nearest
 from thalweg.evaluate import Duplicate, Evaluate, Metropolis
-from thalweg.generators import FirstOf, OneOf, Permute, Random, Rattle
+from thalweg.generators import AlongForces, FirstOf, OneOf, Permute, Random, Rattle, Unchosen
 from thalweg.grid import GridSettings
 from thalweg.local_model import LocalGPR
 from thalweg.model_choice import ChosenModel
@@ -18,7 +18,16 @@ from thalweg.priors import CalculatorPrior
 from thalweg.records import Problem
 from thalweg.refine import Centre, Connected, MinDistance, Relax, SurrogateHops, Wrap
 from thalweg.search import Search
-from thalweg.select import LCB, ExpectedImprovement, KernelSimilarity, KMeans, LastAccepted, Novelty, Thompson
+from thalweg.select import (
+    LCB,
+    ExpectedImprovement,
+    KernelSimilarity,
+    KMeans,
+    LastAccepted,
+    Novelty,
+    Remembering,
+    Thompson,
+)
 from thalweg.stagnation import ResetOnStagnation
 from thalweg.store import Store
 
@@ -192,7 +201,7 @@ def asla(
     seed: int = 0,
     grid: float = 0.2,
     dimension: int = 2,
-    heights: Mapping[str, float] | None = None,
+    heights: Mapping[str, float | Sequence[float]] | None = None,
     hydrogen_last: bool = False,
     postprocess: str = "none",
     evaluate_on_grid: bool = True,
@@ -204,6 +213,8 @@ def asla(
     kappa: float | Mapping[int, float] = 1.0,
     rebuild: int = 0,
     rebuild_after: int = 50,
+    unchosen: int = 0,
+    displaced: int = 0,
     sample: int = 20,
     representation: str = "gaussian",
     representation_options: Mapping[str, Any] | None = None,
@@ -230,8 +241,9 @@ def asla(
         Spacing of the grid [angstrom].
     dimension : 2 or 3
         Of the grid: one layer of points that the box's first two vectors span, or points all over the box.
-    heights : mapping of symbol to angstrom, optional
-        z of each species in two dimensions (layered pseudo-3D); default: the middle of the box.
+    heights : mapping of symbol to angstrom or (lowest, highest), optional
+        z of each species in two dimensions (layered pseudo-3D); default: the middle of the box. In three dimensions the
+        layer of points that a species keeps to, or the lowest and highest z it may have on the grid.
     hydrogen_last : bool
         Hydrogen is placed when all else is.
     postprocess : "none", "surrogate" or "true"
@@ -256,8 +268,13 @@ def asla(
         So many of the candidates are known structures with some atoms taken out and built anew.
     rebuild_after : int
         Iterations with complete builds only.
+    unchosen : int
+        So many more candidates are the best of the iteration before that were not evaluated (`Unchosen`); with rebuilds and
+        `displaced` the full mixture of thesis ch. 6 is candidates=22, rebuild=20, unchosen=20, displaced=5.
+    displaced : int
+        So many more are known structures moved along their true forces (`AlongForces`).
     sample : int
-        Parents of the rebuilds: so many of the lowest structures that a kernel tells apart.
+        Parents of the rebuilds and displacements: so many of the lowest structures that a kernel tells apart.
     representation : "one-hot", "gaussian", "agr", "displaced" or "harmonics"
         How atoms become images, see `thalweg.networks`.
     representation_options : mapping, optional
@@ -301,8 +318,10 @@ def asla(
     count = candidates if acquisition == "lcb" else 1
     if not 0 <= rebuild <= count:
         raise ConfigurationError(f"rebuild must be 0 to {count}, the candidates of an iteration, got {rebuild}")
+    if (unchosen or displaced) and acquisition == "none":
+        raise ConfigurationError("unchosen and displaced candidates need an acquisition: acquisition='lcb'")
     surrogate = postprocess == "surrogate" or acquisition == "lcb" or rebuild > 0
-    lcb = LCB(kappa)
+    lcb: Any = LCB(kappa)
     refine: list[Any] = []
     if postprocess == "surrogate":
         refine = [Relax("gp", {0: 0, surrogate_after: surrogate_steps}), *([Snap(grids)] if evaluate_on_grid else [])]
@@ -317,10 +336,15 @@ def asla(
     build = Build({0: count, rebuild_after: count - rebuild} if rebuild else count, **asking)
     return Search(
         problem,
-        sample=KernelSimilarity(sample) if rebuild else None,
-        propose=[build, *([Rebuild({0: 0, rebuild_after: rebuild}, **asking)] if rebuild else [])],
+        sample=KernelSimilarity(sample) if rebuild or displaced else None,
+        propose=[
+            build,
+            *([Rebuild({0: 0, rebuild_after: rebuild}, **asking)] if rebuild else []),
+            *([Unchosen({0: 0, rebuild_after: unchosen})] if unchosen else []),
+            *([AlongForces({0: 0, rebuild_after: displaced})] if displaced else []),
+        ],
         refine=refine,
-        acquire=lcb if acquisition == "lcb" else None,
+        acquire=None if acquisition == "none" else Remembering(lcb, unchosen) if unchosen else lcb,
         evaluate=Evaluate(calculator, true_steps if postprocess == "true" else 0),
         models=models,
         store=store,

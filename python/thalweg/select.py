@@ -20,6 +20,7 @@ __all__ = [
     "KernelSimilarity",
     "LastAccepted",
     "Novelty",
+    "Remembering",
     "Thompson",
 ]
 
@@ -263,6 +264,32 @@ class LCB:
     def landscape(self, ctx: Context):
         """The surface E - kappa sigma at this iteration."""
         return model_of(ctx, self.model).landscape(scheduled(self.kappa, ctx.iteration))
+
+
+@dataclass(frozen=True)
+class Remembering:
+    """An acquisition that also hands its best candidates to the next iteration, where `Unchosen` proposes those again
+    that were not evaluated.
+
+    Parameters
+    ----------
+    acquire : the acquisition
+    count : int
+        So many beside the best.
+    """
+
+    acquire: Any
+    count: int = 20
+    name: str = "Remembering"
+
+    def __call__(self, batch: Batch, ctx: Context) -> np.ndarray:
+        scores = np.asarray(self.acquire(batch, ctx), float)
+        ordered = np.argsort(np.where(np.isnan(scores), np.inf, scores), kind="stable")
+        best = batch.take(ordered[np.isfinite(scores[ordered])][: self.count + 1])
+        shape = (len(best), len(ctx.problem.numbers), 3)
+        order = {"order": best.columns["order"]} if "order" in best.columns else {}
+        ctx.keep(positions=best.positions.reshape(shape), fixed=best.fixed.reshape(shape), **order)
+        return scores
 
 
 @dataclass(frozen=True)
