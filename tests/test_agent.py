@@ -68,7 +68,7 @@ def test_in_three_dimensions_species_keep_to_their_heights():
         assert np.allclose(z[hydrogen], plane)
         assert np.all((z[~hydrogen] >= 5.5 - 1e-6) & (z[~hydrogen] <= 6.5 + 1e-6))
         # relaxed atoms that left come back
-        away = grid.place(rows) + [0.0, 0.0, 1.5]
+        away = grid.place(rows) + np.array([0.0, 0.0, 1.5])
         z = grid.place(grid.snap(away, grid.species[rows[:, 0]]))[:, 2]
         assert np.allclose(z[hydrogen], plane) and np.all(z[~hydrogen] <= 6.5 + 1e-6)
 
@@ -258,9 +258,13 @@ def test_an_agent_learns_and_its_targets_are_those_of_the_best_episode():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"postprocess": "surrogate", "surrogate_after": 3}, {"acquisition": "lcb", "candidates": 4, "rebuild": 2,
-     "rebuild_after": 3}, {"acquisition": "lcb", "candidates": 2, "rebuild": 1, "unchosen": 3, "displaced": 2,
-     "rebuild_after": 3, "postprocess": "surrogate", "surrogate_after": 3}, {"representation": "agr"}, {"postprocess": "true", "true_steps": 3}],
+    [
+        {}, {"postprocess": "surrogate", "surrogate_after": 3}, {"representation": "agr"},
+        {"acquisition": "lcb", "candidates": 4, "rebuild": 2, "rebuild_after": 3},
+        {"acquisition": "lcb", "candidates": 2, "rebuild": 1, "unchosen": 3, "displaced": 2, "rebuild_after": 3,
+         "postprocess": "surrogate", "surrogate_after": 3},
+        {"postprocess": "true", "true_steps": 3},
+    ],
 )  # fmt: skip
 def test_a_resumed_agent_goes_on_as_if_nothing_had_happened(tmp_path, options):
     with toy(seed=2, **options) as straight:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -563,7 +564,7 @@ def test_unchosen_candidates_come_again_and_evaluated_ones_do_not():
     search = remembering_search(displaced=0)
     search.callbacks.append(lambda step, _: steps.append(step))
     search.run(8)
-    for before, step in zip(steps[3:], steps[4:], strict=False):
+    for before, step in itertools.pairwise(steps[3:]):
         again = step.refined.take(step.refined.columns["origin"] == "Unchosen").positions.reshape(-1, 5, 3)
         order = np.argsort(before.refined.columns["score"], kind="stable")
         expected = before.refined.positions.reshape(-1, 5, 3)[order[1:4]]

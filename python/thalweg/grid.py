@@ -205,8 +205,8 @@ class Grid:
             room[s] = away < 1e-6 + (max(away.min(), 0.0) if flat[s] else 0.0)
             if not room[s].any():
                 raise ConfigurationError(
-                    f"no point of the grid lies between the heights {ends[0]:g} and {ends[-1]:g} of {names[int(self.species[s])]}; "
-                    f"the points reach from {z.min():g} to {z.max():g} angstrom"
+                    f"no point of the grid lies between the heights {ends[0]:g} and {ends[-1]:g} of "
+                    f"{names[int(self.species[s])]}; the points reach from {z.min():g} to {z.max():g} angstrom"
                 )
         return None, room, flat
 
