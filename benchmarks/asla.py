@@ -164,16 +164,16 @@ def one(task: tuple[str, str, int, int]) -> dict:
 
     def judge(step, search) -> None:
         """Looks at what this episode evaluated; the first success ends the restart."""
-        for i in range(len(step.evaluated)):
-            row = step.evaluated[i]
-            energies.append(float(row.columns["energy"][0]) if row.ok[0] else np.inf)
+        measured = zip(step.evaluated.to_ase(), step.evaluated.columns["energy"], step.evaluated.ok, strict=True)
+        for atoms, energy, ok in measured:
+            energies.append(float(energy) if ok else np.inf)
             if not np.isfinite(energies[-1]):
                 continue
             if minimum is None:
                 target, tolerance = ENERGIES[name]
                 found = energies[-1] <= target + tolerance
             else:
-                found = same_bonds(bond_graph(row.to_ase()), minimum)
+                found = same_bonds(bond_graph(atoms), minimum)
             if found:
                 delivered.append(len(energies))
                 raise Stop("found")

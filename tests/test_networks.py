@@ -372,3 +372,17 @@ def test_the_backend_follows_the_network():
         assert Trainer(network, shape, periodic).backend == "torch"
         with pytest.raises(ConfigurationError, match=text):
             Trainer(network, shape, periodic, backend="core")
+
+
+@pytest.mark.parametrize("backend", ["core", "torch"])
+def test_a_saturated_network_still_learns(backend):
+    network = QNetwork(Gaussian(1, 2), kernel=5, seed=1)
+    with torch.no_grad():
+        network.biases[-1].fill_(15.0)  # 1 - tanh(15)^2 is 4e-13
+    trainer = Trainer(network, (13, 10), (True, True), lr=0.01, backend=backend)
+    placed, offsets, actions, _ = pairs((13, 10), 1, 4, seed=5)
+    before = trainer.q_of(placed, offsets, actions)
+    for _ in range(200):
+        trainer.step(placed, offsets, actions, np.full(4, -0.5, np.float32))
+    assert np.all(before == 1.0)
+    assert trainer.q_of(placed, offsets, actions).max() < 0.9

@@ -21,6 +21,10 @@ THALWEG_DISPATCH(TrainingKernels, training_kernels)
 
 namespace {
 
+// What the derivative of tanh counts for at least: at the true one, a network that has run into saturation never leaves it.
+constexpr double kLeastSlope = 1e-3;
+
+
 static_assert(QNetworkShape::kHidden == kHidden);
 
 constexpr int kLayers = 4;
@@ -703,7 +707,7 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
     } else {
       dq = call.pull[sample];
     }
-    const double du = dq * (1 - q * q);
+    const double du = dq * std::max(1 - q * q, kLeastSlope);
     arena.du[s * kGroup + l] = static_cast<float>(du);
     slot.last_bias[s] += du;
   }

@@ -56,6 +56,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "light-3d": {"dimension": 3, "kernel": 3, "dilation": (1, 2, 4, 6), "hidden": 38},
 }
 LAYERS = 4
+# What the derivative of tanh counts for at least, here and in training.cpp: at the true one, a network that has run into
+# saturation never leaves it.
+LEAST_SLOPE = 1e-3
 # States whose images give the statistics of a normalised representation in one step.
 STATISTICS_STATES = 16
 
@@ -499,7 +502,7 @@ class QNetwork(torch.nn.Module):
                     x = x.index_select(axis, torch.arange(-reach, n + reach) % n)
             padding = [0 if wraps else reach for wraps in periodic]
             x = convolve(x, self.weights[layer], self.biases[layer], padding=padding, dilation=self.dilations[layer])
-            x = functional.leaky_relu(x, self.slope) if layer < LAYERS - 1 else torch.tanh(x)
+            x = functional.leaky_relu(x, self.slope) if layer < LAYERS - 1 else _tanh(x)
         return x
 
     def one_hot(self, placed: Array, offsets: Array) -> Tensor:
@@ -649,7 +652,26 @@ class QNetwork(torch.nn.Module):
             if inside_next is not None:
                 x = x * inside_next
         every = x.flatten(1) @ self.weights[-1].flatten(1).T + self.biases[-1]
-        return torch.tanh(every.gather(1, torch.from_numpy(actions[:, :1])))[:, 0]
+        return _tanh(every.gather(1, torch.from_numpy(actions[:, :1])))[:, 0]
+
+
+class _Tanh(torch.autograd.Function):
+    """tanh whose derivative is at least LEAST_SLOPE."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        q = torch.tanh(x)
+        ctx.save_for_backward(q)
+        return q
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (q,) = ctx.saved_tensors
+        return gradients[0] * (1 - q * q).clamp(min=LEAST_SLOPE)
+
+
+def _tanh(x: Tensor) -> Tensor:
+    return _Tanh.apply(x)  # type: ignore[no-any-return]
 
 
 def _offsets_of(window: Sequence[int]) -> Array:

@@ -3,7 +3,8 @@
 //   image_s(x) = shift_s + sum over atoms y of species s of kernels_s(x - y)           x on the grid
 //   a_1 = leaky(w_1 * image + b_1),  a_2 = leaky(w_2 * a_1 + b_2),  a_3 = leaky(w_3 * a_2 + b_3)
 //   Q_s = tanh(w_4 * a_3 + b_4)                                  (w * a)(x) = sum_t w(t) a(x + dilation (t - k / 2))
-// with kHidden channels in between. Beyond an open wall every image and every a_l is zero; periodic directions wrap.
+// with kHidden channels in between; gradients take the derivative of tanh as at least 1e-3, so that a saturated network
+// still learns. Beyond an open wall every image and every a_l is zero; periodic directions wrap.
 //
 // Q of one action needs boxes of points around it only: K points wide for a_3, 2 K - 1 for a_2, 3 K - 2 for a_1, 4 K -
 // 3 for the image, of one of the dilation^D interleaved lattices. All convolutions are products of spectra of these
