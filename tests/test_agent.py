@@ -260,6 +260,7 @@ def test_an_agent_learns_and_its_targets_are_those_of_the_best_episode():
     "options",
     [
         {}, {"postprocess": "surrogate", "surrogate_after": 3}, {"representation": "agr"},
+        {"train_steps": 2, "warm_up": 6, "favour": 1.0},
         {"acquisition": "lcb", "candidates": 4, "rebuild": 2, "rebuild_after": 3},
         {"acquisition": "lcb", "candidates": 2, "rebuild": 1, "unchosen": 3, "displaced": 2, "rebuild_after": 3,
          "postprocess": "surrogate", "surrogate_after": 3},
@@ -365,6 +366,9 @@ def test_an_agent_finds_a_small_minimum_sooner_than_chance():
         ({"representation": "gausian"}, "Did you mean 'gaussian'"),
         ({"policy": "greedy"}, "policy"),
         ({"span": -1.0}, "span"),
+        ({"favour": -1.0}, "favour"),
+        ({"train_steps": 0}, "steps"),
+        ({"lr": 0.0}, "learning rate"),
         ({"network": "thesis"}, "preset"),
     ],
 )
@@ -398,3 +402,25 @@ heights = { C = 5.0 }
         search.run(3)
         assert search.evaluations == 3
     assert json.loads(json.dumps(search._meta()))
+
+
+def test_low_episodes_are_replayed_more_and_the_learning_rate_warms_up(monkeypatch):
+    from thalweg import agent as module
+
+    drawn = []
+    with toy(seed=1, favour=2.0, warm_up=20, train_steps=3) as search:
+        train_on = module.FittedAgent._train_on
+        monkeypatch.setattr(
+            module.FittedAgent,
+            "_train_on",
+            lambda self, chosen, rng: drawn.append(chosen) or train_on(self, chosen, rng),
+        )
+        search.run(30)
+        agent = search.models["agent"].fit(search.data)
+    late = drawn[45:]  # episodes 15 and later, three steps each
+    replayed = []
+    for _, newest, *others in late:
+        ranks = np.argsort(np.argsort(agent.energies[: newest + 1]))
+        replayed += [ranks[episode] / newest for episode in others]
+    assert np.mean(replayed) < 0.4  # evenly drawn: 0.5
+    assert agent.trainer.updates == 90 and agent.trainer.lr == agent.model.lr

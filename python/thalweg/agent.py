@@ -317,8 +317,14 @@ class Agent:
         at least 1 eV.
     lr : float
         Learning rate of Adam.
+    warm_up : int
+        Over so many training steps the learning rate rises to `lr`.
+    steps : int
+        Training steps per episode, each on other random episodes.
     replay : int
         Random episodes per training step.
+    favour : float
+        How much more often low episodes are replayed: with weights rank^-favour, rank 1 the lowest. 0: all alike.
     symmetry : bool or None
         Random copies rotated and mirrored; None: in two dimensions, unless a template has atoms beyond the grid.
     backend : "auto", "core" or "torch", see `thalweg.networks.Trainer`
@@ -338,7 +344,10 @@ class Agent:
     network: str | None = None
     span: float | None = None
     lr: float = 1e-3
+    warm_up: int = 0
+    steps: int = 1
     replay: int = 3
+    favour: float = 0.0
     symmetry: bool | None = None
     backend: str = "auto"
     transfer_from: str | None = None
@@ -355,11 +364,11 @@ class Agent:
             )
         if self.span is not None and not self.span > 0:
             raise ConfigurationError(f"the span of the rewards must be above 0 eV, got {self.span!r}")
-        if not (self.lr > 0 and self.replay >= 0 and self.snapshot_every >= 1):
-            raise ConfigurationError(
-                "an agent needs lr above 0, replay of at least 0 and snapshot_every of at least 1, got "
-                f"{self.lr}, {self.replay} and {self.snapshot_every}"
-            )
+        for name, least in (("replay", 0), ("favour", 0), ("warm_up", 0), ("steps", 1), ("snapshot_every", 1)):
+            if not getattr(self, name) >= least:
+                raise ConfigurationError(f"{name} of an agent must be at least {least}, got {getattr(self, name)!r}")
+        if not self.lr > 0:
+            raise ConfigurationError(f"the learning rate lr must be above 0, got {self.lr!r}")
 
     def bound(self, problem: Problem) -> Agent:
         """The same agent, knowing its problem; a search calls it."""
@@ -467,12 +476,25 @@ class FittedAgent:
 
     def _train(self) -> None:
         self._map = None
-        newest = len(self.builds) - 1
-        rng = Key.of(self.model.seed).fold("replay", newest).rng()
+        newest, model = len(self.builds) - 1, self.model
+        rng = Key.of(model.seed).fold("replay", newest).rng()
         energies = np.array(self.energies)
-        chosen = [int(np.argmin(energies)), newest]
-        others = np.setdiff1d(np.arange(newest), chosen)
-        chosen += rng.choice(others, min(self.model.replay, len(others)), replace=False).tolist()
+        best = int(np.argmin(energies))
+        others = np.setdiff1d(np.arange(newest), [best])
+        weights = (1.0 + np.argsort(np.argsort(energies[others], kind="stable"))) ** -model.favour
+        for step in range(model.steps):
+            drawn = rng.choice(
+                others, min(model.replay, len(others)), replace=False,
+                p=weights / weights.sum() if model.favour and len(others) else None,
+            )  # fmt: skip
+            if model.warm_up:
+                self.trainer.lr = model.lr * min(1.0, (self.trainer.updates + 1) / model.warm_up)
+            loss = self._train_on([best, newest, *drawn.tolist()], rng)
+            if step == 0:
+                self.losses.append(loss)
+
+    def _train_on(self, chosen: Sequence[int], rng: np.random.Generator) -> float:
+        """One training step on these episodes; the loss before it."""
         turn = self.model.symmetry
         if turn is None:
             turn = self.grid.dimension == 2 and self.grid.alone
@@ -494,7 +516,7 @@ class FittedAgent:
             np.concatenate(placed).astype(np.int32), np.array(offsets, np.int64), np.array(actions, np.int32),
             np.array(targets, np.float32),
         )  # fmt: skip
-        self.losses.append(float(loss))
+        return float(loss)
 
     def reward(self, energy: float, scale: tuple[float, float] | None = None) -> float:
         """1 for the best energy so far, falling to -1 at `span` above it; -1 for what failed."""

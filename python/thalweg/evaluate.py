@@ -22,7 +22,7 @@ __all__ = ["Duplicate", "Evaluate", "Metropolis", "calculate"]
 # An energy so far below every known one [eV per atom] is the calculator's mistake, not a structure: self-consistent
 # calculators are known to end in such states where atoms are too close. Only if the lowest known point has no force
 # above this [eV/angstrom]: below a crushed structure anything may be.
-_TOO_LOW, _SANE_FORCE = 25.0, 50.0
+_TOO_LOW, _SANE_FORCE = 12.0, 50.0
 # Polishing on a model: how far an atom may move at first [angstrom], and the gain that is worth an evaluation [eV].
 _TRUST = 0.4
 _LEAST_GAIN = 2e-4

@@ -225,7 +225,10 @@ def asla(
     novel: bool = False,
     span: float | None = None,
     lr: float = 1e-3,
+    warm_up: int = 0,
+    train_steps: int = 1,
     replay: int = 3,
+    favour: float = 0.0,
     symmetry: bool | None = None,
     transfer_from: str | None = None,
     prior: Any = "fitted",
@@ -294,8 +297,14 @@ def asla(
         Energy above the best [eV] at which the reward is -1; default: from the energies seen.
     lr : float
         Learning rate of Adam.
+    warm_up : int
+        Training steps over which the learning rate rises to `lr`.
+    train_steps : int
+        Training steps per episode.
     replay : int
         Random episodes per training step, beside the best and the newest.
+    favour : float
+        How much more often low episodes are replayed, see `Agent`.
     symmetry : bool, optional
         Pairs are rotated and mirrored at random; default: in two dimensions.
     transfer_from : str, optional
@@ -327,7 +336,8 @@ def asla(
         refine = [Relax("gp", {0: 0, surrogate_after: surrogate_steps}), *([Snap(grids)] if evaluate_on_grid else [])]
     agent = Agent(
         grids, representation=representation, representation_options=dict(representation_options or {}),
-        network=network, span=span, lr=lr, replay=replay, symmetry=symmetry, transfer_from=transfer_from,
+        network=network, span=span, lr=lr, warm_up=warm_up, steps=train_steps,
+        replay=replay, favour=favour, symmetry=symmetry, transfer_from=transfer_from,
         backend=backend, seed=seed,
     )  # fmt: skip
     models: dict[str, Any] = {} if policy == "uniform" else {"agent": agent}  # who asks for no Q need not learn it
