@@ -162,6 +162,18 @@ def same_bonds(one, other) -> bool:
     )
 
 
+def boundary(name: str):
+    """The same of 20 carbon atoms between two tilted sheets of graphene; the last 20 of the file are the minimum."""
+    from ase.io import read
+    from thalweg import Problem
+    from thalweg.calculators import make_calculator
+
+    minimum = read(Path(__file__).with_name("grain_boundary.extxyz"))
+    box = ([6.4, 0, 4.5], [[5.3, 0, 0], minimum.cell[1], [0, 0, 1.0]])
+    problem = Problem("C20", template=minimum[:-20], box=box)
+    return problem, make_calculator("gfn1-xtb"), {"grid": 0.2}, bond_graph(minimum)
+
+
 def cluster(name: str):
     """The same of nickel and gold in EMT, three-dimensional, on one gold atom; told by energy."""
     from ase import Atoms
@@ -176,7 +188,8 @@ def cluster(name: str):
 
 def make(name: str):
     """(Problem, calculator, options of the recipe, bond graph or (energy, tolerance) of the minimum) of a problem."""
-    return (sheet if name in SHEETS else molecule if name in MOLECULES else cluster)(name)
+    kinds = {**dict.fromkeys(SHEETS, sheet), **dict.fromkeys(MOLECULES, molecule), "grain boundary": boundary}
+    return kinds.get(name, cluster)(name)
 
 
 def one(task: tuple[str, str, int, int]) -> dict:
@@ -249,7 +262,7 @@ def table(folder: Path, problems: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problem", action="append", choices=[*SHEETS, *MOLECULES, *ENERGIES])
+    parser.add_argument("--problem", action="append", choices=[*SHEETS, *MOLECULES, "grain boundary", *ENERGIES])
     parser.add_argument("--arm", action="append", choices=list(ARMS))
     parser.add_argument("--restarts", type=int, default=10)
     parser.add_argument("--cap", type=int, default=1500, help="true evaluations per restart")
