@@ -22,6 +22,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -34,8 +35,11 @@ import numpy as np
 SHEETS = {
     "toy": ("smooth-carbon", 1.45, 2, 1, (16, 14)),
     "sheet": ("smooth-carbon", 1.45, 3, 2, (36, 41)),
+    "small sheet": ("smooth-carbon", 1.45, 2, 1, (24, 20)),
     "graphene": ("gfn1-xtb", 1.42, 3, 2, (36, 41)),
 }
+# Where the arm "transfer" learned first, and for how many episodes, which its figures leave out.
+SMALLER = {"sheet": ("small sheet", 400)}
 MOLECULES = {"aniline": "C6NH7", "benzene": "C6H6"}
 # Energy and tolerance [eV] of the known minimum, where bonds do not tell it.
 ENERGIES: dict[str, tuple[float, float]] = {"Ni4Au4": (7.9109, 0.02)}
@@ -66,6 +70,7 @@ ARMS: dict[str, dict] = {
     "asla-pa, continuous": {"postprocess": "surrogate", "acquisition": "lcb", "evaluate_on_grid": False},
     "rebuild": {"postprocess": "surrogate", "acquisition": "lcb", "rebuild": 8},
     "relaxed in the true potential": {"postprocess": "true"},
+    "transfer": {"transfer_from": "smaller"},
     "full kernels": {"network": "thesis-3d-full"},
     "mixture": {
         "postprocess": "surrogate",
@@ -192,6 +197,20 @@ def make(name: str):
     return kinds.get(name, cluster)(name)
 
 
+def smaller(name: str, seed: int, path: Path) -> str:
+    """Where an agent that learned in a smaller cell is kept."""
+    from thalweg import recipes
+
+    if name not in SMALLER:
+        raise SystemExit(f"there is no smaller problem to learn on for {name}; there is for {', '.join(SMALLER)}")
+    problem, calculator, options, _ = make(SMALLER[name][0])
+    search = recipes.asla(problem, calculator, seed=seed, threads=1, **options)
+    search.run(SMALLER[name][1])
+    search.ask()  # learns the last episode
+    search.fitted["agent"].save(str(path))
+    return str(path)
+
+
 def one(task: tuple[str, str, int, int]) -> dict:
     """One restart."""
     from thalweg import Stop, recipes
@@ -201,6 +220,8 @@ def one(task: tuple[str, str, int, int]) -> dict:
     options = {**own, **ARMS[arm]}
     if options.get("epsilon") == "2/N":
         options["epsilon"] = 2 / len(problem.placed_numbers)
+    if "transfer_from" in options:
+        options["transfer_from"] = smaller(name, seed, Path(tempfile.mkdtemp()) / "agent.npz")
     energies: list[float] = []
     delivered: list[int] = []
 

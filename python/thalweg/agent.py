@@ -238,10 +238,8 @@ class Rebuild:
             rows = _rows(grid, ctx.sample[parent])
             taken = min(len(rows), int(rng.integers(self.least, self.most + 1)))
             positions = grid.place(rows)
-            away = positions - positions[rng.integers(len(rows))]
-            fractional = away @ np.linalg.inv(ctx.problem.cell)
-            away = (fractional - np.rint(fractional) * ctx.problem.pbc) @ ctx.problem.cell
-            out = np.argsort(np.einsum("ij,ij->i", away, away), kind="stable")[:taken]
+            away = grid.distances(positions, positions[rng.integers(len(rows))])
+            out = np.argsort(away, kind="stable")[:taken]
             starts.append(np.delete(rows, out, axis=0))
             parents.append(parent)
         known = ctx.sample.columns.get("row", np.full(len(ctx.sample), -1))

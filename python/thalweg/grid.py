@@ -230,10 +230,15 @@ class Grid:
 
     def _distances(self, position: Array, species: int) -> Array:
         """(V,) from a position to all points at that species' height, periodic images included."""
-        away = self.points - position
+        points = self.points
         if self.heights is not None:
-            away[:, 2] = self.heights[species] - position[2]
-        pbc = self.problem.pbc
+            points = points.copy()
+            points[:, 2] = self.heights[species]
+        return self.distances(points, position)
+
+    def distances(self, points: Array, position: Array) -> Array:
+        """(n,) from a position (3,) to points (n, 3), the nearest of their periodic images."""
+        away, pbc = points - position, self.problem.pbc
         if not pbc.any():
             return np.sqrt(np.einsum("ij,ij->i", away, away))
         cell = self.problem.cell
