@@ -51,6 +51,8 @@ CPP = {
     "landscape.hpp": {"core.hpp"},
     "neighbors.hpp": {"core.hpp"},
     "fingerprint.hpp": {"core.hpp"},
+    "soap.hpp": {"core.hpp"},
+    "density.hpp": {"core.hpp", "neighbors.hpp"},
     "gpr.hpp": {"core.hpp"},
     "potentials.hpp": {"core.hpp", "landscape.hpp"},
     "surrogate.hpp": {"core.hpp", "landscape.hpp", "fingerprint.hpp", "gpr.hpp"},
