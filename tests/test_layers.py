@@ -19,7 +19,7 @@ PYTHON = [
     {"_core"},
     {"errors", "elements"},
     {"files", "randomness", "schedule", "descriptors", "calculators", "pool", "statistics", "priors", "torch_ops"},
-    {"records"},
+    {"records", "kernels"},
     {"grid"},
     {
         "agent",
