@@ -28,10 +28,6 @@ class BackendUnavailable(ThalwegError):
     """A device or library that this installation of thalweg was not built for; the message says how to get it."""
 
 
-class BackendUnavailable(ThalwegError):
-    """A device or library that this installation of thalweg was not built for; the message says how to get it."""
-
-
 class StoreError(ThalwegError):
     """A store that cannot be read, written or continued."""
 
