@@ -944,9 +944,9 @@ def kernels(
     """Prints what the parts of a search cost, one row per figure, and writes them to `json_file`.
 
     against : None, "agox", "torch" or "dscribe": the same work by AGOX, PyTorch or dscribe, in turns, with the ratio;
-        against PyTorch only the training steps of Q-networks, which need the extra `asla`, against dscribe only SOAP. How AGOX is called: its compiled (Cython)
-        fingerprint and prior, one `calculate` for LCB energy and forces, features kept in its candidates' caches before a
-        fit, `remote_relax` and generators in one process without Ray.
+        against PyTorch only the training steps of Q-networks, which need the extra `asla`, against dscribe only SOAP. How
+        AGOX is called: its compiled (Cython) fingerprint and prior, one `calculate` for LCB energy and forces, features
+        kept in its candidates' caches before a fit, `remote_relax` and generators in one process without Ray.
     long : n = 2000, too
     Returns 0, or 1 if values differ. Raises ThalwegError if AGOX cannot be asked.
     """
