@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -123,3 +124,14 @@ def test_kept_results_of_agox_are_whole():
     for restart in kept["restarts"]:
         assert len(restart["energies"]) == 2 * restart["iterations"]
         assert min(restart["energies"]) >= bench.MINIMUM - bench.TOLERANCE  # no lower one is known
+
+
+def test_soap_beside_dscribe(capsys, monkeypatch):
+    """Values are compared before times; without dscribe the command says what is missing."""
+    monkeypatch.setattr(bench, "_one_thread_again", lambda arguments: None)
+    if importlib.util.find_spec("dscribe") is None:
+        with pytest.raises(ConfigurationError, match="pip install dscribe"):
+            bench.kernels(against="dscribe", filter="SOAP values, C6H7N")
+        pytest.skip("dscribe is not installed")
+    assert bench.kernels(against="dscribe", filter="SOAP values, C6H7N") == 0
+    assert "values agree: SOAP values, C6H7N" in capsys.readouterr().out

@@ -19,7 +19,7 @@ PYTHON = [
     {"_core"},
     {"errors", "elements"},
     {"files", "randomness", "schedule", "descriptors", "calculators", "pool", "statistics", "priors", "torch_ops"},
-    {"records"},
+    {"records", "kernels"},
     {"grid"},
     {
         "agent",
@@ -51,6 +51,8 @@ CPP = {
     "landscape.hpp": {"core.hpp"},
     "neighbors.hpp": {"core.hpp"},
     "fingerprint.hpp": {"core.hpp"},
+    "soap.hpp": {"core.hpp"},
+    "density.hpp": {"core.hpp", "neighbors.hpp"},
     "gpr.hpp": {"core.hpp"},
     "potentials.hpp": {"core.hpp", "landscape.hpp"},
     "surrogate.hpp": {"core.hpp", "landscape.hpp", "fingerprint.hpp", "gpr.hpp"},

@@ -14,12 +14,14 @@
 #include <vector>
 
 #include "thalweg/build.hpp"
+#include "thalweg/density.hpp"
 #include "thalweg/fingerprint.hpp"
 #include "thalweg/gpr.hpp"
 #include "thalweg/neighbors.hpp"
 #include "thalweg/potentials.hpp"
 #include "thalweg/qmap.hpp"
 #include "thalweg/relax.hpp"
+#include "thalweg/soap.hpp"
 #include "thalweg/surrogate.hpp"
 
 using namespace thalweg;
@@ -329,6 +331,79 @@ void fingerprints(Bench& bench) {
   }
 }
 
+/// Rutile Ti8O16 and B2 NiAl with 200 atoms, rattled by 0.05 angstrom.
+Structures rutile() {
+  Random random(Key{11, 1}, 0);
+  const double a = 4.594, c = 2.959, u = 0.305;
+  const double sites[6][3] = {{0, 0, 0},   {.5, .5, .5},         {u, u, 0},
+                              {-u, -u, 0}, {.5 + u, .5 - u, .5}, {.5 - u, .5 + u, .5}};
+  std::vector<double> x;
+  std::vector<std::int32_t> species;
+  for (int i = 0; i < 2; ++i)
+    for (int k = 0; k < 2; ++k)
+      for (int site = 0; site < 6; ++site) {
+        x.push_back((i + sites[site][0]) * a + random.uniform(-0.05, 0.05));
+        x.push_back(sites[site][1] * a + random.uniform(-0.05, 0.05));
+        x.push_back((k + sites[site][2]) * c + random.uniform(-0.05, 0.05));
+        species.push_back(site < 2 ? 22 : 8);
+      }
+  const double cell[9] = {2 * a, 0, 0, 0, a, 0, 0, 0, 2 * c};
+  Structures out;
+  out.add(x.data(), species, cell, {1, 1, 1});
+  return out;
+}
+
+Structures nickel_aluminium() {
+  Random random(Key{11, 2}, 0);
+  const double a = 2.88, cell[9] = {5 * a, 0, 0, 0, 5 * a, 0, 0, 0, 4 * a};
+  std::vector<double> x;
+  std::vector<std::int32_t> species;
+  for (int site = 0; site < 200; ++site) {
+    const int place[3] = {site / 2 % 5, site / 10 % 5, site / 50};
+    for (const int p : place) x.push_back((p + 0.5 * (site % 2)) * a + random.uniform(-0.05, 0.05));
+    species.push_back(site % 2 ? 13 : 28);
+  }
+  Structures out;
+  out.add(x.data(), species, cell, {1, 1, 1});
+  return out;
+}
+
+/// r_cut 7 A, n_max 3, l_max 2, sigma 0.5 A. Targets: a fifth of featomic's derivative, KERNELS' figures.
+void soaps(Bench& bench) {
+  const Structures structures[] = {rutile(), slab_with_nickel(1), nickel_aluminium()};
+  const std::string names[] = {"Ti8O16", "Au60Ni6 slab", "NiAl 200"};
+  const double values_target[] = {1650, 1800, 11400}, forces_target[] = {1780, 4400, 26800};
+  for (int k = 0; k < 3; ++k) {
+    const Structures& s = structures[k];
+    SoapSettings settings;
+    settings.r_cut = 7.0, settings.n_max = 3, settings.l_max = 2;
+    const Soap soap(settings, s.numbers);
+    const LocalDensity density({}, s.numbers);
+    Soap::Workspace workspace(soap);
+    LocalDensity::Workspace of_density(density);
+    Moving moving(s.positions);
+    StructureView view = s[0];
+    const std::size_t n = view.n, longest = n * std::max(soap.size(), density.size());
+    std::vector<double> features(longest), weights(longest), gradient(3 * n);
+    Random random(Key{5, 6}, 0);
+    for (double& w : weights) w = random.uniform(-1, 1);
+    bench.time("SOAP values " + names[k], "us", kMicro, values_target[k], [&] {
+      view.positions = moving.next();
+      soap.values(view, features.data(), workspace);
+    });
+    bench.time("SOAP values and forces " + names[k], "us", kMicro, forces_target[k], [&] {
+      view.positions = moving.next();
+      soap.values(view, features.data(), workspace);
+      soap.contract(weights.data(), 1.0, gradient.data(), workspace);
+    });
+    bench.time("local density and forces " + names[k], "us", kMicro, 0, [&] {
+      view.positions = moving.next();
+      density.values(view, features.data(), of_density);
+      density.contract(weights.data(), 1.0, gradient.data(), of_density);
+    });
+  }
+}
+
 /// Random Au4Ni4 clusters with their features and EMT energies, made when first needed.
 struct Training {
   Structures clusters = random_clusters(2020, 1000);
@@ -578,6 +653,7 @@ int main(int count, char** arguments) {
     potentials(bench);
     neighbors(bench);
     fingerprints(bench);
+    soaps(bench);
     gaussian_process(bench);
     surrogate(bench);
     building(bench);

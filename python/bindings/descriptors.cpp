@@ -3,18 +3,24 @@
 #include <mutex>
 
 #include "common.hpp"
+#include "thalweg/density.hpp"
 #include "thalweg/fingerprint.hpp"
+#include "thalweg/soap.hpp"
 
 namespace thalweg::bindings {
 namespace {
 
-/// Calls work(structure, index, workspace) for each structure of the batch on several threads, each with a workspace of
-/// its own. The error of the first structure that has one is thrown in the end.
-template <class Work>
-void for_each_structure(const Fingerprint& fingerprint, const BatchView& batch, int threads, const Work& work) {
+void expect_threads(int threads) {
   check_threads(threads);
   if (threads < 0)
     throw Error("threads must be 0 (as many as there are cores) or more, but it is " + std::to_string(threads));
+}
+
+/// Calls work(structure, index, workspace) for each structure of the batch on several threads, each with a workspace of
+/// its own. The error of the first structure that has one is thrown in the end.
+template <class Descriptor, class Work>
+void for_each_structure(const Descriptor& descriptor, const BatchView& batch, int threads, const Work& work) {
+  expect_threads(threads);
   const auto n = static_cast<std::int64_t>(batch.size());
   const int available = threads > 0 || n < 2 ? std::max(threads, 1) : default_threads();
   const int wanted = static_cast<int>(std::clamp<std::int64_t>(n, 1, available));
@@ -23,7 +29,7 @@ void for_each_structure(const Fingerprint& fingerprint, const BatchView& batch, 
   std::mutex guard;
 #pragma omp parallel num_threads(wanted)
   {
-    Fingerprint::Workspace workspace = fingerprint.borrow();
+    typename Descriptor::Workspace workspace = descriptor.borrow();
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t k = 0; k < n; ++k) {
       try {
@@ -37,7 +43,7 @@ void for_each_structure(const Fingerprint& fingerprint, const BatchView& batch, 
         }
       }
     }
-    fingerprint.give_back(std::move(workspace));
+    descriptor.give_back(std::move(workspace));
   }
   if (!error) return;
   try {
@@ -96,6 +102,108 @@ py::array_t<double> contract(const Fingerprint& self, const py::object& batch, c
   return out;
 }
 
+// ---- descriptors of atoms: SOAP and the local density ------------------------------------------------------------
+
+/// Where the features of each structure begin, in rows; one more entry for the end.
+template <class Descriptor>
+std::vector<std::size_t> first_rows(const Descriptor& self, const BatchView& batch) {
+  std::vector<std::size_t> first(batch.size() + 1, 0);
+  for (std::size_t k = 0; k < batch.size(); ++k) first[k + 1] = first[k] + self.rows(batch[k].n);
+  return first;
+}
+
+/// Threads share out structures; where there are fewer structures than threads, the atoms of each.
+template <class Descriptor, class Work>
+void for_each_of(const Descriptor& self, const BatchView& batch, int threads, const Work& work) {
+  expect_threads(threads);
+  const int available = threads > 0 ? threads : default_threads();
+  const bool within = batch.size() < static_cast<std::size_t>(available);
+  for_each_structure(self, batch, within ? 1 : available,
+                     [&](const StructureView& structure, std::size_t k, typename Descriptor::Workspace& workspace) {
+                       work(structure, k, workspace, within ? available : 1);
+                     });
+}
+
+template <class Descriptor>
+py::array_t<double> atom_values(const Descriptor& self, const py::object& batch, int threads) {
+  const BatchArrays arrays(batch);
+  const BatchView& view = arrays.view();
+  const auto first = first_rows(self, view);
+  py::array_t<double> out({first.back(), self.size()});
+  double* features = out.mutable_data();
+  py::gil_scoped_release release;
+  for_each_of(self, view, threads, [&](const StructureView& structure, std::size_t k, auto& workspace, int within) {
+    self.values(structure, features + first[k] * self.size(), workspace, within);
+  });
+  return out;
+}
+
+template <class Descriptor>
+py::array_t<double> atom_contract(const Descriptor& self, const py::object& batch, const Array<double>& weights,
+                                  int threads) {
+  const BatchArrays arrays(batch);
+  const BatchView& view = arrays.view();
+  const auto first = first_rows(self, view);
+  expect_shape(weights, "weights", {static_cast<py::ssize_t>(first.back()), static_cast<py::ssize_t>(self.size())});
+  py::array_t<double> out({view.atoms(), std::size_t{3}});
+  double* gradient = out.mutable_data();
+  std::fill_n(gradient, out.size(), 0.0);
+  const double* w = weights.data();
+  py::gil_scoped_release release;
+  for_each_of(self, view, threads, [&](const StructureView& structure, std::size_t k, auto& workspace, int within) {
+    std::vector<double> features(self.rows(structure.n) * self.size());
+    self.values(structure, features.data(), workspace, within);
+    self.contract(w + first[k] * self.size(), 1.0, gradient + 3 * static_cast<std::size_t>(view.offsets[k]), workspace,
+                  within);
+  });
+  return out;
+}
+
+template <class Descriptor>
+py::list atom_jacobian(const Descriptor& self, const py::object& batch, int threads) {
+  const BatchArrays arrays(batch);
+  const BatchView& view = arrays.view();
+  py::list out;
+  std::vector<double*> each;
+  for (std::size_t k = 0; k < view.size(); ++k) {
+    const std::size_t n = view[k].n;
+    py::array_t<double> one({n, n, std::size_t{3}, self.size()});
+    each.push_back(one.mutable_data());
+    out.append(std::move(one));
+  }
+  py::gil_scoped_release release;
+  for_each_structure(self, view, threads, [&](const StructureView& structure, std::size_t k, auto& workspace) {
+    std::vector<double> features(self.rows(structure.n) * self.size());
+    self.values(structure, features.data(), workspace);
+    for (std::size_t center = 0; center < structure.n; ++center)
+      self.jacobian(center, each[k] + center * structure.n * 3 * self.size(), workspace);
+  });
+  return out;
+}
+
+template <class Descriptor>
+void bind_atom_descriptor(py::class_<Descriptor, std::shared_ptr<Descriptor>>& c) {
+  c.def_property_readonly("size", &Descriptor::size, "Features of one row.")
+      .def("values", &atom_values<Descriptor>, py::arg("batch"), py::arg("threads") = 0, "Features (rows, size).")
+      .def("contract", &atom_contract<Descriptor>, py::arg("batch"), py::arg("weights"), py::arg("threads") = 0,
+           "d(weights . features)/dx (m, 3) for weights (rows, size), without the Jacobian.")
+      .def("jacobian", &atom_jacobian<Descriptor>, py::arg("batch"), py::arg("threads") = 0,
+           "Of each structure d(features of its atoms)/d(positions of its atoms) (n, n, 3, size), 1/angstrom.");
+}
+
+SoapCutoff soap_cutoff_named(const std::string& name) {
+  if (name == "smooth") return SoapCutoff::smooth;
+  if (name == "hard") return SoapCutoff::hard;
+  throw Error("cutoff must be 'smooth' or 'hard', but it is '" + name + "'");
+}
+
+SoapAverage average_named(const std::string& name) {
+  if (name == "off") return SoapAverage::off;
+  if (name == "mean") return SoapAverage::mean;
+  if (name == "sum") return SoapAverage::sum;
+  throw Error("average must be 'off', 'mean' or 'sum', but it is '" + name + "'");
+}
+
 FingerprintConvention convention_named(const std::string& name) {
   if (name == "smooth") return FingerprintConvention::smooth;
   if (name == "agox") return FingerprintConvention::agox;
@@ -137,6 +245,33 @@ void bind_descriptors(py::module_& m) {
            "Derivatives of the features with respect to the positions (m, 3, size), 1/angstrom.")
       .def("contract", &contract, py::arg("batch"), py::arg("weights"), py::arg("threads") = 0,
            "d(weights . features)/dx (m, 3) for weights (n, size), without the Jacobian.");
+
+  const SoapSettings soap;
+  py::class_<Soap, std::shared_ptr<Soap>> of_soap(m, "Soap", "SOAP power spectrum; see thalweg.descriptors.");
+  of_soap
+      .def(py::init([](const Array<std::int32_t>& species, double r_cut, int n_max, int l_max, double sigma,
+                       const std::string& cutoff, const std::string& average) {
+             expect_shape(species, "species", {-1});
+             return std::make_shared<Soap>(
+                 SoapSettings{r_cut, n_max, l_max, sigma, soap_cutoff_named(cutoff), average_named(average)},
+                 span(species));
+           }),
+           py::arg("species"), py::kw_only(), py::arg("r_cut") = soap.r_cut, py::arg("n_max") = soap.n_max,
+           py::arg("l_max") = soap.l_max, py::arg("sigma") = soap.sigma, py::arg("cutoff") = "smooth",
+           py::arg("average") = "off")
+      .def_property_readonly("reach", &Soap::reach, "Distance up to which neighbours count, angstrom.");
+  bind_atom_descriptor(of_soap);
+
+  const DensitySettings density;
+  py::class_<LocalDensity, std::shared_ptr<LocalDensity>> of_density(
+      m, "LocalDensity", "Local density feature of each atom; see thalweg.descriptors.");
+  of_density.def(py::init([](const Array<std::int32_t>& species, double decay, double cutoff) {
+                   expect_shape(species, "species", {-1});
+                   return std::make_shared<LocalDensity>(DensitySettings{decay, cutoff}, span(species));
+                 }),
+                 py::arg("species"), py::kw_only(), py::arg("decay") = density.decay,
+                 py::arg("cutoff") = density.cutoff);
+  bind_atom_descriptor(of_density);
 }
 
 }  // namespace thalweg::bindings

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from thalweg import recipes
     from thalweg.agent import Agent, Build, Policy, Rebuild, Snap
     from thalweg.callbacks import Print, StopAfter, StopAt
-    from thalweg.descriptors import Fingerprint
-    from thalweg.errors import ConfigurationError, Stop, StoreError, ThalwegError
+    from thalweg.descriptors import SOAP, Fingerprint, LocalDensity
+    from thalweg.errors import BackendUnavailable, ConfigurationError, Stop, StoreError, ThalwegError
     from thalweg.evaluate import Duplicate, Evaluate, Metropolis
     from thalweg.generators import AlongForces, FirstOf, OneOf, Permute, Random, Rattle, Unchosen
     from thalweg.grid import Grid, GridSettings
@@ -53,8 +53,8 @@ _WHERE = {
     for module, names in {
         "agent": "Agent Build Policy Rebuild Snap",
         "callbacks": "Print StopAfter StopAt",
-        "descriptors": "Fingerprint",
-        "errors": "ConfigurationError Stop StoreError ThalwegError",
+        "descriptors": "SOAP Fingerprint LocalDensity",
+        "errors": "BackendUnavailable ConfigurationError Stop StoreError ThalwegError",
         "evaluate": "Duplicate Evaluate Metropolis",
         "grid": "Grid GridSettings",
         "generators": "AlongForces FirstOf OneOf Permute Random Rattle Unchosen",
@@ -72,7 +72,7 @@ _WHERE = {
     }.items()
     for name in names.split()
 }
-_MODULES = ("calculators", "descriptors", "networks", "pool", "recipes", "testing")
+_MODULES = ("calculators", "descriptors", "kernels", "networks", "pool", "recipes", "testing")
 
 __all__ = ["__version__", *_WHERE, *_MODULES]
 

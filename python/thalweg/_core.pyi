@@ -18,6 +18,7 @@ __all__: list[str] = [
     "Kernel",
     "Landscape",
     "LennardJones",
+    "LocalDensity",
     "LocalGpr",
     "LocalSurrogate",
     "ManyBodyPrior",
@@ -30,6 +31,7 @@ __all__: list[str] = [
     "QState",
     "QTraining",
     "SmoothCarbon",
+    "Soap",
     "Surrogate",
     "Tersoff",
     "Tilted",
@@ -208,6 +210,83 @@ class Fingerprint:
     def size(self) -> int:
         """
         Length of the feature vector.
+        """
+
+class LocalDensity:
+    """
+    Local density feature of each atom; see thalweg.descriptors.
+    """
+    def __init__(
+        self,
+        species: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        *,
+        decay: float = 1.0,
+        cutoff: float = 11.9,
+    ) -> None: ...
+    def contract(
+        self,
+        batch: typing.Any,
+        weights: typing.Annotated[numpy.typing.ArrayLike, numpy.float64],
+        threads: int = 0,
+    ) -> numpy.typing.NDArray[numpy.float64]:
+        """
+        d(weights . features)/dx (m, 3) for weights (rows, size), without the Jacobian.
+        """
+    def jacobian(self, batch: typing.Any, threads: int = 0) -> list:
+        """
+        Of each structure d(features of its atoms)/d(positions of its atoms) (n, n, 3, size), 1/angstrom.
+        """
+    def values(self, batch: typing.Any, threads: int = 0) -> numpy.typing.NDArray[numpy.float64]:
+        """
+        Features (rows, size).
+        """
+    @property
+    def size(self) -> int:
+        """
+        Features of one row.
+        """
+
+class Soap:
+    """
+    SOAP power spectrum; see thalweg.descriptors.
+    """
+    def __init__(
+        self,
+        species: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        *,
+        r_cut: float = 6.0,
+        n_max: int = 6,
+        l_max: int = 4,
+        sigma: float = 0.5,
+        cutoff: str = "smooth",
+        average: str = "off",
+    ) -> None: ...
+    def contract(
+        self,
+        batch: typing.Any,
+        weights: typing.Annotated[numpy.typing.ArrayLike, numpy.float64],
+        threads: int = 0,
+    ) -> numpy.typing.NDArray[numpy.float64]:
+        """
+        d(weights . features)/dx (m, 3) for weights (rows, size), without the Jacobian.
+        """
+    def jacobian(self, batch: typing.Any, threads: int = 0) -> list:
+        """
+        Of each structure d(features of its atoms)/d(positions of its atoms) (n, n, 3, size), 1/angstrom.
+        """
+    def values(self, batch: typing.Any, threads: int = 0) -> numpy.typing.NDArray[numpy.float64]:
+        """
+        Features (rows, size).
+        """
+    @property
+    def size(self) -> int:
+        """
+        Features of one row.
+        """
+    @property
+    def reach(self) -> float:
+        """
+        Distance up to which neighbours count, angstrom.
         """
 
 class Kernel:

@@ -365,6 +365,71 @@ def _fingerprints(table: Table, peer: Peer | None) -> None:
                 _milli(table, name, contracted, theirs_median)
 
 
+def _crystals() -> list[tuple[str, Any]]:
+    """(label, ASE Atoms): C6H7N, rutile, an oxidised Ag(111) slab and B2 NiAl, rattled."""
+    from ase import Atoms
+    from ase.build import bulk, fcc111
+    from ase.spacegroup import crystal
+
+    rutile = crystal(
+        ["Ti", "O"], [(0, 0, 0), (0.305, 0.305, 0)], spacegroup=136, cellpar=[4.594, 4.594, 2.959, 90, 90, 90]
+    )
+    slab = fcc111("Ag", (4, 4, 3), a=4.09, vacuum=8.0)
+    top = slab.positions[-16:]
+    for symbol, places, shift in (("Ag", top[:12:2], [0, 0, 4.4]), ("O", top[:12], [0.8, 0.6, 2.0])):
+        slab += Atoms(symbol * len(places), places + shift)
+    slab.pbc = [True, True, False]
+    found = [
+        ("C6H7N", _aniline().to_ase()[0]),
+        ("Ti8O16", rutile * (2, 1, 2)),
+        ("66-atom slab", slab),
+        ("200-atom NiAl", bulk("NiAl", "cesiumchloride", a=2.88) * (5, 5, 4)),
+    ]
+    for _, atoms in found:
+        atoms.positions += np.random.default_rng(1).normal(0.0, 0.03, atoms.positions.shape)
+    return found
+
+
+def _soaps(table: Table, against_dscribe: bool) -> None:
+    """r_cut 7 angstrom, n_max 3, l_max 2, sigma 0.5 angstrom; dscribe's derivatives: analytic for molecules, for periodic
+    structures numerical, all it has."""
+    from thalweg.descriptors import SOAP
+    from thalweg.records import Batch
+
+    for label, atoms in _crystals():
+        names = [f"SOAP {what}, {label}" for what in ("values", "values and forces", "Jacobian")]
+        if not any(table.wants(name) for name in names):
+            continue
+        batch = Batch.from_ase(atoms)
+        bound = SOAP(7.0, 3, 2, 0.5, cutoff="hard").bind(batch.numbers)
+        shifted, values = _Shifting(batch), bound.values(batch, 1)
+        weights = np.random.default_rng(0).normal(size=values.shape)
+        calls: list[Callable[[], Any]] = [
+            lambda: bound.values(shifted(), 1),  # noqa: B023 used within the loop
+            lambda: bound.contract(shifted(), weights, 1),  # noqa: B023
+            lambda: bound.jacobian(shifted(), 1),  # noqa: B023
+        ]
+        theirs: list[Callable[[], float] | None] = [None] * 3
+        if against_dscribe:
+            from dscribe.descriptors import SOAP as Theirs
+
+            periodic = bool(atoms.pbc.any())
+            peer = Theirs(species=sorted(set(atoms.numbers)), r_cut=7.0, n_max=3, l_max=2, sigma=0.5, periodic=periodic)
+            method = "numerical" if periodic else "analytical"
+            difference = float(np.abs(peer.create(atoms) - values).max() / np.abs(values).max())
+            table.check(f"{names[0]}, of the largest", difference, 1e-8)
+            derivative = [lambda: peer.derivatives(atoms, method=method, attach=True)] * 2  # noqa: B023
+            theirs = [partial(cpu_seconds, call) for call in (lambda: peer.create(atoms), *derivative)]  # noqa: B023
+        for k, name in enumerate(names):
+            if not table.wants(name):
+                continue
+            # A numerical derivative of 200 atoms takes most of a minute.
+            rounds = 1 if against_dscribe and k and len(atoms) > 24 else ROUNDS
+            ours, peers = _turns(partial(cpu_seconds, calls[k]), theirs[k], rounds)
+            target = (1, 40, None)[k] if against_dscribe and (k != 1 or atoms.pbc.any()) else None
+            _milli(table, name, ours, peers, target=target)
+
+
 def _milli(table: Table, name: str, ours: float, theirs: float | None, **options: Any) -> None:
     table.add(name, 1e3 * ours, "ms", None if theirs is None else 1e3 * theirs, **options)
 
@@ -878,14 +943,14 @@ def kernels(
 ) -> int:
     """Prints what the parts of a search cost, one row per figure, and writes them to `json_file`.
 
-    against : None, "agox" or "torch": the same work by AGOX or PyTorch, in turns, with the ratio; against PyTorch only the
-        training steps of Q-networks, which need the extra `asla`. How AGOX is called: its compiled (Cython)
-        fingerprint and prior, one `calculate` for LCB energy and forces, features kept in its candidates' caches before a
-        fit, `remote_relax` and generators in one process without Ray.
+    against : None, "agox", "torch" or "dscribe": the same work by AGOX, PyTorch or dscribe, in turns, with the ratio;
+        against PyTorch only the training steps of Q-networks, which need the extra `asla`, against dscribe only SOAP. How
+        AGOX is called: its compiled (Cython) fingerprint and prior, one `calculate` for LCB energy and forces, features
+        kept in its candidates' caches before a fit, `remote_relax` and generators in one process without Ray.
     long : n = 2000, too
     Returns 0, or 1 if values differ. Raises ThalwegError if AGOX cannot be asked.
     """
-    _check_against(against, ("agox", "torch"))
+    _check_against(against, ("agox", "torch", "dscribe"))
     arguments = ["kernels", "--filter", filter, *(["--long"] if long else [])]
     arguments += ["--against", against] if against else []
     arguments += ["--json", str(json_file)] if json_file else []
@@ -898,21 +963,27 @@ def kernels(
     has_torch = importlib.util.find_spec("torch") is not None
     if against == "torch" and not has_torch:
         raise ConfigurationError("--against torch needs PyTorch: pip install 'thalweg[asla]'")
-    if has_torch and against != "agox":
+    if against == "dscribe":
+        if importlib.util.find_spec("dscribe") is None:
+            raise ConfigurationError("--against dscribe needs dscribe: pip install dscribe")
+        versions["dscribe"] = importlib.metadata.version("dscribe")
+    if has_torch and against not in ("agox", "dscribe"):
         versions["torch"] = importlib.metadata.version("torch")
     print(", ".join(f"{name} {value}" for name, value in versions.items()) + "; one thread, processor time, medians")
-    table = Table({None: "", "agox": "AGOX", "torch": "torch"}[against], filter)
+    table = Table({None: "", "agox": "AGOX", "torch": "torch", "dscribe": "dscribe"}[against], filter)
     table.header()
     sizes = [100, 500, 1000, *([2000] if long else [])]
     try:
-        if against != "torch":
+        if against in (None, "dscribe"):
+            _soaps(table, against == "dscribe")
+        if against in (None, "agox"):
             _fingerprints(table, peer)
             _lcb(table, peer, sizes)
             _fits(table, peer, [100, 500, *([1000] if long else [])])
             _generators(table, peer)
             _iteration(table, peer)
         if peer is None:
-            if has_torch:
+            if has_torch and against != "dscribe":
                 _steps(table, against_torch=against == "torch")
                 _q_maps(table, against_torch=against == "torch")
             if against is None:

@@ -6,7 +6,8 @@ Everything here takes a batch: any object with the arrays of `thalweg.records.Ba
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal, Protocol
 
@@ -14,9 +15,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from thalweg import _core
-from thalweg.errors import ConfigurationError
+from thalweg.errors import ConfigurationError, nearest
 
-__all__ = ["Fingerprint"]
+__all__ = ["SOAP", "Fingerprint", "LocalDensity"]
 
 Floats = NDArray[np.float64]
 
@@ -98,3 +99,144 @@ class Fingerprint:
 @lru_cache(maxsize=64)
 def _bind(settings: Fingerprint, numbers: tuple[int, ...], periodic: bool) -> _core.Fingerprint:
     return _core.Fingerprint(np.array(numbers, dtype=np.int32), periodic, **asdict(settings))
+
+
+@dataclass(frozen=True)
+class SOAP:
+    """SOAP power spectrum of every atom, or of a structure: what surrounds an atom, whichever way it is turned.
+
+    Bartok, Kondor, Csanyi, PRB 87, 184115 (2013). Densities of Gaussians around each atom, one for each species, are
+    expanded in n_max radial functions (the Gaussian-type orbitals of dscribe, `rbf="gto"`) and spherical harmonics up to
+    l_max; features are the products of coefficients that do not change under rotation, for every pair of species. Any
+    mixture of periodic and open directions. With `cutoff="hard"` the values are those of `dscribe.descriptors.SOAP` with
+    the same r_cut, n_max, l_max and sigma (docs/backend.md has a table of all settings).
+
+    Order of features: for each pair of species (rising atomic numbers, s <= s'), for l, for n, for n' (n' >= n if
+    s = s').
+
+    Parameters
+    ----------
+    r_cut : float
+        Radial functions fade here [angstrom]; above 1. Neighbours count up to `reach` = r_cut + 3.72 sigma.
+    n_max, l_max : int
+        1 to 16, 0 to 12.
+    sigma : float
+        Width of the Gaussians [angstrom].
+    species : sequence of symbols or atomic numbers, or None
+        Species that may occur; they fix what the features are. None: those of the batch at hand.
+    cutoff : "smooth" or "hard"
+        Neighbours between r_cut and reach: faded out, so that values have two continuous derivatives; or counted fully
+        and dropped with a jump at reach, as in dscribe.
+    average : "off", "mean" or "sum"
+        Features of every atom (m, D); or their mean or sum over the atoms of each structure (n, D).
+    """
+
+    r_cut: float = 6.0
+    n_max: int = 6
+    l_max: int = 4
+    sigma: float = 0.5
+    _: KW_ONLY
+    species: Sequence[str | int] | None = None
+    cutoff: Literal["smooth", "hard"] = "smooth"
+    average: Literal["off", "mean", "sum"] = "off"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "species", _numbers_of(self.species))
+
+    def bind(self, numbers: ArrayLike = ()) -> _core.Soap:
+        """The compiled descriptor; cached. numbers: (k,) atomic numbers that may occur, used where `species` is None.
+
+        Raises ConfigurationError if a setting makes no sense.
+        """
+        settings = {name: value for name, value in vars(self).items() if name != "species"}
+        return _bind_soap(_species(self.species, numbers), tuple(settings.items()))
+
+    def values(self, batch: BatchLike, threads: int = 0) -> Floats:
+        """Features (m, D), or (n, D) averaged. Raises ConfigurationError for a species that is not covered."""
+        return self.bind(batch.numbers).values(batch, threads)
+
+    def contract(self, batch: BatchLike, weights: Floats, threads: int = 0) -> Floats:
+        """d(weights . features)/dx, (m, 3), for weights of the shape of `values`: no Jacobian is made.
+
+        For an energy that is a function of the features, weights = dE/dfeatures gives minus the forces.
+        """
+        return self.bind(batch.numbers).contract(batch, weights, threads)
+
+    def jacobian(self, batch: BatchLike, threads: int = 0) -> list[Floats]:
+        """Of each structure (n_i, n_i, 3, D): d(features of an atom)/d(position of an atom), 1/angstrom.
+
+        `average` does not matter; it is large, n_i^2 3 D numbers.
+        """
+        return self.bind(batch.numbers).jacobian(batch, threads)
+
+
+@dataclass(frozen=True)
+class LocalDensity:
+    """How many neighbours of each species an atom has, near ones counting more; then its atomic number.
+
+    Meldgaard, Kolsbjerg, Hammer, J. Chem. Phys. 149, 134104 (2018); thesis (2.19):
+    f_i = [rho_i^A, rho_i^B, ..., Z_i], rho_i^s = sum over neighbours of s of exp(-r / decay) (cos(pi r / cutoff) + 1) / 2.
+    Any mixture of periodic and open directions; images of an atom are neighbours, it itself is not.
+
+    Parameters
+    ----------
+    decay, cutoff : float
+        lambda and r_c [angstrom].
+    species : sequence of symbols or atomic numbers, or None
+        Columns, in order of rising atomic numbers. None: those of the batch at hand.
+    """
+
+    decay: float = 1.0
+    cutoff: float = 11.9
+    _: KW_ONLY
+    species: Sequence[str | int] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "species", _numbers_of(self.species))
+
+    def bind(self, numbers: ArrayLike = ()) -> _core.LocalDensity:
+        """The compiled descriptor. numbers: (k,) atomic numbers that may occur, used where `species` is None."""
+        species = np.array(_species(self.species, numbers), np.int32)
+        return _core.LocalDensity(species, decay=self.decay, cutoff=self.cutoff)
+
+    def values(self, batch: BatchLike, threads: int = 0) -> Floats:
+        """Features (m, species + 1). Raises ConfigurationError for a species that is not covered."""
+        return self.bind(batch.numbers).values(batch, threads)
+
+    def contract(self, batch: BatchLike, weights: Floats, threads: int = 0) -> Floats:
+        """d(weights . features)/dx, (m, 3), for weights (m, species + 1)."""
+        return self.bind(batch.numbers).contract(batch, weights, threads)
+
+    def jacobian(self, batch: BatchLike, threads: int = 0) -> list[Floats]:
+        """Of each structure (n_i, n_i, 3, species + 1): d(features of an atom)/d(position of an atom), 1/angstrom."""
+        return self.bind(batch.numbers).jacobian(batch, threads)
+
+
+def _numbers_of(species: Sequence[str | int] | None) -> tuple[int, ...] | None:
+    """Rising atomic numbers of symbols and numbers."""
+    if species is None:
+        return None
+    if isinstance(species, str):
+        raise ConfigurationError(f"species must be a sequence such as ('Ti', 'O'), got the text '{species}'")
+    symbols = [name for name in species if isinstance(name, str)]
+    known: dict[str, int] = {}
+    if symbols:
+        from ase.data import atomic_numbers
+
+        known = atomic_numbers
+        for name in symbols:
+            if name not in known:
+                raise ConfigurationError(f"'{name}' is no chemical symbol.{nearest(name, known)}")
+    return tuple(sorted({known[name] if isinstance(name, str) else int(name) for name in species}))
+
+
+def _species(species: Any, numbers: ArrayLike) -> tuple[int, ...]:
+    found = species if species is not None else np.unique(np.asarray(numbers))
+    if len(found) == 0:
+        raise ConfigurationError("a descriptor of atoms needs at least one atom, or species, but the batch is empty")
+    return tuple(int(number) for number in found)
+
+
+@lru_cache(maxsize=64)
+def _bind_soap(species: tuple[int, ...], settings: tuple[tuple[str, Any], ...]) -> _core.Soap:
+    return _core.Soap(np.array(species, np.int32), **dict(settings))
