@@ -480,6 +480,22 @@ def test_gfn1_xtb_energy_and_forces():
     assert (energies[1] - energies[0]) / (2 * step) == pytest.approx(-np.sum(forces * direction), abs=2e-2)
 
 
+def test_gfn1_xtb_does_not_remember_the_structure_before():
+    pytest.importorskip("tblite", reason='tblite is not installed: pip install "thalweg[xtb]"')
+    from thalweg.calculators import make_calculator
+
+    def energies(order):
+        calculator, found = make_calculator("gfn1-xtb"), {}
+        for seed in order:
+            atoms = molecule("CH3CH2OH")
+            atoms.rattle(0.15, seed=seed)
+            atoms.calc = calculator
+            found[seed] = atoms.get_potential_energy()
+        return found
+
+    assert energies([1, 2, 3]) == energies([3, 2, 1])
+
+
 def test_gfn1_xtb_without_its_package_says_what_to_install(monkeypatch):
     from thalweg.calculators import make_calculator
 

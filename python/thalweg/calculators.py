@@ -375,7 +375,9 @@ def _tblite(name: str, arguments: dict[str, Any]) -> Any:
         raise ConfigurationError(
             f"the calculator '{name}' needs the package tblite: pip install \"thalweg[xtb]\" ({error})"
         ) from error
-    settings = {"verbosity": 0, **arguments}
+    # Without cache_api=False a calculation starts from the one before, and its energy depends on what was asked earlier:
+    # wrong by tens of eV where the charges of another structure lead to another solution.
+    settings = {"verbosity": 0, "cache_api": False, **arguments}
     if name in _XTB:
         if "method" in arguments:
             raise ConfigurationError(f"'{name}' is a method already; with the argument 'method' use the name 'tblite'")
