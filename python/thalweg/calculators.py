@@ -375,14 +375,22 @@ def _tblite(name: str, arguments: dict[str, Any]) -> Any:
         raise ConfigurationError(
             f"the calculator '{name}' needs the package tblite: pip install \"thalweg[xtb]\" ({error})"
         ) from error
-    # Without cache_api=False a calculation starts from the one before, and its energy depends on what was asked earlier:
-    # wrong by tens of eV where the charges of another structure lead to another solution.
-    settings = {"verbosity": 0, "cache_api": False, **arguments}
+
+    class Afresh(TBLite):
+        """Starts every calculation from free atoms. TBLite starts from the one before: its energies depend on what was
+        asked earlier, and are eV off where the charges of another structure lead to another solution."""
+
+        def calculate(self, *positional: Any, **named: Any) -> None:
+            self._xtb = self._res = None
+            super().calculate(*positional, **named)
+
+    Afresh.__name__ = TBLite.__name__
+    settings = {"verbosity": 0, **arguments}
     if name in _XTB:
         if "method" in arguments:
             raise ConfigurationError(f"'{name}' is a method already; with the argument 'method' use the name 'tblite'")
         settings["method"] = _XTB[name]
-    return _call(name, TBLite, settings)
+    return _call(name, Afresh, settings)
 
 
 def _factory(name: str) -> Any:
