@@ -193,16 +193,18 @@ class Grid:
             return None, anywhere, flat
         heights = [given.get(names.get(int(z), "")) for z in self.species]
         if self.dimension == 2:
-            z = [self.corner[2] if height is None else float(np.atleast_1d(height)[0]) for height in heights]
-            return np.array(z), anywhere, flat
+            middle = float(self.corner[2])
+            one = [middle if height is None else float(np.atleast_1d(height)[0]) for height in heights]
+            return np.array(one), anywhere, flat
         z, room = self.points[:, 2], np.ones((len(self.species), self.voxels), bool)
         for s, height in enumerate(heights):
             if height is None:
                 continue
             ends = np.atleast_1d(np.asarray(height, float))
             flat[s] = len(ends) == 1
-            away = np.maximum(ends[0] - z, z - ends[-1])
-            room[s] = away < 1e-6 + (max(away.min(), 0.0) if flat[s] else 0.0)
+            if flat[s]:
+                ends = np.repeat(z[np.argmin(np.abs(z - ends[0]))], 2)  # the nearest layer
+            room[s] = (z > ends[0] - 1e-6) & (z < ends[-1] + 1e-6)
             if not room[s].any():
                 raise ConfigurationError(
                     f"no point of the grid lies between the heights {ends[0]:g} and {ends[-1]:g} of "

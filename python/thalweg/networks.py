@@ -671,7 +671,7 @@ class _Tanh(torch.autograd.Function):
 
 
 def _tanh(x: Tensor) -> Tensor:
-    return _Tanh.apply(x)  # type: ignore[no-any-return]
+    return _Tanh.apply(x)
 
 
 def _offsets_of(window: Sequence[int]) -> Array:
