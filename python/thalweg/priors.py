@@ -45,6 +45,12 @@ _STEP = 1e-5
 _LEAST_SCALE = 0.1
 # Parameters stay within so many widths of the guess.
 _RANGE = 4.0
+# Structures whose energies are closer [eV] count as one in a fit of tight binding.
+_APART = 0.1
+# Guess of tight binding: couplings in bonds (ss, sp, pp sigma, pp pi) in units of hbar^2 / (m r0^2) [eV angstrom^2]
+# (W. A. Harrison, Elementary Electronic Structure, 1999); the repulsion in the same unit; a factor for each hydrogen.
+_HARRISON, _HBAR2_BY_MASS = np.array([-1.32, 1.42, 2.22, -0.63]), 7.61996
+_HOPPING, _REPULSION, _DECAY, _DECAY_RATIO, _HYDROGEN = 1.0, 2.0, 2.0, 2.0, 0.7
 
 
 class CalculatorPrior:
@@ -223,9 +229,13 @@ class FittedPrior:
     ratio_width: float = 0.5
     radius_width: float = 0.1
     exponent_width: float = 0.4
+    hopping_width: float = 0.3
+    level_width: float = 0.1
+    coupling_width: float = 0.2
     energy_error: float = 0.5
     force_error: float = 0.3
     force_share: float = 0.15
+    form: str = "wells"
     most_rows: int = 40
     always_below: int = 8
     growth: float = 1.5
@@ -253,11 +263,14 @@ class FittedPrior:
 
     def count(self, numbers: Array) -> int:
         """How many parameters the species among these atomic numbers have."""
-        return len(_Wells(self, numbers).guess)
+        return len(self._form(numbers).guess)
 
-    def landscape(self, numbers: Array, parameters: Array) -> _core.ManyBodyPrior:
+    def _form(self, numbers: Array) -> _Wells | _Bonds:
+        return (_Bonds if self.form == "tight-binding" else _Wells)(self, numbers)
+
+    def landscape(self, numbers: Array, parameters: Array) -> _core.Landscape:
         """The wells of these parameters, as `fit` gives them; numbers: atomic numbers, in any order and often."""
-        return _Wells(self, numbers).landscape(np.asarray(parameters, float))
+        return self._form(numbers).landscape(np.asarray(parameters, float))
 
     def fit(self, data: Batch, start: Array | None = None, *, numbers: Array | None = None) -> Array:
         """Logarithms of the parameters, pair by pair of species (rising atomic numbers): depths, radius scales,
@@ -268,8 +281,11 @@ class FittedPrior:
         start : where to begin, unless the guess is better or the species are others.
         numbers : atomic numbers of all species that count; default: those of the data.
         """
-        wells = _Wells(self, data.numbers if numbers is None else numbers)
-        order = np.argsort(data.columns["energy"], kind="stable")[: self.most_rows]
+        wells = self._form(data.numbers if numbers is None else numbers)
+        order = np.argsort(data.columns["energy"], kind="stable")
+        if self.form == "tight-binding":  # its fit is slow, and the points of one polish teach it the same
+            order = order[_apart(np.asarray(data.columns["energy"], float)[order], _APART)]
+        order = order[: self.most_rows]
         task = _LeastSquares(wells, data.take(np.sort(order)))
         parameters = wells.guess
         if start is not None and len(start) == len(parameters):
@@ -307,8 +323,19 @@ class FittedPrior:
         return parameters
 
 
+def _apart(rising: Array, distance: float) -> Array:
+    """Which of rising numbers are further than a distance from the last one taken."""
+    taken: list[int] = []
+    for k, value in enumerate(rising):
+        if not taken or value > rising[taken[-1]] + distance:
+            taken.append(k)
+    return np.array(taken, np.int64)
+
+
 class _Wells:
     """Parameters (logarithms) <-> wells of the species at hand."""
+
+    one_sided = False
 
     def __init__(self, settings: FittedPrior, numbers: Array):
         self.settings = settings
@@ -336,10 +363,51 @@ class _Wells:
         )
 
 
+class _Bonds:
+    """Parameters (logarithms) <-> tight binding of the species at hand."""
+
+    one_sided = True  # derivatives: half the time
+
+    def __init__(self, settings: FittedPrior, numbers: Array):
+        self.settings = settings
+        self.species = [int(z) for z in np.unique(numbers)]
+        self.pairs = [(a, b) for k, a in enumerate(self.species) for b in self.species[k:]]
+        radii = [_core.covalent_radius(a) + _core.covalent_radius(b) for a, b in self.pairs]
+        self.radii = settings.radius_scale * np.array(radii)
+        pairs, n = len(self.pairs), len(self.species)
+        hydrogens = np.array([(a == 1) + (b == 1) for a, b in self.pairs])
+        self.unit = _HBAR2_BY_MASS / self.radii**2
+        self.levels = np.array([_core.TightBinding.free_atom(z) for z in self.species])
+        logs, widths = [], []
+        for guess, width, count in (
+            (_HOPPING * _HYDROGEN**hydrogens, settings.hopping_width, pairs),
+            (_REPULSION * _HYDROGEN**hydrogens, settings.depth_width, pairs),
+            (_DECAY, settings.stiffness_width, pairs),
+            (_DECAY_RATIO - 1.0, settings.ratio_width, pairs),
+            (1.0, settings.level_width, 2 * n),
+            (1.0, settings.coupling_width, 3),
+        ):
+            logs.append(np.log(np.broadcast_to(guess, count)))
+            widths.append(np.full(count, width, float))
+        self.guess, self.widths = np.concatenate(logs), np.concatenate(widths)
+        self.low, self.high = self.guess - _RANGE * self.widths, self.guess + _RANGE * self.widths
+
+    def landscape(self, parameters: Array) -> _core.TightBinding:
+        values, count = np.exp(parameters), len(self.pairs)
+        hopping, repulsion, decay, excess = values[: 4 * count].reshape(4, count)
+        levels = self.levels * values[4 * count : -3].reshape(-1, 2)
+        couplings = (self.unit * hopping)[:, None] * _HARRISON * np.concatenate([[1.0], values[-3:]])
+        rows = np.column_stack([couplings, self.radii, decay, self.unit * repulsion, 1.0 + excess])
+        return _core.TightBinding(
+            {pair: tuple(row) for pair, row in zip(self.pairs, rows.tolist(), strict=True)},
+            {z: tuple(level) for z, level in zip(self.species, levels.tolist(), strict=True)},
+        )
+
+
 class _LeastSquares:
     """The sum of squares and its normal equations; no BLAS, whose bits depend on its threads."""
 
-    def __init__(self, wells: _Wells, data: Batch):
+    def __init__(self, wells: _Wells | _Bonds, data: Batch):
         self.wells, self.data = wells, data
         self.energies = np.asarray(data.columns["energy"], float)
         forces = np.asarray(data.atom_columns.get("forces", np.full((data.atoms, 3), np.nan)), float)
@@ -388,8 +456,9 @@ class _LeastSquares:
         for k in np.flatnonzero(widths > 0):  # the others are held
             step = np.zeros(len(parameters))
             step[k] = _STEP
-            up, down = self._residuals(parameters + step), self._residuals(parameters - step)
-            jacobian[k] = (up - down) / (2 * _STEP)
+            up = self._residuals(parameters + step)
+            down = residuals if self.wells.one_sided else self._residuals(parameters - step)
+            jacobian[k] = (up - down) / (_STEP if self.wells.one_sided else 2 * _STEP)
         precision = np.where(widths > 0, 1.0 / np.where(widths > 0, widths, 1.0), 0.0)
         matrix = np.einsum("qm,rm->qr", jacobian, jacobian) + np.diag(precision**2)
         slope = np.einsum("qm,m->q", jacobian, residuals) + precision * self._from_guess(parameters)
