@@ -22,9 +22,9 @@ struct Term {
   int electrons;
 };
 constexpr Term kTerms[] = {
-    {1, -13.61, 0.0, 1},    {5, -13.46, -8.43, 3},   {6, -19.38, -11.07, 4},  {7, -26.22, -13.84, 5},
-    {8, -34.02, -16.77, 6}, {9, -42.79, -19.87, 7},  {13, -10.71, -5.71, 3},  {14, -14.79, -7.59, 4},
-    {15, -19.22, -9.54, 5}, {16, -24.02, -11.60, 6}, {17, -29.20, -13.78, 7},
+    {1, -13.61, 0.0, 1},     {5, -13.46, -8.43, 3},   {6, -19.38, -11.07, 4}, {7, -26.22, -13.84, 5},
+    {8, -34.02, -16.77, 6},  {9, -42.79, -19.87, 7},  {14, -14.79, -7.59, 4}, {15, -19.22, -9.54, 5},
+    {16, -24.02, -11.60, 6}, {17, -29.20, -13.78, 7},
 };
 
 const Term* term_of(std::int32_t number) {
@@ -274,9 +274,14 @@ TightBinding::TightBinding(std::vector<Pair> pairs, std::vector<Atom> atoms)
 TightBinding::Atom TightBinding::free_atom(std::int32_t number) {
   const Term* term = term_of(number);
   if (!term)
-    throw Error("TightBinding knows H, B, C, N, O, F, Al, Si, P, S and Cl, not " +
-                std::string(chemical_symbol(number)));
+    throw Error("TightBinding knows H, B, C, N, O, F, Si, P, S and Cl, not " + std::string(chemical_symbol(number)));
   return {number, term->s, term->p};
+}
+
+std::vector<std::int32_t> TightBinding::elements() {
+  std::vector<std::int32_t> out;
+  for (const Term& term : kTerms) out.push_back(term.number);
+  return out;
 }
 
 std::unique_ptr<Evaluator> TightBinding::evaluator(const BatchView& batch, ForcesOn) const {

@@ -297,6 +297,7 @@ void bind_potentials(py::module_& m) {
             return py::make_tuple(atom.s, atom.p);
           },
           py::arg("number"), "Levels (s, p) [eV] of a free atom; an error for an element that is not covered.")
+      .def_static("elements", &TightBinding::elements, "Atomic numbers that `free_atom` covers.")
       .def("__repr__", [](const TightBinding& self) {
         return "TightBinding(" + std::string(py::str(py::repr(bond_dict(self)))) + ", " +
                std::string(py::str(py::repr(level_dict(self)))) + ")";

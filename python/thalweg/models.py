@@ -37,6 +37,7 @@ _SAME = 0.02
 # So many structures are done before threads have woken up.
 _FEW = 100
 _NO_ROWS = np.zeros(0, np.int64)
+_FITTED = {"fitted": FittedPrior(), "tight-binding": FittedPrior(form="tight-binding", most_rows=20)}
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,10 @@ class GPR:
     Parameters
     ----------
     descriptor : Fingerprint
-    prior : "bonding", "fitted", "repulsive", None, a FittedPrior, a landscape of the compiled core or a calculator
+    prior : "bonding", "fitted", "tight-binding", "repulsive", None, a FittedPrior, a landscape of the core or a calculator
         Mean function. "bonding": Morse wells at the sum of covalent radii (finds minima far sooner);
         "fitted": the same, their lengths and depths fitted to the data now and then (`FittedPrior`);
+        "tight-binding": a tight binding of the valence electrons, fitted as well, for free molecules;
         "repulsive": GOFEE's short-range repulsion. An ASE calculator, or {"calculator": name, argument: value, ...}:
         the model learns what it is off by (`CalculatorPrior`).
     noise : float
@@ -694,7 +696,7 @@ def _fitted_prior(prior: Any) -> FittedPrior | None:
     """How a prior is fitted; None if it is not."""
     if isinstance(prior, FittedPrior):
         return prior
-    return FittedPrior() if isinstance(prior, str) and prior == "fitted" else None
+    return _FITTED.get(prior) if isinstance(prior, str) else None
 
 
 def _known_forces(batch: Batch) -> Array:
@@ -720,8 +722,8 @@ def _prior(prior: Any) -> _core.Landscape | None:
     if isinstance(prior, str) and prior in ("bonding", "repulsive"):
         return _core.PairPrior(prior)
     raise ConfigurationError(
-        "prior must be 'bonding', 'fitted', 'repulsive', None, a FittedPrior, a landscape, a calculator or "
-        f'{{"calculator": name}}, got {prior!r}.{nearest(str(prior), ("bonding", "fitted", "repulsive"))}'
+        "prior must be 'bonding', 'fitted', 'tight-binding', 'repulsive', None, a FittedPrior, a landscape, a calculator or "
+        f'{{"calculator": name}}, got {prior!r}.{nearest(str(prior), ("bonding", "fitted", "tight-binding", "repulsive"))}'
     )
 
 

@@ -208,6 +208,8 @@ class TightBinding : public Landscape {
   /// The levels of a free atom (Hartree-Fock term values, Harrison 1999): of H, B to F, Al to Cl. Throws Error for
   /// others.
   static Atom free_atom(std::int32_t number);
+  /// H, B, C, N, O, F, Si, P, S, Cl.
+  static std::vector<std::int32_t> elements();
 
  private:
   std::vector<Pair> pairs_;
