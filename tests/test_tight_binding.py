@@ -171,13 +171,12 @@ def test_it_says_what_it_does_not_know():
 
 
 def test_auto_takes_it_for_molecules_alone():
-    def priors(formula, **options):
-        model = recipes.gofee(Problem(formula, **(options or {"cell": 12.0})), EMT()).models["gp"]
-        return [inner.prior for inner in model.models.values()]
+    def model(formula, **options):
+        return recipes.gofee(Problem(formula, **(options or {"cell": 12.0})), EMT()).models["gp"]
 
-    assert priors("C2H4O") == ["tight-binding", "fitted"]
-    assert priors("Au2Cu2") == ["fitted", None]
-    assert priors("CO", cell=6.0, pbc=True) == ["fitted", None]
+    assert model("C2H4O").prior == "tight-binding"
+    for others in (model("Au2Cu2"), model("CO", cell=6.0, pbc=True), model("Si4")):
+        assert [inner.prior for inner in others.models.values()] == ["fitted", None]
 
 
 def test_a_search_with_it_resumes(tmp_path):

@@ -37,7 +37,6 @@ _SAME = 0.02
 # So many structures are done before threads have woken up.
 _FEW = 100
 _NO_ROWS = np.zeros(0, np.int64)
-_FITTED = {"fitted": FittedPrior(), "tight-binding": FittedPrior(form="tight-binding", most_rows=20)}
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class GPR:
     prior : "bonding", "fitted", "tight-binding", "repulsive", None, a FittedPrior, a landscape of the core or a calculator
         Mean function. "bonding": Morse wells at the sum of covalent radii (finds minima far sooner);
         "fitted": the same, their lengths and depths fitted to the data now and then (`FittedPrior`);
-        "tight-binding": a tight binding of the valence electrons, fitted as well, for free molecules;
+        "tight-binding": one of the valence electrons of free molecules, where `FittedPrior(form="tight-binding")` starts;
         "repulsive": GOFEE's short-range repulsion. An ASE calculator, or {"calculator": name, argument: value, ...}:
         the model learns what it is off by (`CalculatorPrior`).
     noise : float
@@ -696,7 +695,7 @@ def _fitted_prior(prior: Any) -> FittedPrior | None:
     """How a prior is fitted; None if it is not."""
     if isinstance(prior, FittedPrior):
         return prior
-    return _FITTED.get(prior) if isinstance(prior, str) else None
+    return FittedPrior() if isinstance(prior, str) and prior == "fitted" else None
 
 
 def _known_forces(batch: Batch) -> Array:
@@ -715,6 +714,8 @@ def _prior(prior: Any) -> _core.Landscape | None:
     """The mean function before there are data."""
     if (fitted_prior := _fitted_prior(prior)) is not None:
         return fitted_prior.guess()
+    if isinstance(prior, str) and prior == "tight-binding":
+        return FittedPrior(form="tight-binding").guess()
     if prior is None or isinstance(prior, _core.Landscape):
         return prior
     if isinstance(prior, CalculatorPrior):

@@ -6,8 +6,9 @@ Ramakrishnan et al., J. Chem. Theory Comput. 11, 2087 (2015)).
 `FittedPrior` is a prior that learns: wells whose lengths, depths and shapes are fitted to evaluated energies and forces.
 
 The form is `ManyBodyPrior` of the compiled core: pair wells at one end, metals' second-moment bonds at the other, and the
-data say where between; or, for molecules, `TightBinding`, of which the second moment is an approximation. The fit is a regularised least squares in the logarithms of its numbers, with Gaussian priors
-around the guess from covalent radii. The sum of squares
+data say where between; or, for molecules, `TightBinding`, of which the second moment is an approximation. The fit is a
+regularised least squares in the logarithms of its numbers, with Gaussian priors around the guess from covalent radii. The
+sum of squares
 
     sum_i (E_i - V_i - mean)^2 / (s energy_error)^2
     + sum_i |F_i + dV_i/dx|^2 / ((s force_error)^2 + force_share^2 <F_i^2>) + sum_k (q_k - guess_k)^2 / width_k^2
@@ -48,14 +49,22 @@ _RANGE = 4.0
 _WIDTHS = ("depth", "stiffness", "ratio", "radius", "exponent", "hopping", "level", "coupling")
 # Structures whose energies are closer [eV] count as one in a fit of tight binding.
 _APART = 0.1
-# Guess of tight binding, for bonds to hydrogen and others: couplings (ss, sp, pp sigma, pp pi) and repulsion in units of
-# hbar^2 / (m r0^2) [eV angstrom^2], decays; factors of the free atom's s and p levels. Round numbers of a fit to 600
-# random structures of C4H5NO in GFN1-xTB; what starts from Harrison's universal couplings ends there, too.
+# Guess of tight binding: {pair: (coupling ss [eV], q, repulsion [eV], p / q)} at the sum of covalent radii, the other
+# couplings (sp, pp sigma, pp pi) in units of ss, and levels (s, p) [eV]. From benchmarks/fit_tight_binding.py: a fit to
+# random structures of C4H5NO, C5H6N2 and C5H8O in GFN1-xTB.
+_BONDS = {
+    (1, 1): (-9.62, 1.30, 13.83, 1.75), (1, 6): (-3.11, 1.79, 4.38, 2.23), (1, 7): (-3.54, 1.93, 5.16, 2.03),
+    (1, 8): (-3.23, 2.26, 5.26, 1.80), (6, 6): (-1.13, 2.72, 2.59, 2.01), (6, 7): (-1.17, 2.34, 2.26, 2.22),
+    (6, 8): (-1.18, 2.35, 2.32, 2.13), (7, 7): (-1.13, 2.96, 2.54, 1.92), (7, 8): (-1.36, 2.19, 2.74, 2.10),
+    (8, 8): (-1.59, 2.80, 3.50, 2.00),
+}  # fmt: skip
+_COUPLINGS = np.array([1.0, -1.22, -1.58, 0.84])
+_LEVELS = {1: (-16.57, 0.0), 6: (-17.10, -15.39), 7: (-18.98, -16.06), 8: (-21.49, -17.39)}
+# Other pairs, first for bonds to hydrogen: coupling and repulsion in units of hbar^2 / (m r0^2) [eV angstrom^2], decays;
+# factors of a free atom's levels. The same in round numbers.
 _HBAR2_BY_MASS = 7.61996
-_COUPLINGS = np.array([-1.3, 1.6, 2.2, -1.1])
-_HOPPING, _REPULSION, _DECAY, _DECAY_RATIO = (0.4, 0.28), 0.8, (1.6, 2.8), 2.0
-_LEVELS = np.array([0.75, 1.2])
-_LEVEL_OF_HYDROGEN = 1.2
+_OTHER_BONDS = ((-0.52, 1.8, 0.75, 2.0), (-0.36, 2.5, 0.75, 2.0))
+_OTHER_LEVELS = (0.75, 1.2)
 
 
 class CalculatorPrior:
@@ -392,18 +401,16 @@ class _Bonds:
         radii = [_core.covalent_radius(a) + _core.covalent_radius(b) for a, b in self.pairs]
         self.radii = settings.radius_scale * np.array(radii)
         pairs, n = len(self.pairs), len(self.species)
-        pairs, n = len(self.pairs), len(self.species)
-        heavy = np.array([a > 1 for a, _ in self.pairs], np.int64)
-        self.unit = _HBAR2_BY_MASS / self.radii**2
-        levels = [np.array(_core.TightBinding.free_atom(z)) for z in self.species]
-        scales = [_LEVEL_OF_HYDROGEN if z == 1 else _LEVELS for z in self.species]
-        self.levels = np.array([level * scale for level, scale in zip(levels, scales, strict=True)])
+        bonds = np.array([self._bond(pair, r0) for pair, r0 in zip(self.pairs, self.radii, strict=True)])
+        self.levels = np.array(
+            [_LEVELS.get(z, np.array(_core.TightBinding.free_atom(z)) * _OTHER_LEVELS) for z in self.species]
+        )
         logs, widths = [], []
         for guess, width, count in (
-            (np.take(_HOPPING, heavy), settings.hopping_width, pairs),
-            (_REPULSION, settings.depth_width, pairs),
-            (np.take(_DECAY, heavy), settings.stiffness_width, pairs),
-            (_DECAY_RATIO - 1.0, settings.ratio_width, pairs),
+            (-bonds[:, 0], settings.hopping_width, pairs),
+            (bonds[:, 2], settings.depth_width, pairs),
+            (bonds[:, 1], settings.stiffness_width, pairs),
+            (bonds[:, 3] - 1.0, settings.ratio_width, pairs),
             (1.0, settings.level_width, 2 * n),
             (1.0, settings.coupling_width, 3),
         ):
@@ -412,12 +419,20 @@ class _Bonds:
         self.guess, self.widths = np.concatenate(logs), np.concatenate(widths)
         self.low, self.high = self.guess - _RANGE * self.widths, self.guess + _RANGE * self.widths
 
+    @staticmethod
+    def _bond(pair: tuple[int, int], r0: float) -> tuple[float, ...]:
+        if pair in _BONDS:
+            return _BONDS[pair]
+        coupling, decay, repulsion, ratio = _OTHER_BONDS[pair[0] > 1]
+        unit = _HBAR2_BY_MASS / r0**2
+        return coupling * unit, decay, repulsion * unit, ratio
+
     def landscape(self, parameters: Array) -> _core.TightBinding:
         values, count = np.exp(parameters), len(self.pairs)
         hopping, repulsion, decay, excess = values[: 4 * count].reshape(4, count)
         levels = self.levels * values[4 * count : -3].reshape(-1, 2)
-        couplings = (self.unit * hopping)[:, None] * _COUPLINGS * np.concatenate([[1.0], values[-3:]])
-        rows = np.column_stack([couplings, self.radii, decay, self.unit * repulsion, 1.0 + excess])
+        couplings = -hopping[:, None] * _COUPLINGS * np.concatenate([[1.0], values[-3:]])
+        rows = np.column_stack([couplings, self.radii, decay, repulsion, 1.0 + excess])
         return _core.TightBinding(
             {pair: tuple(row) for pair, row in zip(self.pairs, rows.tolist(), strict=True)},
             {z: tuple(level) for z, level in zip(self.species, levels.tolist(), strict=True)},

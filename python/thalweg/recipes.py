@@ -69,11 +69,11 @@ def gofee(
     ----------
     prior : "auto", "bonding", "fitted", "tight-binding", "repulsive", "none", {"calculator": name, ...} or what `GPR` takes
         Prior mean of the Gaussian process: Morse wells at covalent bond lengths; wells whose lengths, depths and shapes
-        are fitted to the data, or a tight binding of the valence electrons that is (`FittedPrior`); the published
+        are fitted to the data (`FittedPrior`); a tight binding of the valence electrons; the published
         repulsion; or a calculator (each relaxation step on the surrogate calls it: see docs/elements.md). "auto": the
         fitted wells, or none and forces learned, whichever has the smaller held-out error (`ChosenModel`): metals take
         the wells, covalent networks often do without. For free molecules of main group elements with carbon or
-        hydrogen: tight binding, or the fitted wells.
+        hydrogen it is the tight binding.
     model : "global", "local" or "auto"
         A Gaussian process on one fingerprint per structure, taught energies; a sparse one on the surroundings of each
         atom, taught energies and forces (`LocalGPR`; several times slower); or whichever has the smaller held-out error.
@@ -98,7 +98,7 @@ def gofee(
         Relaxation steps on the LCB surface.
     hops : int or {iteration: int}, optional
         Basin hopping on the LCB surface from each relaxed candidate, see `SurrogateHops`: time between evaluations that
-        saves evaluations. Default 10; 0 where each step would call a calculator that is not built in.
+        saves evaluations. Default 10; 30 with tight binding, as molecules have so many isomers; 0 where each step would call a calculator that is not built in.
     walkers : int
         So many of them hop, the lowest; 0: all.
     reset_after : int
@@ -155,7 +155,7 @@ def gofee(
     means = _means(prior, problem)
     if hops is None:
         slow = any(isinstance(mean, CalculatorPrior) and mean.each_call_costs for mean in means)
-        hops = 0 if classic or slow else 10
+        hops = 0 if classic or slow else 30 if means == ["tight-binding"] else 10
     learners = (
         {}
         if model == "local"
@@ -417,7 +417,7 @@ def random_search(
 def _means(prior: Any, problem: Problem) -> list[Any]:
     """Prior means to choose from; a calculator is made once, whichever models take it."""
     if isinstance(prior, str) and prior == "auto":
-        return ["tight-binding", "fitted"] if _is_molecule(problem) else ["fitted", None]
+        return ["tight-binding"] if _is_molecule(problem) else ["fitted", None]
     return [None if isinstance(prior, str) and prior == "none" else CalculatorPrior.of(prior)]
 
 
@@ -430,7 +430,7 @@ def _is_molecule(problem: Problem) -> bool:
 
 def _global_models(means: Sequence[Any], noise: float = 1e-5, use_forces: bool | None = None) -> dict[str, Any]:
     """A Gaussian process for each; it learns forces, if that is left open, where the prior knows little."""
-    names = ["global", *("global, no prior" if mean is None else "global, wells" for mean in means[1:])]
+    names = ["global", "global, no prior"]
     poor = [mean is None or (isinstance(mean, str) and mean == "repulsive") for mean in means]
     return {
         name: GPR(prior=mean, noise=noise, use_forces=little if use_forces is None else use_forces)
