@@ -40,7 +40,9 @@ def main() -> None:
         lowest = np.quantile(energies, 0.02) - 2.0  # lower yet are states that GFN1-xTB has where atoms are too close
         chosen: list[int] = []
         for row in np.argsort(energies):
-            if lowest < energies[row] < lowest + WINDOW and (not chosen or energies[row] > energies[chosen[-1]] + APART):
+            if lowest < energies[row] < lowest + WINDOW and (
+                not chosen or energies[row] > energies[chosen[-1]] + APART
+            ):
                 chosen.append(int(row))
         rows = np.random.default_rng(0).permutation(chosen)[:MOST]
         parts.append(data.take(np.sort(rows)))

@@ -98,7 +98,8 @@ def gofee(
         Relaxation steps on the LCB surface.
     hops : int or {iteration: int}, optional
         Basin hopping on the LCB surface from each relaxed candidate, see `SurrogateHops`: time between evaluations that
-        saves evaluations. Default 10; 30 with tight binding, as molecules have so many isomers; 0 where each step would call a calculator that is not built in.
+        saves evaluations. Default 10; 30 with tight binding, since molecules have so many isomers; 0 where each step
+        would call a calculator that is not built in.
     walkers : int
         So many of them hop, the lowest; 0: all.
     reset_after : int
