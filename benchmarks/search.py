@@ -136,7 +136,7 @@ def is_aniline(structure) -> bool:
 
 def one(task: tuple[str, dict, int, int]) -> dict:
     """One restart."""
-    from thalweg import GPR, FittedPrior, StopAt, _core, recipes
+    from thalweg import GPR, FittedPrior, Stop, StopAt, _core, recipes
 
     formula, options, seed, cap = task
     options = dict(options)
@@ -159,7 +159,14 @@ def one(task: tuple[str, dict, int, int]) -> dict:
     if without_gp:  # a kernel of next to nothing: what is left is the prior
         kernel = _core.Kernel(amplitude=1e-8, length_long=1.0, length_short=1.0, noise=1.0)
         search.models = {"gp": GPR(prior="fitted", kernel=kernel, optimise=False)}
-    search.callbacks += [count, StopAt(target, tolerance)]
+
+    def enough(step, search):  # an energy that is too low is no reason to stop
+        for row in range(len(step.evaluated)):
+            energy = step.evaluated.columns["energy"][row]
+            if target - 1.0 < energy <= target + tolerance and is_aniline(step.evaluated[row]):
+                raise Stop
+
+    search.callbacks += [count, enough if formula == "aniline" else StopAt(target, tolerance)]
     found = search.run(cap, evaluations=cap)
     energies = search.data.columns["energy"] if len(search.data) else np.zeros(0)
     reached = np.flatnonzero((energies <= target + tolerance) & (energies > target - 1.0))  # lower yet: no energy
