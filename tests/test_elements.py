@@ -79,6 +79,7 @@ def with_model():
         (Evaluate(EMT(), 3), "evaluate"),
         (Duplicate(), "evaluate"),
         (Metropolis(), "settle"),
+        (Metropolis(c2=1.5), "settle"),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
@@ -100,6 +101,17 @@ def test_shipped_elements_conform(element, kind):
 )
 def test_elements_on_models_conform(element, kind, with_model):
     check_element(element, kind, search=with_model())
+
+
+def test_metropolis_does_not_accept_pieces():
+    """From pieces no rattle leads to a structure in one piece, so a basin hopping would be stuck."""
+    problem = Problem("Au2", cell=12.0)
+    for apart, c2, accepted in [(2.7, 1.5, True), (5.0, 1.5, False), (5.0, np.inf, True)]:
+        batch = problem.batch(np.array([[[3.0, 6, 6], [3.0 + apart, 6, 6]]]))
+        batch = batch.with_columns(energy=np.ones(1), ticket=np.zeros(1, int), point=np.zeros(1, int))
+        key = SimpleNamespace(rng=np.random.default_rng)
+        ctx = SimpleNamespace(problem=problem, carry={}, key=key, keep=lambda **values: None)
+        assert Metropolis(c2=c2)(batch, ctx).columns["accepted"].tolist() == [accepted]
 
 
 def test_the_checker_finds_what_is_wrong():

@@ -118,6 +118,26 @@ py::dict pair_dict(const ManyBodyPrior& prior) {
   return table;
 }
 
+// {(number, number): (ss, sp, pp sigma, pp pi, r0, stiffness, repulsion, ratio)} and {number: (s, p)}
+using BondTable = std::map<std::pair<std::int32_t, std::int32_t>, std::array<double, 8>>;
+using LevelTable = std::map<std::int32_t, std::array<double, 2>>;
+
+py::dict bond_dict(const TightBinding& prior) {
+  py::dict table;
+  for (const TightBinding::Pair& pair : prior.pairs()) {
+    const auto& [ss, sp, sigma, pi] = pair.couplings;
+    table[py::make_tuple(pair.first, pair.second)] =
+        py::make_tuple(ss, sp, sigma, pi, pair.r0, pair.stiffness, pair.repulsion, pair.ratio);
+  }
+  return table;
+}
+
+py::dict level_dict(const TightBinding& prior) {
+  py::dict table;
+  for (const TightBinding::Atom& atom : prior.atoms()) table[py::int_(atom.number)] = py::make_tuple(atom.s, atom.p);
+  return table;
+}
+
 py::dict exponent_dict(const ManyBodyPrior& prior) {
   py::dict table;
   for (const ManyBodyPrior::Atom& atom : prior.atoms()) table[py::int_(atom.number)] = atom.exponent;
@@ -252,6 +272,35 @@ void bind_potentials(py::module_& m) {
       .def("__repr__", [](const ManyBodyPrior& self) {
         return "ManyBodyPrior(" + std::string(py::str(py::repr(pair_dict(self)))) + ", " +
                std::string(py::str(py::repr(exponent_dict(self)))) + ")";
+      });
+
+  py::class_<TightBinding, Landscape, std::shared_ptr<TightBinding>>(
+      m, "TightBinding",
+      "Tight binding of the valence electrons of free molecules: {(number, number): (couplings ss, sp, pp sigma, pp pi "
+      "[eV] at r0, r0 [angstrom], stiffness = q, repulsion [eV], ratio = p / q)} for every pair of species, and levels "
+      "{number: (s, p)} [eV] for every species; potentials.hpp has the formula.")
+      .def(py::init([](const BondTable& pairs, const LevelTable& levels) {
+             std::vector<TightBinding::Pair> list;
+             for (const auto& [species, v] : pairs)
+               list.push_back({species.first, species.second, {v[0], v[1], v[2], v[3]}, v[4], v[5], v[6], v[7]});
+             std::vector<TightBinding::Atom> atoms;
+             for (const auto& [number, level] : levels) atoms.push_back({number, level[0], level[1]});
+             return std::make_shared<TightBinding>(std::move(list), std::move(atoms));
+           }),
+           py::arg("pairs"), py::arg("levels"))
+      .def_property_readonly("pairs", &bond_dict, "As given, in rising order.")
+      .def_property_readonly("levels", &level_dict, "{number: (s, p)} [eV], in rising order.")
+      .def_static(
+          "free_atom",
+          [](std::int32_t number) {
+            const TightBinding::Atom atom = TightBinding::free_atom(number);
+            return py::make_tuple(atom.s, atom.p);
+          },
+          py::arg("number"), "Levels (s, p) [eV] of a free atom; an error for an element that is not covered.")
+      .def_static("elements", &TightBinding::elements, "Atomic numbers that `free_atom` covers.")
+      .def("__repr__", [](const TightBinding& self) {
+        return "TightBinding(" + std::string(py::str(py::repr(bond_dict(self)))) + ", " +
+               std::string(py::str(py::repr(level_dict(self)))) + ")";
       });
 
   py::class_<Tilted, Landscape, std::shared_ptr<Tilted>>(

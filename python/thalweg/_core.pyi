@@ -34,6 +34,7 @@ __all__: list[str] = [
     "Soap",
     "Surrogate",
     "Tersoff",
+    "TightBinding",
     "Tilted",
     "active_isa",
     "adam_step",
@@ -90,6 +91,37 @@ class LennardJones(Landscape):
         ro: float = 0.0,
         smooth: bool = False,
     ) -> None: ...
+    def __repr__(self) -> str: ...
+
+class TightBinding(Landscape):
+    """
+    Tight binding of the valence electrons of free molecules: {(number, number): (couplings ss, sp, pp sigma, pp pi [eV] at r0, r0 [angstrom], stiffness = q, repulsion [eV], ratio = p / q)} for every pair of species, and levels {number: (s, p)} [eV] for every species; potentials.hpp has the formula.
+    """
+    def __init__(
+        self,
+        pairs: collections.abc.Mapping[tuple[int, int], collections.abc.Sequence[float]],
+        levels: collections.abc.Mapping[int, collections.abc.Sequence[float]],
+    ) -> None: ...
+    @property
+    def pairs(self) -> dict[tuple[int, int], tuple[float, ...]]:
+        """
+        As given, in rising order.
+        """
+    @property
+    def levels(self) -> dict[int, tuple[float, float]]:
+        """
+        {number: (s, p)} [eV], in rising order.
+        """
+    @staticmethod
+    def free_atom(number: int) -> tuple[float, float]:
+        """
+        Levels (s, p) [eV] of a free atom; an error for an element that is not covered.
+        """
+    @staticmethod
+    def elements() -> list[int]:
+        """
+        Atomic numbers that `free_atom` covers.
+        """
     def __repr__(self) -> str: ...
 
 class Tilted(Landscape):

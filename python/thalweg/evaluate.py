@@ -375,9 +375,13 @@ class Metropolis:
     ----------
     temperature : float
         kT in eV.
+    c2 : float
+        Never accepted: a structure in several pieces, atoms within c2 covalent sums hanging together. Infinity: pieces do
+        not matter.
     """
 
     temperature: float = 0.1
+    c2: float = math.inf
     name: str = "Metropolis"
 
     def __call__(self, batch: Batch, ctx: Context) -> Batch:
@@ -388,6 +392,8 @@ class Metropolis:
             row = int(np.nanargmin(objective))
             energy = float(objective[row])
             rise = energy - float(before["energy"]) if before is not None else -np.inf
+            if math.isfinite(self.c2) and _core.fragments(batch[row], self.c2)[0] > 1:
+                rise = np.inf
             if rise <= 0 or ctx.key.rng().random() < np.exp(-rise / self.temperature):
                 accepted[row] = True
                 ctx.keep(

@@ -51,7 +51,7 @@ class LocalGPR:
 
     Parameters
     ----------
-    prior : "bonding", "fitted", "repulsive", None, a landscape of the compiled core or a calculator
+    prior : "bonding", "fitted", "tight-binding", "repulsive", None, a landscape of the compiled core or a calculator
         Mean function, as in `GPR`.
     n_radial, n_angular, l_max : int
         Radial functions per neighbour species; radial functions and highest Legendre order of the angular part.

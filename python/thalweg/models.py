@@ -50,9 +50,10 @@ class GPR:
     Parameters
     ----------
     descriptor : Fingerprint
-    prior : "bonding", "fitted", "repulsive", None, a FittedPrior, a landscape of the compiled core or a calculator
+    prior : "bonding", "fitted", "tight-binding", "repulsive", None, a FittedPrior, a landscape of the core or a calculator
         Mean function. "bonding": Morse wells at the sum of covalent radii (finds minima far sooner);
         "fitted": the same, their lengths and depths fitted to the data now and then (`FittedPrior`);
+        "tight-binding": one of the valence electrons of free molecules, where `FittedPrior(form="tight-binding")` starts;
         "repulsive": GOFEE's short-range repulsion. An ASE calculator, or {"calculator": name, argument: value, ...}:
         the model learns what it is off by (`CalculatorPrior`).
     noise : float
@@ -713,6 +714,8 @@ def _prior(prior: Any) -> _core.Landscape | None:
     """The mean function before there are data."""
     if (fitted_prior := _fitted_prior(prior)) is not None:
         return fitted_prior.guess()
+    if isinstance(prior, str) and prior == "tight-binding":
+        return FittedPrior(form="tight-binding").guess()
     if prior is None or isinstance(prior, _core.Landscape):
         return prior
     if isinstance(prior, CalculatorPrior):
@@ -720,8 +723,8 @@ def _prior(prior: Any) -> _core.Landscape | None:
     if isinstance(prior, str) and prior in ("bonding", "repulsive"):
         return _core.PairPrior(prior)
     raise ConfigurationError(
-        "prior must be 'bonding', 'fitted', 'repulsive', None, a FittedPrior, a landscape, a calculator or "
-        f'{{"calculator": name}}, got {prior!r}.{nearest(str(prior), ("bonding", "fitted", "repulsive"))}'
+        "prior must be 'bonding', 'fitted', 'tight-binding', 'repulsive', None, a FittedPrior, a landscape, a calculator or "
+        f'{{"calculator": name}}, got {prior!r}.{nearest(str(prior), ("bonding", "fitted", "tight-binding", "repulsive"))}'
     )
 
 

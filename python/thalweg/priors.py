@@ -6,8 +6,9 @@ Ramakrishnan et al., J. Chem. Theory Comput. 11, 2087 (2015)).
 `FittedPrior` is a prior that learns: wells whose lengths, depths and shapes are fitted to evaluated energies and forces.
 
 The form is `ManyBodyPrior` of the compiled core: pair wells at one end, metals' second-moment bonds at the other, and the
-data say where between. The fit is a regularised least squares in the logarithms of its numbers, with Gaussian priors
-around the guess from covalent radii. The sum of squares
+data say where between; or, for molecules, `TightBinding`, of which the second moment is an approximation. The fit is a
+regularised least squares in the logarithms of its numbers, with Gaussian priors around the guess from covalent radii. The
+sum of squares
 
     sum_i (E_i - V_i - mean)^2 / (s energy_error)^2
     + sum_i |F_i + dV_i/dx|^2 / ((s force_error)^2 + force_share^2 <F_i^2>) + sum_k (q_k - guess_k)^2 / width_k^2
@@ -45,6 +46,25 @@ _STEP = 1e-5
 _LEAST_SCALE = 0.1
 # Parameters stay within so many widths of the guess.
 _RANGE = 4.0
+_WIDTHS = ("depth", "stiffness", "ratio", "radius", "exponent", "hopping", "level", "coupling")
+# Structures whose energies are closer [eV] count as one in a fit of tight binding.
+_APART = 0.1
+# Guess of tight binding: {pair: (coupling ss [eV], q, repulsion [eV], p / q)} at the sum of covalent radii, the other
+# couplings (sp, pp sigma, pp pi) in units of ss, and levels (s, p) [eV]. From benchmarks/fit_tight_binding.py: a fit to
+# random structures of C4H5NO, C5H6N2 and C5H8O in GFN1-xTB.
+_BONDS = {
+    (1, 1): (-9.62, 1.30, 13.83, 1.75), (1, 6): (-3.11, 1.79, 4.38, 2.23), (1, 7): (-3.54, 1.93, 5.16, 2.03),
+    (1, 8): (-3.23, 2.26, 5.26, 1.80), (6, 6): (-1.13, 2.72, 2.59, 2.01), (6, 7): (-1.17, 2.34, 2.26, 2.22),
+    (6, 8): (-1.18, 2.35, 2.32, 2.13), (7, 7): (-1.13, 2.96, 2.54, 1.92), (7, 8): (-1.36, 2.19, 2.74, 2.10),
+    (8, 8): (-1.59, 2.80, 3.50, 2.00),
+}  # fmt: skip
+_COUPLINGS = np.array([1.0, -1.22, -1.58, 0.84])
+_LEVELS = {1: (-16.57, 0.0), 6: (-17.10, -15.39), 7: (-18.98, -16.06), 8: (-21.49, -17.39)}
+# Other pairs, first for bonds to hydrogen: coupling and repulsion in units of hbar^2 / (m r0^2) [eV angstrom^2], decays;
+# factors of a free atom's levels. The same in round numbers.
+_HBAR2_BY_MASS = 7.61996
+_OTHER_BONDS = ((-0.52, 1.8, 0.75, 2.0), (-0.36, 2.5, 0.75, 2.0))
+_OTHER_LEVELS = (0.75, 1.2)
 
 
 class CalculatorPrior:
@@ -202,6 +222,13 @@ class FittedPrior:
     depth_width, stiffness_width, ratio_width, radius_width, exponent_width : float
         Standard deviations of the logarithms (of ratio - 1) around the guess; parameters stay within four of them, and 0
         holds them. `exponent=1.0, exponent_width=0.0, ratio_width=0.0` makes Morse wells.
+    form : "wells" or "tight-binding"
+        Wells, or tight binding of the valence electrons (`_core.TightBinding`), for free molecules of main group elements:
+        it knows valence, angles and conjugation. Of the guesses above it takes `radius_scale` alone, of the widths those
+        of depth (its repulsions), stiffness and ratio; one evaluation costs 0.1 to 0.2 ms for 14 atoms.
+    hopping_width, level_width, coupling_width : float
+        Of tight binding: standard deviations of the logarithms of each pair's couplings, of each species' levels, and of
+        the couplings sp, pp sigma and pp pi, each relative to ss, which all pairs share.
     energy_error : float
         How well the wells are expected to meet an energy [eV], before the data say better.
     force_error, force_share : float
@@ -223,19 +250,25 @@ class FittedPrior:
     ratio_width: float = 0.5
     radius_width: float = 0.1
     exponent_width: float = 0.4
+    hopping_width: float = 0.3
+    level_width: float = 0.1
+    coupling_width: float = 0.2
     energy_error: float = 0.5
     force_error: float = 0.3
     force_share: float = 0.15
+    form: str = "wells"
     most_rows: int = 40
     always_below: int = 8
     growth: float = 1.5
 
     def __post_init__(self) -> None:
         least = {"force_share": 0, "most_rows": 1, "always_below": 0, "growth": 1}
-        least |= {f"{name}_width": 0 for name in ("depth", "stiffness", "ratio", "radius", "exponent")}
+        least |= {f"{name}_width": 0 for name in _WIDTHS}
         for name in ("depth", "stiffness", "radius_scale", "exponent", "energy_error", "force_error"):
             if not (getattr(self, name) > 0 and np.isfinite(getattr(self, name))):
                 raise ConfigurationError(f"{name} of a fitted prior must be above 0, got {getattr(self, name)}")
+        if self.form not in ("wells", "tight-binding"):
+            raise ConfigurationError(f"form of a fitted prior must be 'wells' or 'tight-binding', got {self.form!r}")
         if not (self.ratio > 1 and np.isfinite(self.ratio)):
             raise ConfigurationError(f"ratio of a fitted prior must be above 1, got {self.ratio}")
         for name, bound in least.items():
@@ -248,16 +281,22 @@ class FittedPrior:
         return seen > seen_at_fit and (seen < self.always_below or seen >= self.growth * seen_at_fit)
 
     def guess(self) -> _core.Landscape:
-        """The prior before anything is known: pair wells, which need no list of species."""
+        """The prior before anything is known; needs no list of species."""
+        if self.form == "tight-binding":
+            elements = np.array(_core.TightBinding.elements())
+            return self.landscape(elements, self._form(elements).guess)
         return _core.PairPrior("bonding", depth=self.depth, stiffness=self.stiffness, radius_scale=self.radius_scale)
 
     def count(self, numbers: Array) -> int:
         """How many parameters the species among these atomic numbers have."""
-        return len(_Wells(self, numbers).guess)
+        return len(self._form(numbers).guess)
 
-    def landscape(self, numbers: Array, parameters: Array) -> _core.ManyBodyPrior:
+    def _form(self, numbers: Array) -> _Wells | _Bonds:
+        return (_Bonds if self.form == "tight-binding" else _Wells)(self, numbers)
+
+    def landscape(self, numbers: Array, parameters: Array) -> _core.Landscape:
         """The wells of these parameters, as `fit` gives them; numbers: atomic numbers, in any order and often."""
-        return _Wells(self, numbers).landscape(np.asarray(parameters, float))
+        return self._form(numbers).landscape(np.asarray(parameters, float))
 
     def fit(self, data: Batch, start: Array | None = None, *, numbers: Array | None = None) -> Array:
         """Logarithms of the parameters, pair by pair of species (rising atomic numbers): depths, radius scales,
@@ -268,8 +307,11 @@ class FittedPrior:
         start : where to begin, unless the guess is better or the species are others.
         numbers : atomic numbers of all species that count; default: those of the data.
         """
-        wells = _Wells(self, data.numbers if numbers is None else numbers)
-        order = np.argsort(data.columns["energy"], kind="stable")[: self.most_rows]
+        wells = self._form(data.numbers if numbers is None else numbers)
+        order = np.argsort(data.columns["energy"], kind="stable")
+        if self.form == "tight-binding":  # its fit is slow, and the points of one polish teach it the same
+            order = order[_apart(np.asarray(data.columns["energy"], float)[order], _APART)]
+        order = order[: self.most_rows]
         task = _LeastSquares(wells, data.take(np.sort(order)))
         parameters = wells.guess
         if start is not None and len(start) == len(parameters):
@@ -297,7 +339,7 @@ class FittedPrior:
             if new < least:
                 gain, parameters, least = least - new, trial, new
                 damping = max(0.1 * damping, 1e-9)
-                if gain < _SMALL:
+                if gain < max(_SMALL, wells.enough * least):
                     break
                 matrix, slope = task.normal_equations(parameters)
             else:
@@ -307,8 +349,19 @@ class FittedPrior:
         return parameters
 
 
+def _apart(rising: Array, distance: float) -> Array:
+    """Which of rising numbers are further than a distance from the last one taken."""
+    taken: list[int] = []
+    for k, value in enumerate(rising):
+        if not taken or value > rising[taken[-1]] + distance:
+            taken.append(k)
+    return np.array(taken, np.int64)
+
+
 class _Wells:
     """Parameters (logarithms) <-> wells of the species at hand."""
+
+    one_sided, enough = False, 0.0
 
     def __init__(self, settings: FittedPrior, numbers: Array):
         self.settings = settings
@@ -336,10 +389,60 @@ class _Wells:
         )
 
 
+class _Bonds:
+    """Parameters (logarithms) <-> tight binding of the species at hand."""
+
+    one_sided, enough = True, 1e-3  # its fit is slow: derivatives from one side, no step that gains a thousandth
+
+    def __init__(self, settings: FittedPrior, numbers: Array):
+        self.settings = settings
+        self.species = [int(z) for z in np.unique(numbers)]
+        self.pairs = [(a, b) for k, a in enumerate(self.species) for b in self.species[k:]]
+        radii = [_core.covalent_radius(a) + _core.covalent_radius(b) for a, b in self.pairs]
+        self.radii = settings.radius_scale * np.array(radii)
+        pairs, n = len(self.pairs), len(self.species)
+        bonds = np.array([self._bond(pair, r0) for pair, r0 in zip(self.pairs, self.radii, strict=True)])
+        self.levels = np.array(
+            [_LEVELS.get(z, np.array(_core.TightBinding.free_atom(z)) * _OTHER_LEVELS) for z in self.species]
+        )
+        logs, widths = [], []
+        for guess, width, count in (
+            (-bonds[:, 0], settings.hopping_width, pairs),
+            (bonds[:, 2], settings.depth_width, pairs),
+            (bonds[:, 1], settings.stiffness_width, pairs),
+            (bonds[:, 3] - 1.0, settings.ratio_width, pairs),
+            (1.0, settings.level_width, 2 * n),
+            (1.0, settings.coupling_width, 3),
+        ):
+            logs.append(np.log(np.broadcast_to(guess, count)))
+            widths.append(np.full(count, width, float))
+        self.guess, self.widths = np.concatenate(logs), np.concatenate(widths)
+        self.low, self.high = self.guess - _RANGE * self.widths, self.guess + _RANGE * self.widths
+
+    @staticmethod
+    def _bond(pair: tuple[int, int], r0: float) -> tuple[float, ...]:
+        if pair in _BONDS:
+            return _BONDS[pair]
+        coupling, decay, repulsion, ratio = _OTHER_BONDS[pair[0] > 1]
+        unit = _HBAR2_BY_MASS / r0**2
+        return coupling * unit, decay, repulsion * unit, ratio
+
+    def landscape(self, parameters: Array) -> _core.TightBinding:
+        values, count = np.exp(parameters), len(self.pairs)
+        hopping, repulsion, decay, excess = values[: 4 * count].reshape(4, count)
+        levels = self.levels * values[4 * count : -3].reshape(-1, 2)
+        couplings = -hopping[:, None] * _COUPLINGS * np.concatenate([[1.0], values[-3:]])
+        rows = np.column_stack([couplings, self.radii, decay, repulsion, 1.0 + excess])
+        return _core.TightBinding(
+            {pair: tuple(row) for pair, row in zip(self.pairs, rows.tolist(), strict=True)},
+            {z: tuple(level) for z, level in zip(self.species, levels.tolist(), strict=True)},
+        )
+
+
 class _LeastSquares:
     """The sum of squares and its normal equations; no BLAS, whose bits depend on its threads."""
 
-    def __init__(self, wells: _Wells, data: Batch):
+    def __init__(self, wells: _Wells | _Bonds, data: Batch):
         self.wells, self.data = wells, data
         self.energies = np.asarray(data.columns["energy"], float)
         forces = np.asarray(data.atom_columns.get("forces", np.full((data.atoms, 3), np.nan)), float)
@@ -388,8 +491,9 @@ class _LeastSquares:
         for k in np.flatnonzero(widths > 0):  # the others are held
             step = np.zeros(len(parameters))
             step[k] = _STEP
-            up, down = self._residuals(parameters + step), self._residuals(parameters - step)
-            jacobian[k] = (up - down) / (2 * _STEP)
+            up = self._residuals(parameters + step)
+            down = residuals if self.wells.one_sided else self._residuals(parameters - step)
+            jacobian[k] = (up - down) / (_STEP if self.wells.one_sided else 2 * _STEP)
         precision = np.where(widths > 0, 1.0 / np.where(widths > 0, widths, 1.0), 0.0)
         matrix = np.einsum("qm,rm->qr", jacobian, jacobian) + np.diag(precision**2)
         slope = np.einsum("qm,m->q", jacobian, residuals) + precision * self._from_guess(parameters)

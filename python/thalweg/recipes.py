@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from thalweg import _core
 from thalweg.agent import Agent, Build, Policy, Rebuild, Snap
 from thalweg.errors import ConfigurationError, nearest
 from thalweg.evaluate import Duplicate, Evaluate, Metropolis
@@ -72,11 +76,13 @@ def gofee(
 
     Parameters
     ----------
-    prior : "auto", "bonding", "fitted", "repulsive", "none", {"calculator": name, ...} or whatever `GPR` takes
+    prior : "auto", "bonding", "fitted", "tight-binding", "repulsive", "none", {"calculator": name, ...} or what `GPR` takes
         Prior mean of the Gaussian process: Morse wells at covalent bond lengths; wells whose lengths, depths and shapes
-        are fitted to the data (`FittedPrior`); the published repulsion; or a calculator (each relaxation step on the
-        surrogate calls it: see docs/elements.md). "auto": the fitted wells, or none and forces learned, whichever has
-        the smaller held-out error (`ChosenModel`): metals take the wells, covalent networks often do without.
+        are fitted to the data (`FittedPrior`); a tight binding of the valence electrons; the published
+        repulsion; or a calculator (each relaxation step on the surrogate calls it: see docs/elements.md). "auto": the
+        fitted wells, or none and forces learned, whichever has the smaller held-out error (`ChosenModel`): metals take
+        the wells, covalent networks often do without. For free molecules of main group elements with carbon or
+        hydrogen it is the tight binding.
     model : "global", "local" or "auto"
         A Gaussian process on one fingerprint per structure, taught energies; a sparse one on the surroundings of each
         atom, taught energies and forces (`LocalGPR`; several times slower); or whichever has the smaller held-out error.
@@ -101,7 +107,8 @@ def gofee(
         Relaxation steps on the LCB surface.
     hops : int or {iteration: int}, optional
         Basin hopping on the LCB surface from each relaxed candidate, see `SurrogateHops`: time between evaluations that
-        saves evaluations. Default 10; 0 where each step would call a calculator that is not built in.
+        saves evaluations. Default 10; 30 with tight binding, since molecules have so many isomers; 0 where each step
+        would call a calculator that is not built in.
     walkers : int
         So many of them hop, the lowest; 0: all.
     reset_after : int
@@ -155,10 +162,10 @@ def gofee(
     lcb = LCB(kappa)
     samplers: dict[str, Any] = {"kmeans": KMeans, "similarity": KernelSimilarity, "novelty": Novelty}
     acquisitions: dict[str, Any] = {"lcb": lambda: lcb, "ei": ExpectedImprovement, "thompson": Thompson}
-    means = _means(prior)
+    means = _means(prior, problem)
     if hops is None:
         slow = any(isinstance(mean, CalculatorPrior) and mean.each_call_costs for mean in means)
-        hops = 0 if classic or slow else 10
+        hops = 0 if classic or slow else 30 if means == ["tight-binding"] else 10
     learners = (
         {}
         if model == "local"
@@ -309,7 +316,7 @@ def asla(
         Pairs are rotated and mirrored at random; default: in two dimensions.
     transfer_from : str, optional
         A snapshot (.npz) of an agent for the same species, from whose weights learning starts.
-    prior : "auto", "fitted", "bonding", "repulsive", "none" or what `GPR` takes
+    prior : "auto", "fitted", "tight-binding", "bonding", "repulsive", "none" or what `GPR` takes
         Of the surrogate, which learns energies alone; see `gofee`.
     backend : "auto", "core" or "torch"
         What trains the network, see `thalweg.networks.Trainer`.
@@ -342,7 +349,7 @@ def asla(
     )  # fmt: skip
     models: dict[str, Any] = {} if policy == "uniform" else {"agent": agent}  # who asks for no Q need not learn it
     if surrogate:
-        models["gp"] = _one_of(_global_models(_means(prior), use_forces=False))  # an episode must stay cheap
+        models["gp"] = _one_of(_global_models(_means(prior, problem), use_forces=False))  # an episode must stay cheap
     build = Build({0: count, rebuild_after: count - rebuild} if rebuild else count, **asking)
     return Search(
         problem,
@@ -402,7 +409,8 @@ def basin_hopping(
         propose=FirstOf(move, Random(1)),
         refine=_tidy(problem),
         evaluate=Evaluate(calculator, steps, force_tolerance),
-        settle=Metropolis(temperature),
+        # from pieces no move leads to a structure that `_tidy` lets pass
+        settle=Metropolis(temperature, c2=math.inf if problem.periodic or problem.template is not None else 1.5),
         store=store,
         seed=seed,
         threads=threads,
@@ -441,11 +449,18 @@ def random_search(
     )
 
 
-def _means(prior: Any) -> list[Any]:
+def _means(prior: Any, problem: Problem) -> list[Any]:
     """Prior means to choose from; a calculator is made once, whichever models take it."""
     if isinstance(prior, str) and prior == "auto":
-        return ["fitted", None]
+        return ["tight-binding"] if _is_molecule(problem) else ["fitted", None]
     return [None if isinstance(prior, str) and prior == "none" else CalculatorPrior.of(prior)]
+
+
+def _is_molecule(problem: Problem) -> bool:
+    """Whether it is a free one that tight binding knows, with hydrogen or carbon: not a cluster of silicon."""
+    free = not problem.periodic and problem.template is None
+    species = set(np.unique(problem.numbers).tolist())
+    return free and species <= set(_core.TightBinding.elements()) and bool(species & {1, 6})
 
 
 def _global_models(means: Sequence[Any], noise: float = 1e-5, use_forces: bool | None = None) -> dict[str, Any]:

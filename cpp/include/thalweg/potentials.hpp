@@ -176,6 +176,46 @@ class ManyBodyPrior : public Landscape {
   std::vector<Atom> atoms_;
 };
 
+/// Tight binding of the valence electrons of free molecules: s and p orbitals, one s orbital on hydrogen, orthogonal,
+/// in the form of W. A. Harrison, Elementary Electronic Structure (1999), and a repulsion. Valence, angles and
+/// conjugation follow from it, which pair wells do not know. With x = r / r0 - 1 and q, p = stiffness, ratio q of the
+/// pair of species:
+///   H_ij = V e^{-q x},  E = 2 sum_k f_k e_k - T S + sum_pairs A e^{-p x},
+/// V the couplings in bonds (ss sigma, sp sigma, pp sigma, pp pi); both go smoothly to 0 between 1.3 and 2.1 r0. The
+/// levels are filled at kT = 0.2 eV, so that energies are smooth where they cross. The wall of ManyBodyPrior is added.
+class TightBinding : public Landscape {
+ public:
+  struct Pair {
+    std::int32_t first = 0, second = 0;                        // atomic numbers, in any order
+    std::array<double, 4> couplings = {-4.4, 4.7, 7.3, -2.1};  // V at r0 [eV]
+    double r0 = 0.0;                                           // angstrom
+    double stiffness = 2.0;                                    // q
+    double repulsion = 6.0;                                    // A [eV]
+    double ratio = 2.0;                                        // p / q
+  };
+  struct Atom {
+    std::int32_t number = 0;
+    double s = 0.0, p = 0.0;  // levels [eV]; hydrogen has the first alone
+  };
+  /// Throws Error if a pair or an atom comes twice, an atom of a pair is missing, an element is not covered, or a
+  /// number makes no sense.
+  TightBinding(std::vector<Pair> pairs, std::vector<Atom> atoms);
+  /// Throws Error for periodic structures and where two species have no entry.
+  std::unique_ptr<Evaluator> evaluator(const BatchView& batch, ForcesOn on = ForcesOn::all) const override;
+  /// In rising order, first <= second.
+  const std::vector<Pair>& pairs() const { return pairs_; }
+  const std::vector<Atom>& atoms() const { return atoms_; }
+  /// The levels of a free atom (Hartree-Fock term values, Harrison 1999): of H, B to F, Al to Cl. Throws Error for
+  /// others.
+  static Atom free_atom(std::int32_t number);
+  /// H, B, C, N, O, F, Si, P, S, Cl.
+  static std::vector<std::int32_t> elements();
+
+ private:
+  std::vector<Pair> pairs_;
+  std::vector<Atom> atoms_;
+};
+
 /// Another landscape plus a linear function of the positions, shift . x: what makes the forces of a surrogate right at
 /// one point. For batches whose atoms are those of `shift` (m, 3) [eV/angstrom], in order.
 class Tilted : public Landscape {
