@@ -5,7 +5,7 @@
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 /// Instead of `extern __shared__ T name[];`.
-#define THALWEG_DYNAMIC_SHARED(T, name)                                \
+#define THALWEG_DYNAMIC_SHARED(T, name)                                 \
   extern __shared__ __align__(16) unsigned char thalweg_shared_bytes[]; \
   T* const name = reinterpret_cast<T*>(thalweg_shared_bytes)
 /// Instead of `kernel<<<grid, block, shared_bytes, stream>>>(arguments...)`.

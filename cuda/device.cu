@@ -61,8 +61,8 @@ Batch::Batch(const thalweg::BatchView& host, Stream stream) : structures_(host.s
 }
 
 BatchView Batch::view() const {
-  return {structures_,     atoms_,        positions_.data(), numbers_.data(), offsets_.data(),
-          cells_.data(), pbc_.data(), fixed_.data()};
+  return {structures_,     atoms_,        positions_.data(), numbers_.data(),
+          offsets_.data(), cells_.data(), pbc_.data(),       fixed_.data()};
 }
 
 }  // namespace thalweg::cuda

@@ -80,8 +80,8 @@ class Stacks {
       spare_.pop_back();
       return stack;
     }
-    void* stack =
-        mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* stack = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) throw std::bad_alloc();
     mprotect(stack, kGuardBytes, PROT_NONE);
     return static_cast<unsigned char*>(stack);
@@ -138,8 +138,8 @@ struct Block {
   Thread* current = nullptr;
   unsigned char* shared = nullptr;
   const std::function<void()>* body = nullptr;
-  // What ThreadSanitizer takes for the barriers; in turns, or a barrier would pass on what its successor's early arrivals
-  // did.
+  // What ThreadSanitizer takes for the barriers; in turns, or a barrier would pass on what its successor's early
+  // arrivals did.
   char barrier[2] = {}, end = 0;
   char warp_barrier[kMostThreads / kWarp][2] = {};
 };
@@ -344,8 +344,11 @@ THALWEG_UNWATCHED std::string run_threads(Block& block, const std::vector<int>& 
 /// Runs block number `number` on this OS thread.
 THALWEG_UNWATCHED void run_block(Block& block, dim3 grid, dim3 shape, std::size_t number, std::size_t shared_bytes,
                                  const std::function<void()>& body, const std::vector<int>& order) {
-  block.place = {{}, {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
-                      static_cast<unsigned>(number / grid.x / grid.y)}, shape, grid};
+  block.place = {{},
+                 {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
+                  static_cast<unsigned>(number / grid.x / grid.y)},
+                 shape,
+                 grid};
   block.body = &body;
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   constexpr std::size_t red_zone = 0;  // AddressSanitizer has one of its own
@@ -379,8 +382,7 @@ THALWEG_UNWATCHED void run_block(Block& block, dim3 grid, dim3 shape, std::size_
   if (reason.empty() && std::count(shared.get() + shared_bytes, shared.get() + shared_bytes + red_zone, kRed) !=
                             static_cast<std::ptrdiff_t>(red_zone))
     reason = "the block wrote past the end of its dynamic shared memory of " + std::to_string(shared_bytes) + " bytes";
-  if (!reason.empty())
-    record_failure(cudaErrorLaunchFailure, "block " + std::to_string(number) + ": " + reason);
+  if (!reason.empty()) record_failure(cudaErrorLaunchFailure, "block " + std::to_string(number) + ": " + reason);
 }
 
 }  // namespace
@@ -495,10 +497,14 @@ cudaError_t cudaGetLastError() {
 }
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorMemoryAllocation: return "out of memory";
-    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
-    case cudaErrorLaunchFailure: return "unspecified launch failure";
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorLaunchFailure:
+      return "unspecified launch failure";
   }
   return "unknown error";
 }

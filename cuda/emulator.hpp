@@ -57,8 +57,8 @@ void warp_barrier(const std::source_location& where);
 std::uint64_t exchange(std::uint64_t value, int source, const std::source_location& where);
 int lane();
 
-/// 0: threads of a block run in rising order; 1: falling; others: shuffled with this seed. From the environment variable
-/// THALWEG_EMULATOR_ORDER at first.
+/// 0: threads of a block run in rising order; 1: falling; others: shuffled with this seed. From the environment
+/// variable THALWEG_EMULATOR_ORDER at first.
 void set_order(unsigned order);
 /// What the last failed launch complained about; empty if none failed.
 const std::string& last_failure();
@@ -133,7 +133,12 @@ T atomicMax(T* at, T value) {
 // ---- the part of the runtime that host code uses --------------------------------------------------------------------
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719
+};
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
 
 cudaError_t cudaMalloc(void** out, std::size_t bytes);

@@ -25,16 +25,9 @@ enum class Fault {
   divergent_barrier,
   divergent_lanes,
 };
-constexpr const char* kNames[] = {"none",
-                                  "missing_barrier",
-                                  "missing_warp_barrier",
-                                  "shared_out_of_bounds",
-                                  "device_out_of_bounds",
-                                  "race_in_block",
-                                  "race_between_blocks",
-                                  "early_exit",
-                                  "divergent_barrier",
-                                  "divergent_lanes"};
+constexpr const char* kNames[] = {
+    "none",          "missing_barrier",     "missing_warp_barrier", "shared_out_of_bounds", "device_out_of_bounds",
+    "race_in_block", "race_between_blocks", "early_exit",           "divergent_barrier",    "divergent_lanes"};
 
 /// Each block turns its part of `in` round by way of shared memory, and all add up what they saw.
 __global__ void turn_round(Fault fault, const double* in, double* out, int* seen, int* plain) {

@@ -1,0 +1,165 @@
+// Every kernel on the emulator against its CPU twin. One table of cases; the order of a block's threads must not
+// matter.
+#include <functional>
+#include <limits>
+#include <numeric>
+
+#include "../../cpp/tests/minitest.hpp"
+#include "emulator.hpp"
+#include "thalweg/cuda.hpp"
+#include "thalweg/random.hpp"
+
+using namespace thalweg;
+
+namespace {
+
+/// A batch that owns its arrays.
+struct Structures {
+  std::vector<double> positions, cells;
+  std::vector<std::int32_t> numbers;
+  std::vector<std::int64_t> offsets{0};
+  std::vector<std::uint8_t> pbc, fixed;
+
+  BatchView view() const { return {positions, numbers, offsets, cells, pbc, fixed}; }
+  /// n atoms of the species on a jittered lattice of this spacing.
+  void add(std::size_t n, std::vector<std::int32_t> species, double spacing, bool periodic, std::uint64_t seed) {
+    Random random({seed, 7}, n);
+    std::size_t edge = 1;
+    while (edge * edge * edge < n) ++edge;
+    const double length = spacing * static_cast<double>(edge);
+    for (std::size_t k = 0; k < n; ++k) {
+      const std::size_t place[3] = {k % edge, k / edge % edge, k / edge / edge};
+      for (const std::size_t p : place)
+        positions.push_back(spacing * (static_cast<double>(p) + 0.25 * random.uniform()));
+      numbers.push_back(species[k % species.size()]);
+      for (int c = 0; c < 3; ++c) fixed.push_back(0);
+    }
+    const double skew = periodic ? 0.3 * spacing : 0.0;
+    for (const double c : {length, 0.0, 0.0, skew, length, 0.0, 0.0, skew, length + 1.0}) cells.push_back(c);
+    for (int k = 0; k < 3; ++k) pbc.push_back(periodic && k < 2 ? 1 : 0);  // a slab
+    offsets.push_back(static_cast<std::int64_t>(numbers.size()));
+  }
+};
+
+Structures ragged(std::vector<std::int32_t> species, double spacing) {
+  Structures out;
+  out.add(5, species, spacing, false, 1);
+  out.add(8, species, spacing, true, 2);
+  out.add(1, species, spacing, true, 3);
+  out.add(13, species, spacing, false, 4);
+  return out;
+}
+
+double largest(const std::vector<double>& x) {
+  double most = 0;
+  for (const double v : x) most = std::max(most, std::abs(v));
+  return most;
+}
+
+/// NaN equals NaN.
+double difference(const std::vector<double>& a, const std::vector<double>& b) {
+  if (a.size() != b.size()) return std::numeric_limits<double>::infinity();
+  double most = 0;
+  for (std::size_t k = 0; k < a.size(); ++k)
+    if (!(std::isnan(a[k]) && std::isnan(b[k])))
+      most = std::isnan(a[k]) != std::isnan(b[k]) ? std::numeric_limits<double>::infinity()
+                                                  : std::max(most, std::abs(a[k] - b[k]));
+  return most;
+}
+
+struct LandscapeCase {
+  const char* name;
+  std::shared_ptr<const Landscape> host;
+  std::shared_ptr<const cuda::Landscape> device;
+  Structures structures;
+};
+
+std::vector<LandscapeCase> landscape_cases() {
+  std::vector<LandscapeCase> out;
+  const auto add = [&](const char* name, auto host, auto device, Structures structures) {
+    out.push_back({name, host, device, std::move(structures)});
+  };
+  for (const bool smooth : {false, true}) {
+    const LennardJones::Settings s{2.2, 0.4, 6.0, 0.0, smooth};
+    add("lennard_jones", std::make_shared<LennardJones>(s), std::make_shared<cuda::LennardJones>(s), ragged({18}, 2.6));
+  }
+  add("emt", std::make_shared<Emt>(), std::make_shared<cuda::Emt>(), ragged({79, 28, 13}, 2.5));
+  for (const auto form : {PairPrior::Form::bonding, PairPrior::Form::repulsive}) {
+    PairPrior::Settings s;
+    s.form = form;
+    add("pair_prior", std::make_shared<PairPrior>(s), std::make_shared<cuda::PairPrior>(s), ragged({6, 1, 8}, 1.3));
+  }
+  {
+    const std::vector<ManyBodyPrior::Pair> pairs{
+        {79, 79, 0.8, 2.7, 4.0, 2.5}, {28, 79, 0.7, 2.5, 4.0, 2.2}, {28, 28, 0.9, 2.4, 4.0, 2.0}};
+    const std::vector<ManyBodyPrior::Atom> atoms{{79, 0.5}, {28, 1.0}};
+    add("many_body_prior", std::make_shared<ManyBodyPrior>(pairs, atoms),
+        std::make_shared<cuda::ManyBodyPrior>(pairs, atoms), ragged({79, 28}, 1.9));
+  }
+  {
+    const SmoothCarbon::Settings s;
+    add("smooth_carbon", std::make_shared<SmoothCarbon>(s), std::make_shared<cuda::SmoothCarbon>(s), ragged({6}, 1.5));
+  }
+  for (const char* set : {"C", "BNC"})
+    add("tersoff", std::make_shared<Tersoff>(Tersoff::published(set)),
+        std::make_shared<cuda::Tersoff>(Tersoff::published(set)),
+        set[0] == 'C' ? ragged({6}, 1.5) : ragged({5, 7, 6}, 1.5));
+  {
+    std::vector<Tersoff::Entry> entries = Tersoff::published("C");
+    entries[0].lambda3 = 1.2;
+    add("tersoff with lambda3", std::make_shared<Tersoff>(entries), std::make_shared<cuda::Tersoff>(entries),
+        ragged({6}, 1.5));
+  }
+  return out;
+}
+
+struct Evaluated {
+  std::vector<double> energies, forces;
+};
+Evaluated on_device(const cuda::Landscape& landscape, const BatchView& batch) {
+  const cuda::Batch uploaded(batch);
+  cuda::Array<double> energies(batch.size()), forces(3 * batch.atoms());
+  cuda::evaluate(landscape, uploaded.view(), energies.data(), forces.data());
+  return {energies.download(), forces.download()};
+}
+
+}  // namespace
+
+TEST(landscapes_agree) {
+  for (LandscapeCase& c : landscape_cases()) {
+    c.structures.positions[3] = std::numeric_limits<double>::quiet_NaN();  // the first structure has no energy
+    const BatchView batch = c.structures.view();
+    std::vector<double> energies(batch.size()), forces(3 * batch.atoms());
+    evaluate(*c.host, batch, energies, forces, 1);
+    emulator::set_order(0);
+    const Evaluated device = on_device(*c.device, batch);
+    const double scale = std::max({1.0, std::abs(energies[1]), std::abs(energies[3])});
+    CHECK(std::isnan(device.energies[0]) && std::isnan(device.forces[0]));
+    CLOSE(difference(energies, device.energies), 0.0, 1e-12 * scale);
+    std::vector<double> finite;
+    for (const double f : forces) finite.push_back(std::isnan(f) ? 0.0 : f);
+    CLOSE(difference(forces, device.forces), 0.0, 1e-11 * std::max(1.0, largest(finite)));
+    for (const unsigned order : {1u, 5u}) {
+      emulator::set_order(order);
+      const Evaluated other = on_device(*c.device, batch);
+      CHECK(difference(device.energies, other.energies) == 0 && difference(device.forces, other.forces) == 0);
+    }
+    emulator::set_order(0);
+    if (minitest::failures()) std::printf("  (%s)\n", c.name);
+  }
+}
+
+TEST(refusals_are_those_of_the_cpu) {
+  const Structures copper_and_iron = ragged({29, 26}, 2.5);
+  THROWS(on_device(cuda::Emt(), copper_and_iron.view()), "EMT has no parameters for Fe");
+  THROWS(cuda::LennardJones({-1.0, 1.0, 0.0, 0.0, false}), "sigma");
+}
+
+TEST(atoms_on_one_point) {
+  Structures s = ragged({6}, 1.5);
+  for (std::size_t c = 0; c < 3; ++c) s.positions[3 + c] = s.positions[c];
+  const Evaluated device = on_device(cuda::Tersoff(Tersoff::published("C")), s.view());
+  CHECK(std::isnan(device.energies[0]) && std::isnan(device.forces[0]) && std::isfinite(device.energies[1]));
+}
+
+MINITEST_MAIN
