@@ -45,4 +45,8 @@ std::unique_ptr<Evaluator> SmoothCarbon::evaluator(const BatchView&, Stream) con
 Tersoff::Tersoff(std::vector<thalweg::Tersoff::Entry> entries) : host_(std::move(entries)) { unavailable(); }
 std::unique_ptr<Evaluator> Tersoff::evaluator(const BatchView&, Stream) const { unavailable(); }
 
+RelaxResult relax(const Landscape&, const BatchView&, const RelaxSettings&, const Confinement&, Stream) {
+  unavailable();
+}
+
 }  // namespace thalweg::cuda

@@ -162,4 +162,44 @@ TEST(atoms_on_one_point) {
   CHECK(std::isnan(device.energies[0]) && std::isnan(device.forces[0]) && std::isfinite(device.energies[1]));
 }
 
+TEST(relaxations_agree) {
+  Structures s = ragged({79, 28}, 2.6);
+  s.add(9, {79, 28}, 2.4, true, 11);
+  for (std::size_t k = 0; k < 3; ++k) s.fixed[k] = 1;  // an atom that stays,
+  s.fixed[7] = 1;                                      // and one that keeps its y
+  Confinement none, box, flat;
+  box.active = flat.active = true;
+  for (int k = 0; k < 3; ++k) {
+    box.corner[k] = flat.corner[k] = -0.1;
+    box.vectors[4 * k] = flat.vectors[4 * k] = 7.0;
+  }
+  box.vectors[1] = 0.5;   // skewed
+  flat.vectors[8] = 0.0;  // atoms stay in planes
+  flat.first_atom = 2;
+  RelaxSettings settings;
+  settings.steps = 25;
+  settings.force_tolerance = 0.02;
+  for (const Confinement& confinement : {none, box, flat}) {
+    const RelaxResult host = relax(Emt(), s.view(), settings, confinement, 1);
+    const cuda::Batch batch(s.view());
+    std::vector<double> first_positions;
+    for (const unsigned order : {0u, 1u, 9u}) {
+      emulator::set_order(order);
+      const cuda::RelaxResult device = cuda::relax(cuda::Emt(), batch.view(), settings, confinement);
+      const std::vector<double> positions = device.positions.download();
+      CHECK(device.evaluations.download() == host.evaluations);
+      CHECK(device.converged.download() == host.converged);
+      CLOSE(difference(device.energies.download(), host.energies), 0.0, 1e-9);
+      CLOSE(difference(positions, host.positions), 0.0, 1e-7);
+      CLOSE(difference(device.forces.download(), host.forces), 0.0, 1e-6);
+      if (order == 0) first_positions = positions;
+      CHECK(positions == first_positions);
+    }
+    emulator::set_order(0);
+  }
+  settings.max_step = 0;
+  const cuda::Batch batch(s.view());
+  THROWS(cuda::relax(cuda::Emt(), batch.view(), settings, none), "max_step");
+}
+
 MINITEST_MAIN

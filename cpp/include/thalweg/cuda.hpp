@@ -60,7 +60,8 @@ template <class T>
 class Array {
  public:
   Array() = default;
-  explicit Array(std::size_t size) : memory_(size ? static_cast<T*>(allocate(size * sizeof(T))) : nullptr), size_(size) {}
+  explicit Array(std::size_t size)
+      : memory_(size ? static_cast<T*>(allocate(size * sizeof(T))) : nullptr), size_(size) {}
   explicit Array(std::span<const T> values, Stream stream = nullptr) : Array(values.size()) { upload(values, stream); }
   Array(Array&& other) noexcept
       : memory_(std::exchange(other.memory_, nullptr)), size_(std::exchange(other.size_, 0)) {}
@@ -98,12 +99,12 @@ class Array {
 /// Like thalweg::BatchView, but the pointers are the device's.
 struct BatchView {
   std::size_t structures = 0, atoms = 0;
-  const double* positions = nullptr;       // (m, 3)
-  const std::int32_t* numbers = nullptr;   // (m)
-  const std::int64_t* offsets = nullptr;   // (n + 1)
-  const double* cells = nullptr;           // (n, 3, 3)
-  const std::uint8_t* pbc = nullptr;       // (n, 3)
-  const std::uint8_t* fixed = nullptr;     // (m, 3); may be null: nothing is fixed
+  const double* positions = nullptr;      // (m, 3)
+  const std::int32_t* numbers = nullptr;  // (m)
+  const std::int64_t* offsets = nullptr;  // (n + 1)
+  const double* cells = nullptr;          // (n, 3, 3)
+  const std::uint8_t* pbc = nullptr;      // (n, 3)
+  const std::uint8_t* fixed = nullptr;    // (m, 3); may be null: nothing is fixed
 };
 
 /// A batch copied to the device.
@@ -192,5 +193,20 @@ class Tersoff : public Landscape {
  private:
   thalweg::Tersoff host_;
 };
+
+// ---- relaxation -----------------------------------------------------------------------------------------------------
+
+/// Twin of thalweg::RelaxResult.
+struct RelaxResult {
+  Array<double> positions, energies, forces;  // (m, 3), (n), (m, 3) at the best point of each structure
+  Array<std::int32_t> evaluations;            // (n)
+  Array<std::uint8_t> converged;              // (n)
+};
+
+/// The optimiser of thalweg::relax for all structures at once: a step is one evaluation of the landscape and one
+/// launch; positions, forces and curvature stay on the device, a counter of those still moving comes back. A structure
+/// that is done costs nothing more. Waits for the device.
+RelaxResult relax(const Landscape& landscape, const BatchView& batch, const RelaxSettings& settings,
+                  const Confinement& confinement, Stream stream = nullptr);
 
 }  // namespace thalweg::cuda
