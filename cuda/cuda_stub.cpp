@@ -45,6 +45,29 @@ std::unique_ptr<Evaluator> SmoothCarbon::evaluator(const BatchView&, Stream) con
 Tersoff::Tersoff(std::vector<thalweg::Tersoff::Entry> entries) : host_(std::move(entries)) { unavailable(); }
 std::unique_ptr<Evaluator> Tersoff::evaluator(const BatchView&, Stream) const { unavailable(); }
 
+struct Fingerprint::Tables {};
+struct Fingerprint::Workspace::State {};
+Fingerprint::Fingerprint(std::shared_ptr<const thalweg::Fingerprint>, Stream) { unavailable(); }
+Fingerprint::~Fingerprint() = default;
+Fingerprint::Workspace::Workspace(const Fingerprint&, const BatchView&, Stream) { unavailable(); }
+Fingerprint::Workspace::~Workspace() = default;
+void Fingerprint::values(const double*, double*, Workspace&, const std::uint8_t*, Stream) const { unavailable(); }
+void Fingerprint::contract(const double*, double, double*, Workspace&, const std::uint8_t*, Stream) const {
+  unavailable();
+}
+void gram(const Kernel&, std::size_t, std::size_t, const double*, double, double*, Stream) { unavailable(); }
+Gpr::Gpr(std::size_t features, const Kernel&) : dimension_(features) { unavailable(); }
+void Gpr::fit(std::size_t, const double*, std::span<const double>, Stream) { unavailable(); }
+void Gpr::append(const double*, double, Stream) { unavailable(); }
+void Gpr::predict(std::size_t, const double*, double, double*, double*, double*, double*, Stream) const {
+  unavailable();
+}
+Surrogate::Surrogate(std::shared_ptr<const Fingerprint>, std::shared_ptr<const Gpr>, std::shared_ptr<const Landscape>,
+                     std::vector<std::pair<std::int32_t, double>>, double) {
+  unavailable();
+}
+std::unique_ptr<Evaluator> Surrogate::evaluator(const BatchView&, Stream) const { unavailable(); }
+
 RelaxResult relax(const Landscape&, const BatchView&, const RelaxSettings&, const Confinement&, Stream) {
   unavailable();
 }

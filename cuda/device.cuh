@@ -35,6 +35,17 @@ __device__ inline double warp_sum(double value) {
   for (int apart = kLanes / 2; apart > 0; apart /= 2) value += __shfl_xor_sync(kAllLanes, value, apart);
   return value;
 }
+/// Writes from the first lane the sum over the warp of a vector of one atom, added to what is there if `add`.
+__device__ inline void write_vector(double* vectors, std::int64_t atom, double x, double y, double z, bool add) {
+  x = warp_sum(x);
+  y = warp_sum(y);
+  z = warp_sum(z);
+  if (lane_index() != 0) return;
+  double* to = vectors + 3 * atom;
+  to[0] = add ? to[0] + x : x;
+  to[1] = add ? to[1] + y : y;
+  to[2] = add ? to[2] + z : z;
+}
 /// Sum over a block of kThreads; the same bits in every thread. scratch: kWarps doubles of shared memory that nobody
 /// else uses; may be used again at once (the sum ends with a barrier).
 __device__ inline double block_sum(double value, double* scratch) {

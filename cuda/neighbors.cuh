@@ -38,6 +38,15 @@ struct HostBatch {
   std::vector<std::uint8_t> pbc;
 };
 
+/// The entry of `e` (an edge from i) as seen from its other end, or -1 (at the cutoff to the last bit).
+__device__ inline std::int64_t reverse_edge(const NeighborView& list, std::int64_t i, std::int64_t e) {
+  const std::int64_t j = list.atom[e], last = j * list.capacity + list.count[j];
+  for (std::int64_t back = j * list.capacity; back < last; ++back)
+    if (list.atom[back] == i && list.x[back] == -list.x[e] && list.y[back] == -list.y[e] && list.z[back] == -list.z[e])
+      return back;
+  return -1;
+}
+
 class NeighborList {
  public:
   /// Throws Error where thalweg::NeighborList refuses the cell of a structure.

@@ -26,17 +26,6 @@ __device__ bool begin_row(const Rows& rows, const NeighborView& list, const Outp
   return false;
 }
 
-/// The first lane writes the sum over the warp of a force.
-__device__ void write_force(double* forces, std::int64_t atom, double x, double y, double z) {
-  x = warp_sum(x);
-  y = warp_sum(y);
-  z = warp_sum(z);
-  if (lane_index() != 0) return;
-  forces[3 * atom] = x;
-  forces[3 * atom + 1] = y;
-  forces[3 * atom + 2] = z;
-}
-
 // ---- sums over pairs ------------------------------------------------------------------------------------------------
 
 struct LennardJonesPair {
@@ -104,7 +93,7 @@ __global__ void __launch_bounds__(kThreads)
       y += slope * list.y[e];
       z += slope * list.z[e];
     }
-    write_force(out.forces, i, x, y, z);
+    write_vector(out.forces, i, x, y, z, false);
   }
   total = block_sum(total, scratch);
   if (threadIdx.x == 0) out.energies[blockIdx.x] = total;
@@ -183,7 +172,7 @@ __global__ void __launch_bounds__(kThreads)
       y += slope * list.y[e];
       z += slope * list.z[e];
     }
-    write_force(out.forces, i, x, y, z);
+    write_vector(out.forces, i, x, y, z, false);
   }
 }
 
@@ -378,20 +367,16 @@ __global__ void __launch_bounds__(kThreads) gather_edges(Rows rows, NeighborView
   for (std::int64_t i = first + warp_index(); i < first + n; i += kWarps) {
     double x = 0, y = 0, z = 0;
     for (std::int64_t e = i * list.capacity + lane_index(); e < i * list.capacity + list.count[i]; e += kLanes) {
-      const std::int64_t j = list.atom[e], last = j * list.capacity + list.count[j];
-      std::int64_t back = j * list.capacity;
-      while (back < last && !(list.atom[back] == i && list.x[back] == -list.x[e] && list.y[back] == -list.y[e] &&
-                              list.z[back] == -list.z[e]))
-        ++back;
+      const std::int64_t back = reverse_edge(list, i, e);
       x += slopes.x[e];
       y += slopes.y[e];
       z += slopes.z[e];
-      if (back == last) continue;  // at the cutoff to the last bit: its slope is zero there
+      if (back < 0) continue;  // its slope is zero there
       x -= slopes.x[back];
       y -= slopes.y[back];
       z -= slopes.z[back];
     }
-    write_force(out.forces, i, x, y, z);
+    write_vector(out.forces, i, x, y, z, false);
   }
 }
 

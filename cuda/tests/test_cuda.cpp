@@ -8,6 +8,7 @@
 #include "emulator.hpp"
 #include "thalweg/cuda.hpp"
 #include "thalweg/random.hpp"
+#include "thalweg/surrogate.hpp"
 
 using namespace thalweg;
 
@@ -200,6 +201,156 @@ TEST(relaxations_agree) {
   settings.max_step = 0;
   const cuda::Batch batch(s.view());
   THROWS(cuda::relax(cuda::Emt(), batch.view(), settings, none), "max_step");
+}
+
+namespace {
+
+/// Structures of one composition, as a fingerprint needs them.
+Structures alike(std::size_t count, std::size_t n, double spacing, bool periodic) {
+  Structures out;
+  for (std::size_t k = 0; k < count; ++k) out.add(n, {79, 28}, spacing, periodic, 100 + k);
+  return out;
+}
+
+std::vector<double> features_of(const Fingerprint& fingerprint, const BatchView& batch) {
+  std::vector<double> out(batch.size() * fingerprint.size());
+  Fingerprint::Workspace workspace(fingerprint);
+  for (std::size_t row = 0; row < batch.size(); ++row)
+    fingerprint.values(batch[row], out.data() + row * fingerprint.size(), workspace);
+  return out;
+}
+
+cuda::Array<double> uploaded(const std::vector<double>& values) {
+  return cuda::Array<double>(std::span<const double>(values));
+}
+
+}  // namespace
+
+TEST(fingerprints_agree) {
+  for (const bool periodic : {false, true})
+    for (const auto convention : {FingerprintConvention::smooth, FingerprintConvention::agox})
+      for (const bool angular : {true, false}) {
+        const Structures s = alike(3, 6, 2.4, periodic);
+        const BatchView batch = s.view();
+        FingerprintSettings settings;
+        settings.convention = convention;
+        settings.angular = angular;
+        settings.cutoff_radial = 5.1;
+        settings.gamma = periodic ? 2.0 : 3.0;
+        settings.sigma_radial = periodic ? 0.2 : 0.17;  // windows that do not end at bin edges
+        const auto host = std::make_shared<const Fingerprint>(
+            settings,
+            batch[0].numbers == nullptr ? std::span<const std::int32_t>() : std::span(batch[0].numbers, batch[0].n),
+            periodic);
+        const std::size_t size = host->size();
+        const std::vector<double> expected = features_of(*host, batch);
+        std::vector<double> weights(expected.size()), gradient(3 * batch.atoms(), 0.0);
+        Random random({3, 4}, 5);
+        for (double& w : weights) w = random.uniform(-1.0, 1.0);
+        for (std::size_t row = 0; row < batch.size(); ++row) {
+          Fingerprint::Workspace workspace(*host);
+          std::vector<double> scratch(size);
+          host->values(batch[row], scratch.data(), workspace);
+          host->contract(weights.data() + row * size, -0.5, gradient.data() + 3 * batch.offsets[row], workspace);
+        }
+        const cuda::Batch device(batch);
+        const cuda::Fingerprint fingerprint(host);
+        std::vector<double> first;
+        for (const unsigned order : {0u, 1u, 3u}) {
+          emulator::set_order(order);
+          cuda::Fingerprint::Workspace workspace(fingerprint, device.view());
+          cuda::Array<double> features(expected.size()), forces(gradient.size());
+          cuda::fill_bytes(forces.data(), 0, gradient.size() * sizeof(double));
+          fingerprint.values(device.view().positions, features.data(), workspace);
+          fingerprint.contract(uploaded(weights).data(), -0.5, forces.data(), workspace);
+          CLOSE(difference(features.download(), expected), 0.0, 1e-11 * largest(expected));
+          CLOSE(difference(forces.download(), gradient), 0.0, 1e-10 * largest(gradient));
+          if (order == 0) first = forces.download();
+          CHECK(first == forces.download());
+        }
+        emulator::set_order(0);
+      }
+}
+
+TEST(gaussian_processes_agree) {
+  const std::size_t dimension = 21;
+  Random random({8, 8}, 8);
+  Kernel kernel;
+  kernel.length_long = 6.0;
+  kernel.length_short = 1.5;
+  for (const std::size_t n : {std::size_t{3}, std::size_t{70}}) {  // within one panel, and over three
+    std::vector<double> x(n * dimension), y(n), candidates(18 * dimension);
+    for (double& v : x) v = random.uniform(-2.0, 2.0);
+    for (double& v : y) v = random.uniform(-5.0, 5.0);
+    for (double& v : candidates) v = random.uniform(-2.0, 2.0);
+    std::copy_n(x.begin(), dimension, candidates.begin());  // one of the points itself
+    thalweg::Gpr host(dimension, kernel);
+    host.fit(x, y);
+    cuda::Gpr device(dimension, kernel);
+    device.fit(n, uploaded(x).data(), y);
+    const auto compare = [&] {
+      const std::size_t count = candidates.size() / dimension;
+      std::vector<double> mean(count), sigma(count), gradient(candidates.size()), of_sigma(candidates.size());
+      host.predict(count, candidates.data(), 1.7, mean.data(), sigma.data(), gradient.data(), of_sigma.data());
+      cuda::Array<double> at = uploaded(candidates), m(count), s(count), g(candidates.size()), gs(candidates.size());
+      device.predict(count, at.data(), 1.7, m.data(), s.data(), g.data(), gs.data());
+      CLOSE(difference(m.download(), mean), 0.0, 1e-9);
+      CLOSE(difference(s.download(), sigma), 0.0, 1e-7);
+      CLOSE(difference(g.download(), gradient), 0.0, 1e-7);
+      CLOSE(difference(gs.download(), of_sigma), 0.0, 1e-7 * std::max(1.0, largest(of_sigma)));
+      CLOSE(device.mean(), host.mean(), 1e-12);
+    };
+    compare();
+    for (int k = 0; k < 3; ++k) {
+      std::vector<double> feature(dimension);
+      for (double& v : feature) v = random.uniform(-2.0, 2.0);
+      host.append(feature, 1.0 + k);
+      device.append(uploaded(feature).data(), 1.0 + k);
+      compare();
+    }
+    CHECK(device.size() == n + 3);
+    cuda::Array<double> matrix(n * n);
+    cuda::gram(kernel, n, dimension, uploaded(x).data(), 0.0, matrix.data());
+    const std::vector<double> k = matrix.download();
+    const double d2 = [&] {
+      double sum = 0;
+      for (std::size_t d = 0; d < dimension; ++d) sum += std::pow(x[d] - x[dimension + d], 2);
+      return sum;
+    }();
+    CLOSE(k[0], 100.0 + 1e-5, 1e-10);
+    CLOSE(k[n], 99.0 * std::exp(-d2 / 72.0) + std::exp(-d2 / 4.5), 1e-10);
+  }
+}
+
+TEST(surrogates_agree_and_relax) {
+  const Structures data = alike(12, 5, 2.5, false), start = alike(4, 5, 2.7, false);
+  const auto fingerprint =
+      std::make_shared<const Fingerprint>(FingerprintSettings{}, std::span(data.numbers.data(), std::size_t{5}), false);
+  const std::vector<double> x = features_of(*fingerprint, data.view());
+  std::vector<double> energies(12), forces(3 * data.view().atoms());
+  evaluate(Emt(), data.view(), energies, forces, 1);
+  const auto gpr = std::make_shared<thalweg::Gpr>(fingerprint->size(), Kernel{});
+  gpr->fit(x, energies);
+  const auto device_gpr = std::make_shared<cuda::Gpr>(fingerprint->size(), Kernel{});
+  device_gpr->fit(12, uploaded(x).data(), energies);
+  const auto prior = std::make_shared<PairPrior>(PairPrior::Settings{});
+  const auto device_prior = std::make_shared<cuda::PairPrior>(PairPrior::Settings{});
+  const Surrogate host(fingerprint, gpr, prior, {{79, -1.0}}, 2.0);
+  const cuda::Surrogate device(std::make_shared<cuda::Fingerprint>(fingerprint), device_gpr, device_prior, {{79, -1.0}},
+                               2.0);
+  std::vector<double> host_energies(4), host_forces(3 * start.view().atoms());
+  evaluate(host, start.view(), host_energies, host_forces, 1);
+  const Evaluated found = on_device(device, start.view());
+  CLOSE(difference(found.energies, host_energies), 0.0, 1e-9);
+  CLOSE(difference(found.forces, host_forces), 0.0, 1e-8);
+  RelaxSettings settings;
+  settings.steps = 8;
+  const RelaxResult relaxed = relax(host, start.view(), settings, {}, 1);
+  const cuda::Batch batch(start.view());
+  const cuda::RelaxResult on_gpu = cuda::relax(device, batch.view(), settings, {});
+  CHECK(on_gpu.evaluations.download() == relaxed.evaluations);
+  CLOSE(difference(on_gpu.energies.download(), relaxed.energies), 0.0, 1e-7);
+  CLOSE(difference(on_gpu.positions.download(), relaxed.positions), 0.0, 1e-6);
 }
 
 MINITEST_MAIN

@@ -194,6 +194,95 @@ class Tersoff : public Landscape {
   thalweg::Tersoff host_;
 };
 
+// ---- surrogate ------------------------------------------------------------------------------------------------------
+
+/// Twin of thalweg::Fingerprint: the feature vectors of a whole batch, and forces by contraction. Structures without
+/// features (a coordinate that is not finite, atoms on one point) get NaN.
+class Fingerprint {
+ public:
+  /// Keeps the host's fingerprint, which fixes composition and periodicity.
+  explicit Fingerprint(std::shared_ptr<const thalweg::Fingerprint> host, Stream stream = nullptr);
+  ~Fingerprint();
+  std::size_t size() const { return host_->size(); }
+
+  /// Neighbour lists and scratch of one batch, whose positions may move.
+  class Workspace {
+   public:
+    /// Throws Error where thalweg::Fingerprint::check refuses a structure.
+    Workspace(const Fingerprint& fingerprint, const BatchView& batch, Stream stream = nullptr);
+    ~Workspace();
+    struct State;
+    std::unique_ptr<State> state;
+  };
+
+  /// features: (n, size()). positions: (m, 3); skip as in Evaluator.
+  void values(const double* positions, double* features, Workspace& workspace, const std::uint8_t* skip = nullptr,
+              Stream stream = nullptr) const;
+  /// Adds scale * d(weights . features)/dx to gradient (m, 3) at the positions of the last values(); weights (n,
+  /// size()).
+  void contract(const double* weights, double scale, double* gradient, Workspace& workspace,
+                const std::uint8_t* skip = nullptr, Stream stream = nullptr) const;
+
+ private:
+  struct Tables;
+  std::shared_ptr<const thalweg::Fingerprint> host_;
+  std::unique_ptr<Tables> tables_;
+};
+
+/// Lower triangle of k(x_i, x_j) + (noise + jitter) on the diagonal; features (n, D), out (n, n) row-major.
+void gram(const Kernel& kernel, std::size_t n, std::size_t features, const double* feature_vectors, double jitter,
+          double* out, Stream stream = nullptr);
+
+/// Twin of thalweg::Gpr for values (no slopes): fit, append in O(n^2), predictions of whole batches.
+class Gpr {
+ public:
+  Gpr(std::size_t features, const Kernel& kernel);
+  /// features (n, D) on the device, targets (n) on the host. Jitter as on the CPU.
+  void fit(std::size_t n, const double* feature_vectors, std::span<const double> targets, Stream stream = nullptr);
+  /// One more point; feature (D) on the device.
+  void append(const double* feature, double target, Stream stream = nullptr);
+
+  std::size_t size() const { return n_; }
+  std::size_t features() const { return dimension_; }
+  const Kernel& kernel() const { return kernel_; }
+  double mean() const { return mean_; }
+  double jitter() const { return jitter_; }
+  const double* weights() const { return weights_.data(); }  // (n) on the device
+
+  /// As thalweg::Gpr::predict, all arrays on the device; any output may be null.
+  void predict(std::size_t count, const double* feature_vectors, double kappa, double* mean, double* sigma,
+               double* gradient, double* gradient_sigma, Stream stream = nullptr) const;
+
+ private:
+  void factorise(double jitter, Stream stream);
+  void solve(Stream stream);
+  void reserve(std::size_t points, Stream stream);
+  Kernel kernel_;
+  std::size_t n_ = 0, dimension_, capacity_ = 0;
+  double mean_ = 0, jitter_ = 0;
+  std::vector<double> targets_;
+  Array<double> features_, factor_, weights_;  // (capacity, D), (capacity, capacity) lower, (capacity)
+  Array<double> solved_;                       // (2, capacity): L^-1 targets, L^-1 1
+};
+
+/// Twin of thalweg::Surrogate.
+class Surrogate : public Landscape {
+ public:
+  /// prior may be null.
+  Surrogate(std::shared_ptr<const Fingerprint> fingerprint, std::shared_ptr<const Gpr> gpr,
+            std::shared_ptr<const Landscape> prior, std::vector<std::pair<std::int32_t, double>> atom_energies,
+            double kappa);
+  std::unique_ptr<Evaluator> evaluator(const BatchView& batch, Stream stream = nullptr) const override;
+
+ private:
+  friend class SurrogateEvaluator;
+  std::shared_ptr<const Fingerprint> fingerprint_;
+  std::shared_ptr<const Gpr> gpr_;
+  std::shared_ptr<const Landscape> prior_;
+  std::vector<std::pair<std::int32_t, double>> atom_energies_;
+  double kappa_;
+};
+
 // ---- relaxation -----------------------------------------------------------------------------------------------------
 
 /// Twin of thalweg::RelaxResult.
