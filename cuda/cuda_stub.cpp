@@ -72,4 +72,9 @@ RelaxResult relax(const Landscape&, const BatchView&, const RelaxSettings&, cons
   unavailable();
 }
 
+BuildResult random_structures(const StructureView&, std::span<const std::int32_t>, const BuildSettings&, std::size_t,
+                              Key, std::uint64_t, Stream) {
+  unavailable();
+}
+
 }  // namespace thalweg::cuda

@@ -298,4 +298,18 @@ struct RelaxResult {
 RelaxResult relax(const Landscape& landscape, const BatchView& batch, const RelaxSettings& settings,
                   const Confinement& confinement, Stream stream = nullptr);
 
+// ---- building -------------------------------------------------------------------------------------------------------
+
+/// Twin of thalweg::BuildResult.
+struct BuildResult {
+  Array<double> positions;  // (n, atoms, 3)
+  Array<std::uint8_t> ok;   // (n)
+};
+
+/// Twin of thalweg::random_structures: the same random numbers, so the same structures (to the rounding of sine, cosine
+/// and cube root). frame and placed are the host's; the structures are made, and stay, on the device. Waits for it.
+BuildResult random_structures(const StructureView& frame, std::span<const std::int32_t> placed,
+                              const BuildSettings& settings, std::size_t count, Key key, std::uint64_t first_row,
+                              Stream stream = nullptr);
+
 }  // namespace thalweg::cuda
