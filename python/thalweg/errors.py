@@ -5,7 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["CalculationFailed", "ConfigurationError", "Stop", "StoreError", "ThalwegError", "nearest"]
+__all__ = [
+    "BackendUnavailable",
+    "CalculationFailed",
+    "ConfigurationError",
+    "Stop",
+    "StoreError",
+    "ThalwegError",
+    "nearest",
+]
 
 
 class ThalwegError(ValueError):
@@ -14,6 +22,10 @@ class ThalwegError(ValueError):
 
 class ConfigurationError(ThalwegError):
     """A problem, an element or a configuration file that makes no sense."""
+
+
+class BackendUnavailable(ThalwegError):
+    """CUDA kernels were asked for where there are none; the message says how to get them."""
 
 
 class StoreError(ThalwegError):
