@@ -60,7 +60,11 @@ thalweg_emulator_switch:
 namespace thalweg::emulator {
 namespace {
 
+#ifdef __SANITIZE_THREAD__
+constexpr std::size_t kStackBytes = 64 * 1024;  // each is mapped afresh, and its shadow with it
+#else
 constexpr std::size_t kStackBytes = 128 * 1024;
+#endif
 constexpr std::size_t kGuardBytes = 64 * 1024;  // below the stack; an overflow faults instead of writing elsewhere
 constexpr int kMostThreads = 1024;
 constexpr std::size_t kMostShared = 48 * 1024;  // what a launch may ask for without further ado

@@ -152,7 +152,7 @@ TEST(landscapes_agree) {
     std::vector<double> finite;
     for (const double f : forces) finite.push_back(std::isnan(f) ? 0.0 : f);
     CLOSE(difference(forces, device.forces), 0.0, 1e-11 * std::max(1.0, largest(finite)));
-    for (const unsigned order : orders(5)) {
+    for (const unsigned order : kSmall ? std::vector<unsigned>{} : orders(5)) {
       emulator::set_order(order);
       const Evaluated other = on_device(*c.device, batch);
       CHECK(difference(device.energies, other.energies) == 0 && difference(device.forces, other.forces) == 0);
@@ -190,9 +190,9 @@ TEST(relaxations_agree) {
   flat.vectors[8] = 0.0;  // atoms stay in planes
   flat.first_atom = 2;
   RelaxSettings settings;
-  settings.steps = kSmall ? 6 : 25;
+  settings.steps = kSmall ? 3 : 25;
   settings.force_tolerance = 0.02;
-  for (const Confinement& confinement : {none, box, flat}) {
+  for (const Confinement& confinement : kSmall ? std::vector{box} : std::vector{none, box, flat}) {
     const RelaxResult host = relax(Emt(), s.view(), settings, confinement, 1);
     const cuda::Batch batch(s.view());
     std::vector<double> first_positions;
@@ -291,7 +291,8 @@ TEST(gaussian_processes_agree) {
   Kernel kernel;
   kernel.length_long = 6.0;
   kernel.length_short = 1.5;
-  for (const std::size_t n : {std::size_t{3}, std::size_t{kSmall ? 37 : 70}}) {  // within one panel, and over three
+  for (const std::size_t n :
+       kSmall ? std::vector<std::size_t>{37} : std::vector<std::size_t>{3, 70}) {  // within one panel, and over three
     std::vector<double> x(n * dimension), y(n), candidates(count_of_candidates * dimension);
     for (double& v : x) v = random.uniform(-2.0, 2.0);
     for (double& v : y) v = random.uniform(-5.0, 5.0);
@@ -314,14 +315,15 @@ TEST(gaussian_processes_agree) {
       CLOSE(device.mean(), host.mean(), 1e-12);
     };
     compare();
-    for (int k = 0; k < 3; ++k) {
+    const int appended = kSmall ? 1 : 3;
+    for (int k = 0; k < appended; ++k) {
       std::vector<double> feature(dimension);
       for (double& v : feature) v = random.uniform(-2.0, 2.0);
       host.append(feature, 1.0 + k);
       device.append(uploaded(feature).data(), 1.0 + k);
       compare();
     }
-    CHECK(device.size() == n + 3);
+    CHECK(device.size() == n + static_cast<std::size_t>(appended));
     cuda::Array<double> matrix(n * n);
     cuda::gram(kernel, n, dimension, uploaded(x).data(), 0.0, matrix.data());
     const std::vector<double> k = matrix.download();
@@ -336,7 +338,7 @@ TEST(gaussian_processes_agree) {
 }
 
 TEST(surrogates_agree_and_relax) {
-  const Structures data = alike(12, 5, 2.5, false), start = alike(4, 5, 2.7, false);
+  const Structures data = alike(12, 5, 2.5, false), start = alike(kSmall ? 2 : 4, 5, 2.7, false);
   const auto fingerprint =
       std::make_shared<const Fingerprint>(FingerprintSettings{}, std::span(data.numbers.data(), std::size_t{5}), false);
   const std::vector<double> x = features_of(*fingerprint, data.view());
@@ -351,13 +353,13 @@ TEST(surrogates_agree_and_relax) {
   const Surrogate host(fingerprint, gpr, prior, {{79, -1.0}}, 2.0);
   const cuda::Surrogate device(std::make_shared<cuda::Fingerprint>(fingerprint), device_gpr, device_prior, {{79, -1.0}},
                                2.0);
-  std::vector<double> host_energies(4), host_forces(3 * start.view().atoms());
+  std::vector<double> host_energies(start.view().size()), host_forces(3 * start.view().atoms());
   evaluate(host, start.view(), host_energies, host_forces, 1);
   const Evaluated found = on_device(device, start.view());
   CLOSE(difference(found.energies, host_energies), 0.0, 1e-9);
   CLOSE(difference(found.forces, host_forces), 0.0, 1e-8);
   RelaxSettings settings;
-  settings.steps = kSmall ? 2 : 8;
+  settings.steps = kSmall ? 1 : 8;
   const RelaxResult relaxed = relax(host, start.view(), settings, {}, 1);
   const cuda::Batch batch(start.view());
   const cuda::RelaxResult on_gpu = cuda::relax(device, batch.view(), settings, {});
