@@ -60,6 +60,15 @@ CPP = {
     "local_gpr.hpp": {"core.hpp", "landscape.hpp", "environments.hpp"},
     "relax.hpp": {"core.hpp", "landscape.hpp"},
     "build.hpp": {"core.hpp", "random.hpp", "relax.hpp"},
+    "cuda.hpp": {
+        "core.hpp",
+        "landscape.hpp",
+        "potentials.hpp",
+        "fingerprint.hpp",
+        "gpr.hpp",
+        "relax.hpp",
+        "build.hpp",
+    },
     "training.hpp": {"core.hpp"},
     "qmap.hpp": {"core.hpp"},
 }

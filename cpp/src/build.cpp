@@ -11,6 +11,8 @@
 #include <numeric>
 #include <string>
 
+#include "build_plan.hpp"
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -384,7 +386,7 @@ struct RandomPlan {
   Cloud obstacles;  // template atoms and images that can overlap an atom in the box
   Cloud anchors;    // those from which the box can be reached, one image each where the box folds
   int flat = -1;    // the direction along which the box is too thin for directions in space, and its plane
-  double plane_u[3], plane_v[3];
+  double plane_u[3] = {}, plane_v[3] = {};
 
   RandomPlan(const StructureView& frame_, std::span<const std::int32_t> placed_, const BuildSettings& settings_)
       : frame(frame_), placed(placed_), settings(settings_), box(frame_.cell, frame_.pbc, settings_.box) {
@@ -696,6 +698,39 @@ BuildResult copy_of(const BatchView& parents) {
 }
 
 }  // namespace
+
+PlacementPlan placement_plan(const StructureView& frame, std::span<const std::int32_t> placed,
+                             const BuildSettings& settings) {
+  check_settings(settings);
+  const RandomPlan plan(frame, placed, settings);
+  PlacementPlan out;
+  PlacementBox& b = out.box;
+  const Lattice& lattice = plan.box.lattice;
+  b.periodic = lattice.periodic;
+  std::copy_n(lattice.basis, 9, b.basis);
+  std::copy_n(lattice.inverse, 9, b.inverse);
+  std::copy_n(lattice.height, 3, b.height);
+  std::copy_n(plan.box.low, 3, b.low);
+  std::copy_n(plan.box.high, 3, b.high);
+  std::copy_n(plan.box.corner, 3, b.corner);
+  std::copy_n(plan.box.vectors, 9, b.vectors);
+  std::copy_n(plan.box.folds, 3, b.folds);
+  b.walls = plan.box.walls;
+  b.flat = plan.flat;
+  std::copy_n(plan.plane_u, 3, b.plane_u);
+  std::copy_n(plan.plane_v, 3, b.plane_v);
+  b.largest = plan.largest;
+  out.radius = plan.radius;
+  const auto list = [](const Cloud& cloud) {
+    std::vector<double> points;
+    for (std::size_t k = 0; k < cloud.size(); ++k)
+      points.insert(points.end(), {cloud.x[k], cloud.y[k], cloud.z[k], cloud.radius[k]});
+    return points;
+  };
+  out.obstacles = list(plan.obstacles);
+  out.anchors = list(plan.anchors);
+  return out;
+}
 
 BuildResult random_structures(const StructureView& frame, std::span<const std::int32_t> placed,
                               const BuildSettings& settings, std::size_t count, Key key, std::uint64_t first_row,

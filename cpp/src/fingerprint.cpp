@@ -8,6 +8,7 @@
 
 #include "buffer.hpp"
 #include "fingerprint_kernels.hpp"
+#include "fingerprint_tables.hpp"
 #include "isa.hpp"
 #include "thalweg/neighbors.hpp"
 
@@ -250,6 +251,12 @@ Fingerprint::Fingerprint(const FingerprintSettings& settings, std::span<const st
 Fingerprint::~Fingerprint() = default;
 std::size_t Fingerprint::size() const { return layout_->size; }
 const FingerprintSettings& Fingerprint::settings() const { return layout_->settings; }
+
+FingerprintTables fingerprint_tables(const Fingerprint& fingerprint) {
+  const Fingerprint::Layout& l = *fingerprint.layout_;
+  return {l.settings,      l.n_atoms,        l.n_species,  l.size,       l.reach,         l.radial.view, l.angular.view,
+          l.radial.blocks, l.angular.blocks, l.species_of, l.pair_block, l.triplet_block, l.fold};
+}
 
 namespace {
 

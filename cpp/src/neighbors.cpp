@@ -5,6 +5,8 @@
 #include <cstring>
 #include <string>
 
+#include "lattice.hpp"
+
 namespace thalweg {
 namespace {
 
@@ -15,14 +17,6 @@ constexpr std::size_t kBinsPayOff = 200;  // atoms from which on the search in b
 // distance decides.
 constexpr double kSlack = 1e-6;
 
-void cross(const double* a, const double* b, double* out) {
-  out[0] = a[1] * b[2] - a[2] * b[1];
-  out[1] = a[2] * b[0] - a[0] * b[2];
-  out[2] = a[0] * b[1] - a[1] * b[0];
-}
-double dot(const double* a, const double* b) { return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]; }
-double norm(const double* a) { return std::sqrt(dot(a, a)); }
-
 struct Image {
   std::int64_t n[3];
 };
@@ -30,80 +24,9 @@ bool operator<(const Image& a, const Image& b) { return std::lexicographical_com
 
 }  // namespace
 
-// The periodic lattice vectors, completed by unit vectors at right angles to them along the open directions, so that
-// the height between lattice planes of a periodic direction is that of the lattice of periodic directions alone.
-struct NeighborList::Lattice {
-  double vectors[9];     // rows
-  double reciprocal[9];  // rows: fractional coordinate a of x is x . row a
-  double height[3];      // between the planes of direction a
-  bool periodic[3];
-
-  explicit Lattice(const StructureView& structure) {
-    int count = 0, axes[3] = {0, 0, 0}, open = 2;
-    for (int a = 0; a < 3; ++a) {
-      periodic[a] = structure.pbc[a] != 0;
-      if (periodic[a]) {
-        axes[count++] = a;
-        std::copy_n(structure.cell + 3 * a, 3, vectors + 3 * a);
-        const double length = norm(vectors + 3 * a);
-        if (!(length > 0) || !std::isfinite(length))
-          throw Error("direction " + std::to_string(a) +
-                      " is periodic, so its lattice vector must be finite and not zero; set pbc to False there or give "
-                      "a cell");
-      } else {
-        open = a;
-      }
-    }
-    complete(count, axes, open);
-    double* v = vectors;
-    double* g = reciprocal;
-    cross(v + 3, v + 6, g);
-    cross(v + 6, v, g + 3);
-    cross(v, v + 3, g + 6);
-    const double volume = dot(v, g);
-    if (!(std::abs(volume) > 1e-6 * norm(v) * norm(v + 3) * norm(v + 6)))
-      throw Error("the periodic lattice vectors must not lie in one plane or on one line; check the cell");
-    for (int k = 0; k < 9; ++k) g[k] /= volume;
-    for (int a = 0; a < 3; ++a) height[a] = 1.0 / norm(g + 3 * a);
-  }
-
-  void fractional(const double* x, double* f) const {
-    for (int a = 0; a < 3; ++a) f[a] = dot(x, reciprocal + 3 * a);
-  }
-  void shift(const Image& image, double* out) const {
-    const double n0 = static_cast<double>(image.n[0]), n1 = static_cast<double>(image.n[1]),
-                 n2 = static_cast<double>(image.n[2]);
-    for (int k = 0; k < 3; ++k)
-      out[k] = (periodic[0] ? n0 * vectors[k] : 0.0) + (periodic[1] ? n1 * vectors[3 + k] : 0.0) +
-               (periodic[2] ? n2 * vectors[6 + k] : 0.0);
-  }
-
- private:
-  void complete(int count, const int* axes, int open) {
-    double* v = vectors;
-    if (count == 0) {
-      for (int k = 0; k < 9; ++k) v[k] = k % 4 == 0 ? 1.0 : 0.0;
-    } else if (count == 1) {
-      const double* u = v + 3 * axes[0];
-      double* first = v + 3 * ((axes[0] + 1) % 3);
-      double* second = v + 3 * ((axes[0] + 2) % 3);
-      const int smallest = static_cast<int>(
-          std::min_element(u, u + 3, [](double p, double q) { return std::abs(p) < std::abs(q); }) - u);
-      double unit[3] = {0, 0, 0};
-      unit[smallest] = 1.0;
-      cross(u, unit, first);
-      cross(u, first, second);
-      normalise(first);
-      normalise(second);
-    } else if (count == 2) {
-      cross(v + 3 * axes[0], v + 3 * axes[1], v + 3 * open);
-      normalise(v + 3 * open);
-    }
-  }
-  static void normalise(double* x) {
-    const double length = norm(x);
-    for (int k = 0; k < 3; ++k) x[k] /= length;
-  }
+struct NeighborList::Lattice : PeriodicLattice {
+  using PeriodicLattice::PeriodicLattice;
+  void shift(const Image& image, double* out) const { PeriodicLattice::shift(image.n, out); }
 };
 
 NeighborList::NeighborList(double cutoff, double skin, bool without_still)

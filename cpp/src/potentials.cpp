@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "potentials_kernels.hpp"
+#include "potentials_tables.hpp"
 #include "thalweg/neighbors.hpp"
 
 namespace thalweg {
@@ -50,6 +51,9 @@ class RowEvaluator : public Evaluator {
     for (std::size_t row = 0; row < batch.size(); ++row) new_list(row).check_cell(batch[row]);
   }
 
+  /// What another back end needs to give the same numbers.
+  virtual PotentialTables tables() const = 0;
+
   void evaluate(std::span<const std::int64_t> rows, const double* positions, double* energies,
                 double* forces) override {
     for (const std::int64_t row : rows) {
@@ -68,6 +72,14 @@ class RowEvaluator : public Evaluator {
   }
 
  protected:
+  PotentialTables tables_of(const Species& types) const {
+    PotentialTables out;
+    out.cutoff = cutoffs_.empty() ? 1.0 : *std::max_element(cutoffs_.begin(), cutoffs_.end());
+    out.types = types.numbers.size();
+    out.type_of_atom = types.of_atom;
+    return out;
+  }
+
   /// Energy of one structure with usable positions; adds to forces (n, 3), which are zero.
   virtual double evaluate_row(std::size_t row, std::size_t first_atom, const StructureView& structure,
                               double* forces) = 0;
@@ -154,10 +166,6 @@ struct EmtCutoff {
   }
 };
 
-struct EmtSpecies {
-  double e0, six_v0, kappa, lambda, beta_eta, inverse_12_gamma1;
-};
-
 const EmtElement& emt_element(std::int32_t number) {
   for (const EmtElement& e : kEmtElements)
     if (e.number == number) return e;
@@ -174,7 +182,14 @@ class EmbeddedEvaluator : public RowEvaluator {
   EmbeddedEvaluator(const BatchView& batch, ForcesOn on, double cutoff, double slope, double middle)
       : RowEvaluator(batch, {cutoff}, 0.5, on == ForcesOn::moving), types_(batch), slope_(slope), middle_(middle) {}
 
+  PotentialTables tables() const override {
+    PotentialTables out = tables_of(types_);
+    out.embedded = {slope_, middle_, table_, walls_, atoms()};
+    return out;
+  }
+
  protected:
+  virtual std::vector<EmbeddedAtom> atoms() const = 0;
   /// Energy of an atom at this density (above 0) and its slope; type: number of its species in `types_`.
   virtual double embedding(std::size_t type, double density, double& slope) const = 0;
   /// That of an atom without neighbours.
@@ -211,13 +226,9 @@ class EmbeddedEvaluator : public RowEvaluator {
     return energy;
   }
 
-  /// height (1 - r / radius)^3 closer than the radius.
-  struct Wall {
-    double radius, height;
-  };
   Species types_;
   std::vector<EmbeddedPair> table_;  // (types, types)
-  std::vector<Wall> walls_;          // the same, or none
+  std::vector<EmbeddedWall> walls_;  // the same, or none
 
  private:
   /// Pair energies and walls; adds to the densities. On return pairs_ (3, pairs) holds the slopes of the density at i,
@@ -231,7 +242,8 @@ class EmbeddedEvaluator : public RowEvaluator {
                                                        slope_, middle_, density, slope_i, slope_j, slope);
     if (walls_.empty()) return energy;
     for (std::size_t p = 0; p < pairs; ++p) {
-      const Wall& wall = walls_[static_cast<std::size_t>(type[i[p]]) * types + static_cast<std::size_t>(type[j[p]])];
+      const EmbeddedWall& wall =
+          walls_[static_cast<std::size_t>(type[i[p]]) * types + static_cast<std::size_t>(type[j[p]])];
       if (r[p] >= wall.radius) continue;
       const double inside = 1.0 - r[p] / wall.radius;
       energy += wall.height * inside * inside * inside;
@@ -289,7 +301,7 @@ class EmtEvaluator : public EmbeddedEvaluator {
         gamma1 += shell_sites[shell] / 12.0 * w * std::exp(-eta * beyond);
         gamma2[a] += shell_sites[shell] / 12.0 * w * std::exp(-kappa / kBeta * beyond);
       }
-      species_.push_back({e.e0, 6.0 * e.v0, kappa, e.lambda / kBohr, kBeta * eta, 1.0 / (12.0 * gamma1)});
+      species_.push_back({e.e0, 6.0 * e.v0, kappa, e.lambda / kBohr, kBeta * eta, 1.0 / (12.0 * gamma1), 0.0});
     }
     for (std::size_t a = 0; a < count; ++a)
       for (std::size_t b = 0; b < count; ++b) {
@@ -302,16 +314,17 @@ class EmtEvaluator : public EmbeddedEvaluator {
 
  protected:
   double embedding(std::size_t type, double density, double& slope) const override {
-    const EmtSpecies& s = species_[type];
+    const EmbeddedAtom& s = species_[type];
     const double ds = -std::log(density * s.inverse_12_gamma1) / s.beta_eta;
     const double l = s.lambda * ds, cohesive = s.e0 * std::exp(-l), sphere = s.six_v0 * std::exp(-s.kappa * ds);
     slope = (cohesive * s.lambda * l + s.kappa * sphere) / (s.beta_eta * density);
     return cohesive * (1.0 + l) + sphere - s.e0;
   }
   double alone(std::size_t type) const override { return -species_[type].e0; }
+  std::vector<EmbeddedAtom> atoms() const override { return species_; }
 
  private:
-  std::vector<EmtSpecies> species_;
+  std::vector<EmbeddedAtom> species_;
 };
 
 // ---- Lennard-Jones
@@ -332,6 +345,12 @@ class LennardJonesEvaluator : public RowEvaluator {
                      4 * settings.epsilon * (s6 * s6 - s6),
                      1.0 / ((rc2 - ro2) * (rc2 - ro2) * (rc2 - ro2)),
                      settings.smooth ? 1 : 0};
+  }
+
+  PotentialTables tables() const override {
+    PotentialTables out = tables_of(Species(batch_));
+    out.lennard_jones = coefficients_;
+    return out;
   }
 
  protected:
@@ -370,6 +389,8 @@ class SmoothCarbonEvaluator : public RowEvaluator {
  public:
   SmoothCarbonEvaluator(const BatchView& batch, const SmoothCarbon::Settings& settings)
       : RowEvaluator(batch, {settings.outer}, 0.5), s_(settings) {}
+
+  PotentialTables tables() const override { return tables_of(Species(batch_)); }
 
  protected:
   double evaluate_row(std::size_t row, std::size_t, const StructureView& structure, double* forces) override {
@@ -451,42 +472,16 @@ class SmoothCarbonEvaluator : public RowEvaluator {
 
 constexpr double kLargestExponent = 69.0776;  // of e^(lambda3^m (r_ij - r_ik)^m), as in LAMMPS and ASE
 
-// Angle and cutoff of a triplet of species (i, j, k); bond of a pair (i, j): from the entry (i, j, j).
-struct TersoffTriplet {
-  double gamma, h, inverse_d2, c2_by_d2;  // g(x) = gamma (1 + c2_by_d2 u / (1 + u)), u = (h - x)^2 / d^2
-  double lambda3;                         // lambda3^m
-  bool cubic;
-  int window;  // of fc(r_ik)
-};
-struct TersoffBond {
-  double A, lambda1, B, lambda2, beta, n;
-  int window;      // of fc(r_ij)
-  bool symmetric;  // (j, i) has the same A, lambda1, B, lambda2
-};
-// fc differs between species as R and D do: each different (R, D) once.
-struct TersoffWindow {
-  double R, D;
-  // sin^2 instead of 1/2 - 1/2 sin: keeps its digits near the end
-  void at(double r, double& fc, double& slope) const {
-    fc = r < R - D ? 1.0 : 0.0;
-    slope = 0.0;
-    if (r < R - D || r >= R + D) return;
-    const double quarter = 0.25 * std::numbers::pi / D, x = quarter * (R + D - r), s = std::sin(x);
-    fc = s * s;
-    slope = -2.0 * quarter * s * std::cos(x);
-  }
-};
-
-struct TersoffTables {
-  std::vector<TersoffTriplet> triplets;  // (species i, j, k)
-  std::vector<TersoffBond> bonds;        // (species i, j)
-  std::vector<TersoffWindow> windows;
-};
-
 class TersoffEvaluator : public RowEvaluator {
  public:
   TersoffEvaluator(const BatchView& batch, std::vector<double> cutoffs, const Species& types, TersoffTables tables)
       : RowEvaluator(batch, std::move(cutoffs), 0.5), types_(types), tables_(std::move(tables)) {}
+
+  PotentialTables tables() const override {
+    PotentialTables out = tables_of(types_);
+    out.tersoff = tables_;
+    return out;
+  }
 
  protected:
   double evaluate_row(std::size_t row, std::size_t first, const StructureView& structure, double* forces) override {
@@ -747,6 +742,14 @@ class PriorEvaluator : public RowEvaluator {
         types_(types),
         table_(std::move(table)) {}
 
+  PotentialTables tables() const override {
+    PotentialTables out = tables_of(types_);
+    out.prior = table_;
+    out.repulsive = form_ == PairPrior::Form::repulsive;
+    out.sharp = sharp_cutoff_;
+    return out;
+  }
+
  protected:
   double evaluate_row(std::size_t row, std::size_t first, const StructureView& structure, double* forces) override {
     const NeighborList& list = neighbors(row, structure);
@@ -830,6 +833,14 @@ class ManyBodyEvaluator : public EmbeddedEvaluator {
     const double energy = -std::pow(ManyBodyPrior::kCoordination, 1.0 - g) * std::pow(density, g);
     slope = g * energy / density;
     return energy;
+  }
+  std::vector<EmbeddedAtom> atoms() const override {
+    std::vector<EmbeddedAtom> out(exponents_.size());
+    for (std::size_t a = 0; a < out.size(); ++a) {
+      out[a].exponent = exponents_[a];
+      out[a].e0 = std::pow(ManyBodyPrior::kCoordination, 1.0 - exponents_[a]);
+    }
+    return out;
   }
 
  private:
@@ -1141,6 +1152,13 @@ std::unique_ptr<Evaluator> Tilted::evaluator(const BatchView& batch, ForcesOn on
     throw Error("Tilted is for batches of " + std::to_string(shift_.size() / 3) + " atoms, but this one has " +
                 std::to_string(batch.positions.size() / 3));
   return std::make_unique<TiltedEvaluator>(batch, landscape_->evaluator(batch, on), shift_);
+}
+
+PotentialTables potential_tables(const Landscape& landscape, const BatchView& batch) {
+  const std::unique_ptr<Evaluator> evaluator = landscape.evaluator(batch);
+  const auto* of_rows = dynamic_cast<const RowEvaluator*>(evaluator.get());
+  if (!of_rows) throw Error("only built-in potentials and priors can be handed to another back end");
+  return of_rows->tables();
 }
 
 // ---- whole batches

@@ -8,6 +8,8 @@
 #include <numeric>
 #include <string>
 
+#include "relax_walls.hpp"
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -15,7 +17,6 @@
 namespace thalweg {
 namespace {
 
-constexpr double kTouch = 1e-9;        // angstrom: an atom this close to a wall is at it
 constexpr double kEnergySlack = 1e-8;  // a rise below this times max(1, |E|) is rounding, not a rise
 constexpr int kMostShortenings = 5;    // per direction
 constexpr std::size_t kWindow = 64;    // structures that one thread relaxes side by side
@@ -38,8 +39,6 @@ void add_scaled(double* to, double factor, const double* from, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) to[i] += factor * from[i];
 }
 
-double dot3(const double* a, const double* b) { return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]; }
-
 bool all_finite(const double* x, std::size_t n) {
   double sum = 0;
   for (std::size_t i = 0; i < n; ++i) sum += x[i] * 0.0;
@@ -49,31 +48,8 @@ bool all_finite(const double* x, std::size_t n) {
 // Largest length of the n rows of x.
 double largest_row(const double* x, std::size_t n) {
   double most = 0;
-  for (std::size_t a = 0; a < n; ++a) most = std::max(most, dot3(x + 3 * a, x + 3 * a));
+  for (std::size_t a = 0; a < n; ++a) most = std::max(most, wall_dot(x + 3 * a, x + 3 * a));
   return std::sqrt(most);
-}
-
-// The combination sum_k lambda_k n_k of the chosen normals whose products with them are `wanted`; false if they depend
-// on one another.
-bool combine(const double (*normals)[3], const int* chosen, int count, const double* wanted, double* lambda) {
-  double matrix[3][4];
-  for (int i = 0; i < count; ++i) {
-    for (int j = 0; j < count; ++j) matrix[i][j] = dot3(normals[chosen[i]], normals[chosen[j]]);
-    matrix[i][count] = wanted[i];
-  }
-  for (int i = 0; i < count; ++i) {
-    if (matrix[i][i] < 1e-10) return false;  // positive semi-definite: a small pivot means dependence
-    for (int row = i + 1; row < count; ++row) {
-      const double factor = matrix[row][i] / matrix[i][i];
-      for (int j = i; j <= count; ++j) matrix[row][j] -= factor * matrix[i][j];
-    }
-  }
-  for (int i = count - 1; i >= 0; --i) {
-    lambda[i] = matrix[i][count];
-    for (int j = i + 1; j < count; ++j) lambda[i] -= matrix[i][j] * lambda[j];
-    lambda[i] /= matrix[i][i];
-  }
-  return true;
 }
 
 }  // namespace
@@ -91,28 +67,28 @@ Walls::Walls(const Confinement& box) : active(box.active) {
   };
   int flat = -1;
   for (int k = 0; k < 3; ++k) {
-    const double length = std::sqrt(dot3(vectors + 3 * k, vectors + 3 * k));
+    const double length = std::sqrt(wall_dot(vectors + 3 * k, vectors + 3 * k));
     longest = std::max(longest, length);
     if (length == 0) flat = flat < 0 ? k : 3;
   }
   if (flat >= 0 && flat < 3) {
     double* missing = vectors + 3 * flat;
     cross(vectors + 3 * ((flat + 1) % 3), vectors + 3 * ((flat + 2) % 3), missing);
-    const double length = std::sqrt(dot3(missing, missing));
+    const double length = std::sqrt(wall_dot(missing, missing));
     for (int c = 0; c < 3 && length > 0; ++c) missing[c] /= length;
   }
   for (int k = 0; k < 3; ++k) {
     double* normal = normals + 3 * k;
     cross(vectors + 3 * ((k + 1) % 3), vectors + 3 * ((k + 2) % 3), normal);
-    const double area = std::sqrt(dot3(normal, normal));
-    double depth = area > 0 ? dot3(normal, vectors + 3 * k) / area : 0;
+    const double area = std::sqrt(wall_dot(normal, normal));
+    double depth = area > 0 ? wall_dot(normal, vectors + 3 * k) / area : 0;
     if (!(std::abs(depth) > 1e-12 * longest))
       throw Error(
           "the vectors of the confinement box must span a volume (one of them may be zero: a flat box), but "
           "they are linearly dependent; give three independent rows");
     const double sign = depth < 0 ? -1 : 1;
     for (int c = 0; c < 3; ++c) normal[c] *= sign / area;
-    base[k] = dot3(normal, box.corner);
+    base[k] = wall_dot(normal, box.corner);
     thickness[k] = k == flat ? 0.0 : std::abs(depth);
     open[k] = box.open[k] != 0;
   }
@@ -136,72 +112,6 @@ double Walls::outside_closed(const double* x) const {
   }
   return most;
 }
-
-// The walls that one atom touches, as outward normals restricted to its free coordinates. A pair of opposite walls (a
-// flat box) and a wall that the force presses on hold the atom in both senses.
-struct Minimiser::Touching {
-  int count = 0;
-  double normals[3][3];
-  int wall[3];  // direction of the box
-  bool both[3];
-
-  // The directions whose walls hold in both senses, one bit each.
-  std::uint8_t held() const {
-    unsigned bits = 0;
-    for (int k = 0; k < count; ++k) bits |= both[k] ? 1u << wall[k] : 0u;
-    return static_cast<std::uint8_t>(bits);
-  }
-
-  // Replaces v by the nearest vector that points through none of the walls, and along those that hold in both senses.
-  // `press`: walls that v pressed on become walls that hold in both senses.
-  void project(double* v, bool press) {
-    int fewest = 0;
-    for (int k = 0; k < count; ++k) fewest += both[k];
-    for (int size = fewest; size <= count; ++size) {
-      for (int set = 0; set < (1 << count); ++set) {
-        int chosen[3], members = 0;
-        bool fits = true;
-        for (int k = 0; k < count; ++k) {
-          if ((set >> k) & 1)
-            chosen[members++] = k;
-          else
-            fits = fits && !both[k];
-        }
-        double lambda[3], along[3], rest[3] = {v[0], v[1], v[2]};
-        for (int m = 0; m < members; ++m) along[m] = dot3(normals[chosen[m]], v);
-        if (!fits || members != size || !combine(normals, chosen, members, along, lambda)) continue;
-        for (int m = 0; m < members; ++m) {
-          fits = fits && (both[chosen[m]] || lambda[m] >= 0);
-          for (int c = 0; c < 3; ++c) rest[c] -= lambda[m] * normals[chosen[m]][c];
-        }
-        const double slack = 1e-12 * (std::abs(v[0]) + std::abs(v[1]) + std::abs(v[2]));
-        for (int k = 0; k < count; ++k)
-          if (!((set >> k) & 1)) fits = fits && dot3(normals[k], rest) <= slack;
-        if (!fits) continue;
-        for (int c = 0; c < 3; ++c) v[c] = rest[c];
-        for (int m = 0; m < members && press; ++m) both[chosen[m]] = true;
-        return;
-      }
-    }
-    // Only reached when normals that hold in both senses depend on one another: leave what is perpendicular to all.
-    double basis[3][3];
-    int rank = 0;
-    for (int k = 0; k < count; ++k) {
-      double* axis = basis[rank];
-      std::copy(normals[k], normals[k] + 3, axis);
-      for (int b = 0; b < rank; ++b) {
-        const double along = dot3(basis[b], normals[k]);
-        for (int c = 0; c < 3; ++c) axis[c] -= along * basis[b][c];
-      }
-      const double length = std::sqrt(dot3(axis, axis));
-      if (length < 1e-5) continue;
-      for (int c = 0; c < 3; ++c) axis[c] /= length;
-      const double along = dot3(axis, v);
-      for (int c = 0; c < 3; ++c) v[c] -= along * axis[c];
-      ++rank;
-    }
-  }
-};
 
 Minimiser::Minimiser(const RelaxSettings& settings, const StructureView& start, const Confinement& confinement)
     : settings_(settings), walls_(confinement), n_(start.n), first_(confinement.first_atom) {
@@ -231,91 +141,14 @@ Minimiser::Minimiser(const RelaxSettings& settings, const StructureView& start, 
   history_alpha_.resize(ring);
 }
 
-// Adds wall k to the walls of an atom, unless the atom cannot move through it anyhow.
-void Minimiser::add_wall(Touching& walls, std::size_t atom, int k, double sign, bool both) const {
-  double* normal = walls.normals[walls.count];
-  for (int c = 0; c < 3; ++c)
-    normal[c] = sign * walls_.normals[3 * k + c] * free_[3 * atom + static_cast<std::size_t>(c)];
-  const double length = std::sqrt(dot3(normal, normal));
-  if (length < 1e-6) return;
-  for (int c = 0; c < 3; ++c) normal[c] /= length;
-  walls.wall[walls.count] = k;
-  walls.both[walls.count++] = both;
+Touching Minimiser::touching(std::size_t atom, const double* x) const {
+  return atom < first_ ? Touching() : thalweg::touching(walls_, free_.data() + 3 * atom, x);
 }
-
-Minimiser::Touching Minimiser::touching(std::size_t atom, const double* x) const {
-  Touching out;
-  if (atom < first_) return out;
-  for (int k = 0; k < 3; ++k) {
-    if (walls_.open[k]) continue;
-    const double h = walls_.height(k, x);
-    const bool low = h <= kTouch, high = h >= walls_.thickness[k] - kTouch;
-    if (low || high) add_wall(out, atom, k, high ? 1.0 : -1.0, low && high);
-  }
-  return out;
-}
-
-// Takes from a vector of one atom what points through the walls that hold it.
 void Minimiser::project_to_face(std::size_t atom, double* v) const {
-  Touching walls;
-  for (int k = 0; k < 3; ++k)
-    if ((held_[atom] >> k) & 1) add_wall(walls, atom, k, 1.0, true);
-  walls.project(v, false);
+  thalweg::project_to_face(walls_, free_.data() + 3 * atom, held_[atom], v);
 }
-
-// Brings `to` back inside along the free coordinates, sliding on the walls that hold the atom: to leave one of them in
-// order to keep off another would undo what presses it there. `from` is allowed: each wall gives way to where it was.
 void Minimiser::confine(std::size_t atom, const double* from, double* to) const {
-  double low[3], high[3];
-  Touching walls;
-  double target[3];  // heights
-  for (int k = 0; k < 3; ++k) {
-    const double h = walls_.height(k, from);
-    low[k] = std::min(0.0, h);
-    high[k] = std::max(walls_.thickness[k], h);
-    if ((held_[atom] >> k) & 1) {
-      target[walls.count] = h;
-      add_wall(walls, atom, k, 1.0, true);
-    }
-  }
-  const auto beyond = [&](int k) {
-    const double h = walls_.height(k, to);
-    return h > high[k] ? h - high[k] : h < low[k] ? h - low[k] : 0.0;
-  };
-  while (true) {
-    int worst = -1;
-    double most = 1e-12;
-    for (int k = 0; k < 3; ++k) {
-      if (walls_.open[k] || std::abs(beyond(k)) < most) continue;
-      most = std::abs(beyond(k));
-      worst = k;
-    }
-    if (worst < 0) return;
-    const int count = walls.count;
-    if (std::find(walls.wall, walls.wall + count, worst) != walls.wall + count) break;
-    target[count] = beyond(worst) > 0 ? high[worst] : low[worst];
-    add_wall(walls, atom, worst, 1.0, true);
-    if (walls.count == count) break;  // a wall that its free coordinates do not cross
-    double lacking[3], lambda[3];
-    const int all[3] = {0, 1, 2};
-    for (int m = 0; m < walls.count; ++m) {
-      const double* normal = walls_.normals + 3 * walls.wall[m];
-      lacking[m] = (target[m] - walls_.height(walls.wall[m], to)) / dot3(normal, walls.normals[m]);
-    }
-    if (!combine(walls.normals, all, walls.count, lacking, lambda)) break;
-    for (int m = 0; m < walls.count; ++m)
-      for (int c = 0; c < 3; ++c) to[c] += lambda[m] * walls.normals[m][c];
-  }
-  // Normals that depend on one another, or a corner beyond the opposite wall: the box is convex, so part of the way is
-  // always inside.
-  double part = 1;
-  for (int k = 0; k < 3; ++k) {
-    if (walls_.open[k]) continue;
-    const double h0 = walls_.height(k, from), h = walls_.height(k, to);
-    if (h > high[k]) part = std::min(part, std::max(0.0, (high[k] - h0) / (h - h0)));
-    if (h < low[k]) part = std::min(part, std::max(0.0, (low[k] - h0) / (h - h0)));
-  }
-  for (int c = 0; c < 3; ++c) to[c] = from[c] + part * (to[c] - from[c]);
+  thalweg::confine(walls_, free_.data() + 3 * atom, held_[atom], from, to);
 }
 
 // The forces that count, and the largest of them on one atom. Atoms that walls have come to hold leave the stored pairs

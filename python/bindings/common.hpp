@@ -86,5 +86,6 @@ void bind_relax(py::module_& m);
 void bind_build(py::module_& m);
 void bind_training(py::module_& m);
 void bind_qmap(py::module_& m);
+void bind_cuda(py::module_& core);
 
 }  // namespace thalweg::bindings

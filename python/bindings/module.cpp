@@ -1,4 +1,5 @@
 #include "common.hpp"
+#include "thalweg/cuda.hpp"
 
 namespace py = pybind11;
 using namespace thalweg;
@@ -9,9 +10,13 @@ PYBIND11_MODULE(_core, m) {
   // One family of exceptions on both sides: what the core refuses is a ConfigurationError (a ValueError) in Python.
   static PyObject* configuration_error =  // lives as long as the process
       py::object(py::module_::import("thalweg.errors").attr("ConfigurationError")).release().ptr();
+  static PyObject* backend_unavailable =
+      py::object(py::module_::import("thalweg.errors").attr("BackendUnavailable")).release().ptr();
   py::register_exception_translator([](std::exception_ptr thrown) {
     try {
       if (thrown) std::rethrow_exception(thrown);
+    } catch (const cuda::BackendUnavailable& error) {
+      PyErr_SetString(backend_unavailable, error.what());
     } catch (const Error& error) {
       PyErr_SetString(configuration_error, error.what());
     }
@@ -29,4 +34,5 @@ PYBIND11_MODULE(_core, m) {
   bindings::bind_build(m);
   bindings::bind_training(m);
   bindings::bind_qmap(m);
+  bindings::bind_cuda(m);
 }

@@ -27,6 +27,8 @@
 
 namespace thalweg {
 
+struct FingerprintTables;  // private to the core: fingerprint_tables.hpp
+
 enum class FingerprintConvention { smooth, agox };
 
 struct FingerprintSettings {
@@ -83,6 +85,7 @@ class Fingerprint {
   struct Layout;  // defined in fingerprint.cpp
 
  private:
+  friend FingerprintTables fingerprint_tables(const Fingerprint& fingerprint);
   std::unique_ptr<const Layout> layout_;
 };
 

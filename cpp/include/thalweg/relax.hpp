@@ -23,7 +23,7 @@ struct Walls {
   Walls() = default;
   /// Throws Error if the vectors do not span a box (two of them at least must be independent, none nearly so).
   explicit Walls(const Confinement& box);
-  double height(int k, const double* x) const {
+  constexpr double height(int k, const double* x) const {
     const double* normal = normals + 3 * k;
     return normal[0] * x[0] + normal[1] * x[1] + normal[2] * x[2] - base[k];
   }
@@ -38,6 +38,8 @@ struct Walls {
   double thickness[3] = {};  // angstrom
   bool open[3] = {};
 };
+
+struct Touching;  // walls that one atom touches; private (relax_walls.hpp)
 
 struct RelaxSettings {
   int steps = 100;                // energy + force evaluations per structure beyond the first
@@ -79,9 +81,7 @@ class Minimiser {
   const std::vector<double>& best_forces() const { return best_forces_; }
 
  private:
-  struct Touching;  // walls that one atom touches
   Touching touching(std::size_t atom, const double* x) const;
-  void add_wall(Touching& walls, std::size_t atom, int k, double sign, bool both) const;
   void project_to_face(std::size_t atom, double* v) const;
   std::size_t ring_row(int age) const {
     return static_cast<std::size_t>((newest_ - age + settings_.memory) % settings_.memory);
