@@ -16,8 +16,8 @@ n structures of m atoms together are given as everywhere in thalweg:
 Arrays may be NumPy's or anything with DLPack on the CPU (tensors of PyTorch, JAX, ...); float64 positions, int32 numbers
 and int64 offsets in C order are used where they lie, others are copied. Results are new NumPy arrays, which
 `torch.from_numpy` takes without a copy. `threads=0` takes what affinity and cgroups leave, and results do not depend on
-it. `device="cuda"` raises BackendUnavailable in an installation without GPU kernels. Everything else that is wrong
-raises ConfigurationError (a ValueError): what was expected, what came.
+it. `device="cuda"` raises BackendUnavailable: the twins for devices are in `_core.cuda` (docs/cuda.md). Everything else
+that is wrong raises ConfigurationError (a ValueError): what was expected, what came.
 """
 
 from __future__ import annotations
@@ -288,8 +288,8 @@ def _expect(name: str, array: Any, shape: tuple[int, ...]) -> None:
 def _on(device: str) -> None:
     if device == "cuda":
         raise BackendUnavailable(
-            "device='cuda' needs thalweg's GPU kernels, which this installation does not have: build it from its sources "
-            "on a machine with nvcc (docs/backend.md, 'On a GPU'), or leave device='cpu'"
+            "these functions compute on the CPU: leave device='cpu'. The CUDA twins are in thalweg._core.cuda, for device "
+            "arrays, in an installation made with -Ccmake.define.THALWEG_CUDA=ON (docs/cuda.md)"
         )
     if device != "cpu":
         raise ConfigurationError(f"device must be 'cpu' or 'cuda', got '{device}'")
