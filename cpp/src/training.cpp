@@ -21,9 +21,9 @@ THALWEG_DISPATCH(TrainingKernels, training_kernels)
 
 namespace {
 
-// What the derivative of tanh counts for at least: at the true one, a network that has run into saturation never leaves it.
+// What the derivative of tanh counts for at least: at the true one, a network that has run into saturation never leaves
+// it.
 constexpr double kLeastSlope = 1e-3;
-
 
 static_assert(QNetworkShape::kHidden == kHidden);
 
