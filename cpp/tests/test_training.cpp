@@ -145,7 +145,7 @@ Reference reference(const Example& e) {
     const double q = std::tanh(a[4][action]), error = q - static_cast<double>(e.targets[i]);
     r.q.push_back(q);
     r.loss += error * error / static_cast<double>(n);
-    d[4][action] = 2 * error / static_cast<double>(n) * (1 - q * q);
+    d[4][action] = 2 * error / static_cast<double>(n) * std::max(1 - q * q, 1e-3);  // training.hpp says why
     for (std::size_t l = 4; l-- > 0;) {
       for (int o = 0; o < channels[l + 1]; ++o)
         for (int x = 0; x < size; ++x)
