@@ -175,7 +175,7 @@ def test_auto_takes_it_for_molecules_alone():
         return recipes.gofee(Problem(formula, **(options or {"cell": 12.0})), EMT()).models["gp"]
 
     assert model("C2H4O").prior == "tight-binding"
-    for others in (model("Au2Cu2"), model("CO", cell=6.0, pbc=True), model("Si4")):
+    for others in (model("Au2Cu2"), model("CO", cell=6.0, pbc=True), model("N4")):
         assert [inner.prior for inner in others.models.values()] == ["fitted", None]
 
 
