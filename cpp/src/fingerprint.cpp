@@ -4,12 +4,12 @@
 #include <array>
 #include <cmath>
 #include <cstring>
-#include <mutex>
 
 #include "buffer.hpp"
 #include "fingerprint_kernels.hpp"
 #include "fingerprint_tables.hpp"
 #include "isa.hpp"
+#include "spare.hpp"
 #include "thalweg/neighbors.hpp"
 
 namespace thalweg {
@@ -23,7 +23,6 @@ constexpr std::size_t kMostColumns = 256;  // of a window; also in fingerprint_i
 constexpr double kLongestPiece = 0.25;     // in sigma: a polynomial of degree 7 is then off by 3e-13
 constexpr double kClosest = 1e-6;          // angstrom, between two atoms
 constexpr std::size_t kMostPieces = 64;
-constexpr std::size_t kMostSpare = 64;  // workspaces kept
 
 std::size_t padded(std::size_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -155,8 +154,7 @@ struct Fingerprint::Layout {
   Axis radial, angular;
   std::vector<std::int32_t> fold;  // bin of the angular histogram that each padded one reflects to
 
-  mutable std::mutex guard;  // of spare
-  mutable std::vector<Workspace> spare;
+  mutable Spare<Workspace> spare;
 
   std::string formula() const {
     std::string text;
@@ -336,21 +334,11 @@ Fingerprint::Workspace::~Workspace() = default;
 Fingerprint::Workspace::Workspace(Workspace&&) noexcept = default;
 
 Fingerprint::Workspace Fingerprint::borrow() const {
-  {
-    const std::lock_guard<std::mutex> lock(layout_->guard);
-    if (!layout_->spare.empty()) {
-      Workspace workspace = std::move(layout_->spare.back());
-      layout_->spare.pop_back();
-      return workspace;
-    }
-  }
+  if (auto spare = layout_->spare.take()) return std::move(*spare);
   return Workspace(*this);
 }
 
-void Fingerprint::give_back(Workspace&& workspace) const {
-  const std::lock_guard<std::mutex> lock(layout_->guard);
-  if (layout_->spare.size() < kMostSpare) layout_->spare.push_back(std::move(workspace));
-}
+void Fingerprint::give_back(Workspace&& workspace) const { layout_->spare.give(std::move(workspace)); }
 
 namespace {
 

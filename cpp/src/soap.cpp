@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <mutex>
 #include <vector>
 
 #include "buffer.hpp"
 #include "isa.hpp"
 #include "soap_kernels.hpp"
+#include "spare.hpp"
 #include "thalweg/neighbors.hpp"
 
 namespace thalweg {
@@ -21,7 +21,6 @@ constexpr long double kPi = 3.14159265358979323846264338327950288L;
 constexpr double kLogThreshold = 6.907755278982137;  // ln 1000: where basis functions and neighbours have faded
 constexpr int kMostRadial = 16, kMostDegree = 12;    // also in soap_isa.cpp
 constexpr long double kLeastEigenvalue = 1e-14L;     // of S_l with unit diagonal; dscribe's double precision ends there
-constexpr std::size_t kMostSpare = 64;               // workspaces kept
 
 void expect_setting(bool good, const char* name, const char* wanted, double came) {
   if (!good) throw Error(std::string("SOAP: ") + name + " must be " + wanted + ", but it is " + std::to_string(came));
@@ -98,8 +97,7 @@ struct Soap::Layout {
   std::vector<double> gamma, to_basis, from_basis, norm, factor;
   std::vector<std::int32_t> exponent_of;
 
-  mutable std::mutex guard;  // of spare
-  mutable std::vector<Workspace> spare;
+  mutable Spare<Workspace> spare;
 
   std::size_t species(std::int32_t number) const {
     const std::int16_t s = number >= 0 && number < 128 ? species_of[static_cast<std::size_t>(number)] : -1;
@@ -210,21 +208,11 @@ Soap::Workspace::~Workspace() = default;
 Soap::Workspace::Workspace(Workspace&&) noexcept = default;
 
 Soap::Workspace Soap::borrow() const {
-  {
-    const std::lock_guard<std::mutex> lock(layout_->guard);
-    if (!layout_->spare.empty()) {
-      Workspace workspace = std::move(layout_->spare.back());
-      layout_->spare.pop_back();
-      return workspace;
-    }
-  }
+  if (auto spare = layout_->spare.take()) return std::move(*spare);
   return Workspace(*this);
 }
 
-void Soap::give_back(Workspace&& workspace) const {
-  const std::lock_guard<std::mutex> lock(layout_->guard);
-  if (layout_->spare.size() < kMostSpare) layout_->spare.push_back(std::move(workspace));
-}
+void Soap::give_back(Workspace&& workspace) const { layout_->spare.give(std::move(workspace)); }
 
 void Soap::check(const StructureView& structure) const {
   for (std::size_t i = 0; i < structure.n; ++i) (void)layout_->species(structure.numbers[i]);

@@ -2,20 +2,12 @@
 #include <vector>
 
 #include "minitest.hpp"
+#include "structure.hpp"
 #include "thalweg/density.hpp"
 
 using namespace thalweg;
 
 namespace {
-
-struct Structure {
-  std::vector<std::int32_t> numbers;
-  std::vector<double> positions;
-  double cell[9];
-  std::uint8_t pbc[3];
-
-  StructureView view() const { return {numbers.size(), positions.data(), numbers.data(), cell, pbc, nullptr}; }
-};
 
 Structure oxide() {
   return {{8, 22, 8}, {0.1, 0.2, 0.0, 2.3, 0.4, 0.6, 0.3, 2.4, 0.4}, {5.1, 0.2, 0, 1.9, 4.8, 0, 0, 0, 20}, {1, 1, 0}};

@@ -4,20 +4,12 @@
 #include <random>
 
 #include "minitest.hpp"
+#include "structure.hpp"
 #include "thalweg/fingerprint.hpp"
 
 using namespace thalweg;
 
 namespace {
-
-struct Structure {
-  std::vector<std::int32_t> numbers;
-  std::vector<double> positions;
-  double cell[9];
-  std::uint8_t pbc[3];
-
-  StructureView view() const { return {numbers.size(), positions.data(), numbers.data(), cell, pbc, nullptr}; }
-};
 
 /// Atoms at random places of a box of this edge in the cell, no two closer than 1.6 angstrom (images apart).
 Structure random_structure(std::vector<std::int32_t> numbers, std::vector<double> cell, bool periodic, unsigned seed) {

@@ -3,20 +3,12 @@
 #include <random>
 
 #include "minitest.hpp"
+#include "structure.hpp"
 #include "thalweg/soap.hpp"
 
 using namespace thalweg;
 
 namespace {
-
-struct Structure {
-  std::vector<std::int32_t> numbers;
-  std::vector<double> positions;
-  double cell[9];
-  std::uint8_t pbc[3];
-
-  StructureView view() const { return {numbers.size(), positions.data(), numbers.data(), cell, pbc, nullptr}; }
-};
 
 Structure skewed(std::uint8_t third = 1) {
   return {{8, 22, 8, 8, 22, 38},

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from thalweg import _core
+from thalweg.elements import NUMBERS
 from thalweg.errors import ConfigurationError, nearest
 
 __all__ = ["SOAP", "Fingerprint", "LocalDensity"]
@@ -218,16 +219,10 @@ def _numbers_of(species: Sequence[str | int] | None) -> tuple[int, ...] | None:
         return None
     if isinstance(species, str):
         raise ConfigurationError(f"species must be a sequence such as ('Ti', 'O'), got the text '{species}'")
-    symbols = [name for name in species if isinstance(name, str)]
-    known: dict[str, int] = {}
-    if symbols:
-        from ase.data import atomic_numbers
-
-        known = atomic_numbers
-        for name in symbols:
-            if name not in known:
-                raise ConfigurationError(f"'{name}' is no chemical symbol.{nearest(name, known)}")
-    return tuple(sorted({known[name] if isinstance(name, str) else int(name) for name in species}))
+    for name in species:
+        if isinstance(name, str) and name not in NUMBERS:
+            raise ConfigurationError(f"'{name}' is no chemical symbol.{nearest(name, NUMBERS)}")
+    return tuple(sorted({NUMBERS[name] if isinstance(name, str) else int(name) for name in species}))
 
 
 def _species(species: Any, numbers: ArrayLike) -> tuple[int, ...]:
