@@ -260,7 +260,7 @@ def test_an_agent_learns_and_its_targets_are_those_of_the_best_episode():
     "options",
     [
         {}, {"postprocess": "surrogate", "surrogate_after": 3}, {"representation": "agr"},
-        {"train_steps": 2, "warm_up": 6, "favour": 1.0},
+        {"train_steps": 2, "warm_up": 6, "favour": 1.0, "patience": 2, "novel": True},
         {"acquisition": "lcb", "candidates": 4, "rebuild": 2, "rebuild_after": 3},
         {"acquisition": "lcb", "candidates": 2, "rebuild": 1, "unchosen": 3, "displaced": 2, "rebuild_after": 3,
          "postprocess": "surrogate", "surrogate_after": 3},
@@ -288,11 +288,12 @@ def test_compiled_maps_are_those_of_pytorch(representation):
     assert np.abs(agent.q_maps(states) - expected).max() < 3e-6
 
 
-def test_snapshots_are_kept_and_training_since_is_repeated(tmp_path):
+@pytest.mark.parametrize("patience", [0, 2])
+def test_snapshots_are_kept_and_training_since_is_repeated(tmp_path, patience):
     from dataclasses import replace
 
     def search(store=None):
-        found = toy(seed=3, store=store)
+        found = toy(seed=3, store=store, patience=patience)
         found.models["agent"] = replace(found.models["agent"], snapshot_every=4)
         return found
 
@@ -367,6 +368,7 @@ def test_an_agent_finds_a_small_minimum_sooner_than_chance():
         ({"policy": "greedy"}, "policy"),
         ({"span": -1.0}, "span"),
         ({"favour": -1.0}, "favour"),
+        ({"patience": -1}, "patience"),
         ({"train_steps": 0}, "steps"),
         ({"lr": 0.0}, "learning rate"),
         ({"network": "thesis"}, "preset"),
@@ -424,3 +426,38 @@ def test_low_episodes_are_replayed_more_and_the_learning_rate_warms_up(monkeypat
         replayed += [ranks[episode] / newest for episode in others]
     assert np.mean(replayed) < 0.4  # evenly drawn: 0.5
     assert agent.trainer.updates == 90 and agent.trainer.lr == agent.model.lr
+
+
+def test_an_agent_without_success_begins_anew(monkeypatch):
+    from thalweg import agent as module
+
+    drawn, weights = [], []
+    train_on = module.FittedAgent._train_on
+
+    def noting(self, chosen, rng):
+        drawn.append((len(self.builds) - 1, list(chosen)))
+        weights.append(self.trainer.parameters.copy())
+        return train_on(self, chosen, rng)
+
+    monkeypatch.setattr(module.FittedAgent, "_train_on", noting)
+    with toy(seed=1, patience=4) as search:
+        search.run(40)
+        search.ask()  # learns the last
+    agent = search.fitted["agent"]
+    # by hand: where lives begin, from the energies alone
+    begins, best, last = [0], np.inf, 0
+    for episode, energy in enumerate(agent.energies):
+        if episode - last > 4:
+            begins.append(episode)
+            best, last = np.inf, episode
+        if energy < best:
+            best, last = energy, episode
+    assert len(begins) > 2 and agent._lives == len(begins) - 1
+    for (episode, chosen), before in zip(drawn, weights, strict=True):
+        life = np.searchsorted(begins, episode, side="right") - 1
+        assert min(chosen) >= begins[life]
+        assert chosen[0] == begins[life] + np.argmin(agent.energies[begins[life] : episode + 1])
+        if episode == begins[life]:  # other initial weights in every life
+            assert np.array_equal(before, agent.model.trainer(int(life)).parameters)
+    firsts = [agent.model.trainer(life).parameters for life in range(len(begins))]
+    assert all(not np.array_equal(a, b) for a, b in itertools.combinations(firsts, 2))

@@ -323,6 +323,10 @@ class Agent:
         Random episodes per training step.
     favour : float
         How much more often low episodes are replayed: with weights rank^-favour, rank 1 the lowest. 0: all alike.
+    patience : int
+        After so many episodes without a new lowest energy the agent begins anew: other initial weights, and rewards and
+        replay know later episodes only. A pattern that was learned early, such as a square lattice, is seldom left
+        otherwise. 0: never.
     symmetry : bool or None
         Random copies rotated and mirrored; None: in two dimensions, unless a template has atoms beyond the grid.
     backend : "auto", "core" or "torch", see `thalweg.networks.Trainer`
@@ -346,6 +350,7 @@ class Agent:
     steps: int = 1
     replay: int = 3
     favour: float = 0.0
+    patience: int = 0
     symmetry: bool | None = None
     backend: str = "auto"
     transfer_from: str | None = None
@@ -362,7 +367,9 @@ class Agent:
             )
         if self.span is not None and not self.span > 0:
             raise ConfigurationError(f"the span of the rewards must be above 0 eV, got {self.span!r}")
-        for name, least in (("replay", 0), ("favour", 0), ("warm_up", 0), ("steps", 1), ("snapshot_every", 1)):
+        for name, least in (
+            ("replay", 0), ("favour", 0), ("patience", 0), ("warm_up", 0), ("steps", 1), ("snapshot_every", 1),
+        ):
             if not getattr(self, name) >= least:
                 raise ConfigurationError(f"{name} of an agent must be at least {least}, got {getattr(self, name)!r}")
         if not self.lr > 0:
@@ -384,8 +391,8 @@ class Agent:
         fitted.load(data, state)
         return fitted
 
-    def trainer(self) -> Any:
-        """A new network and its optimiser."""
+    def trainer(self, life: int = 0) -> Any:
+        """A new network and its optimiser; `life` counts how often the agent began anew."""
         from thalweg import networks
 
         grid = self.built_on
@@ -397,7 +404,7 @@ class Agent:
         }  # fmt: skip
         image = kinds[self.representation](len(grid.species), grid.dimension, **self.representation_options)
         name = self.network or ("thesis-2d" if grid.dimension == 2 else "thesis-3d-dilated-2")
-        network = networks.QNetwork.preset(name, image, seed=self.seed)
+        network = networks.QNetwork.preset(name, image, seed=self.seed if life == 0 else Key.of(self.seed).fold("life", life).value)
         trainer = networks.Trainer(network, grid.shape, grid.periodic, lr=self.lr, backend=self.backend)
         if self.transfer_from is not None:
             _start_from(trainer, self.transfer_from)
@@ -414,7 +421,9 @@ class FittedAgent:
         self.builds: list[Array] = []
         self.energies: list[float] = []
         self.losses: list[float] = []
-        self._best: dict[bytes, float] = {}  # lowest energy of the episodes that contain a state-action pair
+        self._begin, self._lives = 0, 0  # the first episode of this life
+        self._improved = -1  # the last episode of this life that was the lowest so far
+        self._best: dict[bytes, float] = {}  # lowest energy of the episodes of this life that contain a state-action pair
         self._known: set[bytes] = set()
         self._rows_seen = 0
         self._map: Any = None
@@ -460,25 +469,36 @@ class FittedAgent:
     def learn(self, data: Batch, *, steps_from: int = 0) -> None:
         """Takes in the episodes of `data` not yet seen, one training step each from episode `steps_from` on."""
         for structure, energy in _episodes(data, self._rows_seen):
-            self._take_in(_rows(self.grid, structure), energy)
+            begun = self._take_in(_rows(self.grid, structure), energy)
             if len(self.builds) > steps_from:
+                if begun:
+                    self.trainer = self.model.trainer(self._lives)
                 self._train()
         self._rows_seen = len(data)
 
-    def _take_in(self, rows: Array, energy: float) -> None:
+    def _take_in(self, rows: Array, energy: float) -> bool:
+        """One more episode; whether a new life of the agent begins with it."""
+        newest, patience = len(self.builds), self.model.patience
+        anew = bool(patience) and newest - max(self._begin, self._improved) > patience
+        if anew:
+            self._begin, self._lives, self._improved = newest, self._lives + 1, -1
+            self._best.clear()
+        if energy < min(self.energies[self._begin :], default=np.inf):
+            self._improved = newest
         self.builds.append(rows)
         self.energies.append(energy)
         self._known.add(_canonical(rows))
         for key in _pairs(rows):
             self._best[key] = min(energy, self._best.get(key, np.inf))
+        return anew
 
     def _train(self) -> None:
         self._map = None
         newest, model = len(self.builds) - 1, self.model
         rng = Key.of(model.seed).fold("replay", newest).rng()
         energies = np.array(self.energies)
-        best = int(np.argmin(energies))
-        others = np.setdiff1d(np.arange(newest), [best])
+        best = self._begin + int(np.argmin(energies[self._begin :]))
+        others = np.setdiff1d(np.arange(self._begin, newest), [best])
         weights = (1.0 + np.argsort(np.argsort(energies[others], kind="stable"))) ** -model.favour
         for step in range(model.steps):
             drawn = rng.choice(
@@ -525,7 +545,8 @@ class FittedAgent:
 
     def _scale(self) -> tuple[float, float]:
         """The best energy and the span of the rewards [eV]."""
-        best, recent = min(self.energies), np.array(self.energies[-100:])
+        own = self.energies[self._begin :]
+        best, recent = min(own), np.array(own[-100:])
         recent = recent[np.isfinite(recent)]
         if self.model.span is not None or not len(recent):
             return best, self.model.span or 1.0

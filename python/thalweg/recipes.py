@@ -236,6 +236,7 @@ def asla(
     train_steps: int = 1,
     replay: int = 3,
     favour: float = 0.0,
+    patience: int = 0,
     symmetry: bool | None = None,
     transfer_from: str | None = None,
     prior: Any = "fitted",
@@ -312,6 +313,8 @@ def asla(
         Random episodes per training step, beside the best and the newest.
     favour : float
         How much more often low episodes are replayed, see `Agent`.
+    patience : int
+        Episodes without a new lowest energy after which the agent begins anew, see `Agent`; 0: never.
     symmetry : bool, optional
         Pairs are rotated and mirrored at random; default: in two dimensions.
     transfer_from : str, optional
@@ -344,7 +347,7 @@ def asla(
     agent = Agent(
         grids, representation=representation, representation_options=dict(representation_options or {}),
         network=network, span=span, lr=lr, warm_up=warm_up, steps=train_steps,
-        replay=replay, favour=favour, symmetry=symmetry, transfer_from=transfer_from,
+        replay=replay, favour=favour, patience=patience, symmetry=symmetry, transfer_from=transfer_from,
         backend=backend, seed=seed,
     )  # fmt: skip
     models: dict[str, Any] = {} if policy == "uniform" else {"agent": agent}  # who asks for no Q need not learn it
