@@ -368,7 +368,12 @@ class Agent:
         if self.span is not None and not self.span > 0:
             raise ConfigurationError(f"the span of the rewards must be above 0 eV, got {self.span!r}")
         for name, least in (
-            ("replay", 0), ("favour", 0), ("patience", 0), ("warm_up", 0), ("steps", 1), ("snapshot_every", 1),
+            ("replay", 0),
+            ("favour", 0),
+            ("patience", 0),
+            ("warm_up", 0),
+            ("steps", 1),
+            ("snapshot_every", 1),
         ):
             if not getattr(self, name) >= least:
                 raise ConfigurationError(f"{name} of an agent must be at least {least}, got {getattr(self, name)!r}")
@@ -404,7 +409,8 @@ class Agent:
         }  # fmt: skip
         image = kinds[self.representation](len(grid.species), grid.dimension, **self.representation_options)
         name = self.network or ("thesis-2d" if grid.dimension == 2 else "thesis-3d-dilated-2")
-        network = networks.QNetwork.preset(name, image, seed=self.seed if life == 0 else Key.of(self.seed).fold("life", life).value)
+        seed = self.seed if life == 0 else Key.of(self.seed).fold("life", life).value
+        network = networks.QNetwork.preset(name, image, seed=seed)
         trainer = networks.Trainer(network, grid.shape, grid.periodic, lr=self.lr, backend=self.backend)
         if self.transfer_from is not None:
             _start_from(trainer, self.transfer_from)
@@ -423,7 +429,9 @@ class FittedAgent:
         self.losses: list[float] = []
         self._begin, self._lives = 0, 0  # the first episode of this life
         self._improved = -1  # the last episode of this life that was the lowest so far
-        self._best: dict[bytes, float] = {}  # lowest energy of the episodes of this life that contain a state-action pair
+        self._best: dict[
+            bytes, float
+        ] = {}  # lowest energy of the episodes of this life that contain a state-action pair
         self._known: set[bytes] = set()
         self._rows_seen = 0
         self._map: Any = None
