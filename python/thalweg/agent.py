@@ -183,7 +183,7 @@ class Build:
     grid: GridSettings = field(default_factory=GridSettings)
     policy: Policy = field(default_factory=Policy)
     model: str = "agent"
-    novel: bool = False
+    novel: bool = True
     name: str = "Build"
 
     def __post_init__(self) -> None:
@@ -216,7 +216,7 @@ class Rebuild:
     grid: GridSettings = field(default_factory=GridSettings)
     policy: Policy = field(default_factory=Policy)
     model: str = "agent"
-    novel: bool = False
+    novel: bool = True
     name: str = "Rebuild"
 
     def __post_init__(self) -> None:
@@ -300,8 +300,9 @@ class Agent:
     """Q-learning from every evaluated structure; needs PyTorch (`pip install 'thalweg[asla]'`).
 
     Each told iteration is an episode: its lowest structure, snapped to the grid, gives one state-action pair per placed
-    atom. After each episode the network takes one training step on the pairs of the best, the newest and `replay` random
-    episodes, each pair rotated or mirrored at random.
+    atom. After each episode the network takes `steps` training steps on the pairs of the best, the newest and `replay`
+    random episodes, each pair rotated or mirrored at random. The published agent (Papers II, III) has lr=1e-3, warm_up=0,
+    steps=1, patience=0.
 
     Parameters
     ----------
@@ -345,12 +346,12 @@ class Agent:
     representation_options: Mapping[str, Any] = field(default_factory=dict)
     network: str | None = None
     span: float | None = None
-    lr: float = 1e-3
-    warm_up: int = 0
-    steps: int = 1
+    lr: float = 2e-3
+    warm_up: int = 100
+    steps: int = 3
     replay: int = 3
     favour: float = 0.0
-    patience: int = 0
+    patience: int = 100
     symmetry: bool | None = None
     backend: str = "auto"
     transfer_from: str | None = None
