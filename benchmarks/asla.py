@@ -45,7 +45,7 @@ MOLECULES = {"aniline": "C6NH7", "benzene": "C6H6"}
 ENERGIES: dict[str, tuple[float, float]] = {"Ni4Au4": (7.9109, 0.02)}
 
 # The training of Papers II and III; everything else has the defaults of the recipe.
-PUBLISHED = {"lr": 1e-3, "warm_up": 0, "train_steps": 1, "patience": 0, "novel": False}
+PUBLISHED = {"lr": 1e-3, "warm_up": 0, "train_steps": 1, "patience": 0, "lifetime": 0, "novel": False}
 
 ARMS: dict[str, dict] = {
     "gaussian": {},
@@ -58,7 +58,7 @@ ARMS: dict[str, dict] = {
     "epsilon 2/N": {"epsilon": "2/N"},
     "published training": PUBLISHED,
     "published training, one-hot": {**PUBLISHED, "representation": "one-hot"},
-    "never anew": {"patience": 0},
+    "never anew": {"patience": 0, "lifetime": 0},
     "not novel": {"novel": False},
     "no copies": {"symmetry": False},
     "1 step": {"train_steps": 1},

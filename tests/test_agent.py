@@ -260,7 +260,7 @@ def test_an_agent_learns_and_its_targets_are_those_of_the_best_episode():
     "options",
     [
         {}, {"postprocess": "surrogate", "surrogate_after": 3}, {"representation": "agr"},
-        {"train_steps": 2, "warm_up": 6, "favour": 1.0, "patience": 2, "novel": True},
+        {"train_steps": 2, "warm_up": 6, "favour": 1.0, "patience": 3, "lifetime": 4},
         {"acquisition": "lcb", "candidates": 4, "rebuild": 2, "rebuild_after": 3},
         {"acquisition": "lcb", "candidates": 2, "rebuild": 1, "unchosen": 3, "displaced": 2, "rebuild_after": 3,
          "postprocess": "surrogate", "surrogate_after": 3},
@@ -428,7 +428,14 @@ def test_low_episodes_are_replayed_more_and_the_learning_rate_warms_up(monkeypat
     assert agent.trainer.updates == 90 and agent.trainer.lr == agent.model.lr
 
 
-def test_an_agent_without_success_begins_anew(monkeypatch):
+def test_lives_last_as_long_as_luby_says():
+    from thalweg.agent import _luby
+
+    assert [_luby(k) for k in range(1, 16)] == [1, 1, 2, 1, 1, 2, 4, 1, 1, 2, 1, 1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(("patience", "lifetime"), [(4, 0), (0, 5), (4, 7)])
+def test_an_agent_without_success_begins_anew(monkeypatch, patience, lifetime):
     from thalweg import agent as module
 
     drawn, weights = [], []
@@ -440,14 +447,15 @@ def test_an_agent_without_success_begins_anew(monkeypatch):
         return train_on(self, chosen, rng)
 
     monkeypatch.setattr(module.FittedAgent, "_train_on", noting)
-    with toy(seed=1, patience=4, train_steps=1) as search:
+    with toy(seed=1, patience=patience, lifetime=lifetime, train_steps=1) as search:
         search.run(40)
         search.ask()  # learns the last
     agent = search.fitted["agent"]
     # by hand: where lives begin, from the energies alone
     begins, best, last = [0], np.inf, 0
     for episode, energy in enumerate(agent.energies):
-        if episode - last > 4:
+        length = lifetime * [1, 1, 2, 1, 1, 2, 4, 1, 1, 2, 1, 1, 2, 4, 8][len(begins) - 1]
+        if episode - last > patience > 0 or episode - begins[-1] >= length > 0:
             begins.append(episode)
             best, last = np.inf, episode
         if energy < best:

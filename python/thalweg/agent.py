@@ -302,7 +302,7 @@ class Agent:
     Each told iteration is an episode: its lowest structure, snapped to the grid, gives one state-action pair per placed
     atom. After each episode the network takes `steps` training steps on the pairs of the best, the newest and `replay`
     random episodes, each pair rotated or mirrored at random. The published agent (Papers II, III) has lr=1e-3, warm_up=0,
-    steps=1, patience=0.
+    steps=1, patience=0, lifetime=0.
 
     Parameters
     ----------
@@ -328,6 +328,10 @@ class Agent:
         After so many episodes without a new lowest energy the agent begins anew: other initial weights, and rewards and
         replay know later episodes only. A pattern that was learned early, such as a square lattice, is seldom left
         otherwise. 0: never.
+    lifetime : int
+        It begins anew, too, after `lifetime` times 1, 1, 2, 1, 1, 2, 4, ... episodes, whatever it found: an agent finds the
+        minimum soon or hardly ever (universal sequence of Luby, Sinclair, Zuckerman, Inf. Process. Lett. 47, 173 (1993)).
+        0: never.
     symmetry : bool or None
         Random copies rotated and mirrored; None: in two dimensions, unless a template has atoms beyond the grid.
     backend : "auto", "core" or "torch", see `thalweg.networks.Trainer`
@@ -352,6 +356,7 @@ class Agent:
     replay: int = 3
     favour: float = 0.0
     patience: int = 100
+    lifetime: int = 300
     symmetry: bool | None = None
     backend: str = "auto"
     transfer_from: str | None = None
@@ -487,8 +492,9 @@ class FittedAgent:
 
     def _take_in(self, rows: Array, energy: float) -> bool:
         """One more episode; whether a new life of the agent begins with it."""
-        newest, patience = len(self.builds), self.model.patience
-        anew = bool(patience) and newest - max(self._begin, self._improved) > patience
+        newest, model = len(self.builds), self.model
+        stands_still = newest - max(self._begin, self._improved) > model.patience > 0
+        anew = stands_still or newest - self._begin >= model.lifetime * _luby(self._lives + 1) > 0
         if anew:
             self._begin, self._lives, self._improved = newest, self._lives + 1, -1
             self._best.clear()
@@ -637,6 +643,13 @@ def _episodes(data: Batch, begin: int) -> list[tuple[Batch, float]]:
         lowest = int(rows[np.argmin(energy[rows])])
         found.append((data[begin + lowest], float(energy[lowest])))
     return found
+
+
+def _luby(k: int) -> int:
+    """The k-th, from 1 on, of 1, 1, 2, 1, 1, 2, 4, 1, 1, 2, 1, 1, 2, 4, 8, ..."""
+    while k & (k + 1):
+        k -= (1 << (k.bit_length() - 1)) - 1
+    return (k + 1) >> 1
 
 
 def _canonical(rows: Array) -> bytes:

@@ -237,6 +237,7 @@ def asla(
     replay: int = 3,
     favour: float = 0.0,
     patience: int = 100,
+    lifetime: int = 300,
     symmetry: bool | None = None,
     transfer_from: str | None = None,
     prior: Any = "auto",
@@ -245,7 +246,8 @@ def asla(
 ) -> Search:
     """Atomistic structure learning (ASLA; thesis ch. 4 to 6): an agent places atom after atom on a grid and learns from
     every energy which placements pay. Needs `pip install 'thalweg[asla]'`. The defaults of the learning are those that
-    did best on graphene and its likes; the published ones are lr=1e-3, warm_up=0, train_steps=1, patience=0, novel=False.
+    did best on graphene and its likes; the published ones are lr=1e-3, warm_up=0, train_steps=1, patience=0, lifetime=0,
+    novel=False.
 
     Parameters
     ----------
@@ -316,6 +318,8 @@ def asla(
         How much more often low episodes are replayed, see `Agent`.
     patience : int
         Episodes without a new lowest energy after which the agent begins anew, see `Agent`; 0: never.
+    lifetime : int
+        It begins anew after this times 1, 1, 2, 1, 1, 2, 4, ... episodes in any case, see `Agent`; 0: never.
     symmetry : bool, optional
         Pairs are rotated and mirrored at random; default: in two dimensions.
     transfer_from : str, optional
@@ -349,7 +353,7 @@ def asla(
     agent = Agent(
         grids, representation=representation, representation_options=dict(representation_options or {}),
         network=network, span=span, lr=lr, warm_up=warm_up, steps=train_steps,
-        replay=replay, favour=favour, patience=patience, symmetry=symmetry, transfer_from=transfer_from,
+        replay=replay, favour=favour, patience=patience, lifetime=lifetime, symmetry=symmetry, transfer_from=transfer_from,
         backend=backend, seed=seed,
     )  # fmt: skip
     models: dict[str, Any] = {} if policy == "uniform" else {"agent": agent}  # who asks for no Q need not learn it
