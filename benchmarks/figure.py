@@ -1,8 +1,9 @@
-"""Success curves with confidence bands from what benchmarks/search.py wrote, one panel a problem.
+"""Success curves with confidence bands from what benchmarks/search.py or asla.py wrote, one panel a problem.
 
 python benchmarks/search.py --arm gofee --arm "basin hopping" --cap 3000 --json arms.json
 python benchmarks/figure.py arms.json -o docs/success.png
 python benchmarks/figure.py arms.json benchmarks/data/agox_gofee_au4ni4.json -o docs/success.png   # AGOX's kept restarts
+python benchmarks/figure.py benchmarks/data/asla/graphene.jsonl benchmarks/data/asla/aniline.jsonl -o docs/asla.png
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 
 
 def rows_of(path: str) -> list[dict[str, Any]]:
-    """The rows of a file of benchmarks/search.py, or AGOX's kept restarts as one."""
+    """The rows of a file of benchmarks/search.py, of one of benchmarks/asla.py (.jsonl), or AGOX's kept restarts as one."""
+    if path.endswith(".jsonl"):
+        with open(path) as file:
+            return rows_of_arms([json.loads(line) for line in file])
     with open(path) as file:
         found = json.load(file)
     if isinstance(found, list):
@@ -38,6 +42,24 @@ def rows_of(path: str) -> list[dict[str, Any]]:
     ok = sum(one["delivered"] is not None for one in restarts)
     arm = f"AGOX {found['versions']['agox']} GOFEE"
     return [{"problem": found["problem"]["symbols"], "arm": arm, "n": len(restarts), "ok": ok, "restarts": restarts}]
+
+
+def rows_of_arms(restarts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row an arm."""
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for one in restarts:
+        delivered = one["evaluations"] if one["success"] else None
+        arms.setdefault(one["arm"], []).append({"delivered": delivered, "evaluations": one["evaluations"]})
+    return [
+        {
+            "problem": restarts[0]["problem"],
+            "arm": arm,
+            "n": len(runs),
+            "ok": sum(run["delivered"] is not None for run in runs),
+            "restarts": runs,
+        }
+        for arm, runs in arms.items()
+    ]
 
 
 def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
