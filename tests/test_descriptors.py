@@ -298,3 +298,11 @@ def test_bad_input():
         empty.offsets = np.array([0])
         Fingerprint().values(empty)
     assert _core.Fingerprint([29, 29], False).size == 30
+
+
+def test_create_and_derivatives_take_atoms():
+    fingerprint, atoms = Fingerprint(), cluster()
+    derivatives, values = fingerprint.derivatives(atoms)
+    assert np.array_equal(values, fingerprint.values(batch_of(atoms))[0])
+    assert np.array_equal(derivatives, fingerprint.jacobian(batch_of(atoms)))
+    assert np.array_equal(fingerprint.create([atoms, atoms]), [values, values])

@@ -34,7 +34,7 @@ PYTHON = [
         "callbacks",
         "stagnation",
     },
-    {"search", "store", "networks"},
+    {"search", "store", "networks", "agox_adapter"},
     {"recipes", "testing"},
     {"config", "campaign", "report", "progress", "bench", "scaffold", "importing"},
     {"cli"},

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import make_supercell
+from ase.constraints import FixScaled
 from scipy.special import sph_harm_y
 from test_descriptors import batch_of, close, cluster, skewed, slab
 from thalweg import _core
@@ -280,3 +281,33 @@ def test_bad_input():
         SOAP().values(empty)
     assert SOAP(species=["Ag"]).values(empty).shape[0] == 0
     assert _core.Soap(np.array([1], np.int32)).reach == pytest.approx(6.0 + 0.5 * sqrt(2 * log(1000)))
+
+
+# ---- as dscribe's objects ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("average", ["off", "mean", "sum"])
+def test_create_and_derivatives_have_the_shapes_of_dscribe(average):
+    soap = SOAP(4.0, 3, 2, 1.0, species=["Cu", "Ag"], average=average)
+    atoms = cluster()
+    atoms.set_constraint(FixScaled(0))  # not one of ours: features have nothing to do with constraints
+    m, features = len(atoms), soap.get_number_of_features()
+    values, batch = soap.create(atoms), batch_of(atoms)
+    assert np.array_equal(values, soap.values(batch) if average == "off" else soap.values(batch)[0])
+    derivatives, again = soap.derivatives(atoms, attach=True)
+    assert np.array_equal(values, again)
+    assert derivatives.shape == (m if average == "off" else 1, m, 3, features)
+    weights = np.random.default_rng(1).normal(size=soap.values(batch).shape)
+    assert np.allclose(np.einsum("if,iaxf->ax", weights, derivatives), soap.contract(batch, weights))
+    assert soap.create([atoms, atoms]).shape == (2, *values.shape)
+    assert isinstance(soap.derivatives([atoms, atoms[:3]], attach=True, return_descriptor=False), list)
+
+
+def test_what_dscribe_would_do_otherwise_is_an_error():
+    with pytest.raises(ConfigurationError, match="attach=True"):
+        SOAP().derivatives(cluster())
+    with pytest.raises(ConfigurationError, match="give species"):
+        SOAP().get_number_of_features()
+    for senseless in ([], [1], "Au"):
+        with pytest.raises(ConfigurationError, match="list of at least one"):
+            SOAP().create(senseless)

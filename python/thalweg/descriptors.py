@@ -1,15 +1,16 @@
 """Descriptors: structures in, feature vectors and their derivatives out.
 
 Everything here takes a batch: any object with the arrays of `thalweg.records.Batch`
-(`positions`, `numbers`, `offsets`, `cells`, `pbc`, `fixed`).
+(`positions`, `numbers`, `offsets`, `cells`, `pbc`, `fixed`). `Fingerprint` and `SOAP` also have dscribe's `create`,
+`derivatives` and `get_number_of_features`, which take ASE's Atoms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 from thalweg import _core
 from thalweg.elements import NUMBERS
 from thalweg.errors import ConfigurationError, nearest
+
+if TYPE_CHECKING:
+    from thalweg.records import Batch
 
 __all__ = ["SOAP", "Fingerprint", "LocalDensity"]
 
@@ -89,6 +93,20 @@ class Fingerprint:
     def contract(self, batch: BatchLike, weights: Floats, threads: int = 0) -> Floats:
         """d(weights . features)/dx, (m, 3), for weights (n, size): one backward pass, no Jacobian."""
         return self._bind_to(batch).contract(batch, weights, threads)
+
+    def create(self, system: Any, *, threads: int = 0) -> Floats | list[Floats]:
+        """Features of ASE's Atoms (D,); of a list of them (n, D), or a list where compositions differ in D."""
+        return _of_systems(system, lambda batch: self.values(batch, threads)[0])
+
+    def derivatives(
+        self, system: Any, *, return_descriptor: bool = True, threads: int = 0
+    ) -> Floats | list[Floats] | tuple[Any, Any]:
+        """Derivatives (atoms, 3, D) [1/angstrom] of ASE's Atoms; with return_descriptor also what `create` gives.
+
+        Of a list of structures (n, atoms, 3, D), or a list where shapes differ.
+        """
+        found = _of_systems(system, lambda batch: self.jacobian(batch, threads))
+        return (found, self.create(system, threads=threads)) if return_descriptor else found
 
     def _bind_to(self, batch: BatchLike) -> _core.Fingerprint:
         offsets = np.asarray(batch.offsets)
@@ -170,6 +188,44 @@ class SOAP:
         """
         return self.bind(batch.numbers).jacobian(batch, threads)
 
+    def get_number_of_features(self) -> int:
+        """D. Raises ConfigurationError if `species` is None: then it depends on the batch."""
+        if self.species is None:
+            raise ConfigurationError(
+                "without species the number of features depends on the structures; give species=..."
+            )
+        return self.bind().size
+
+    def create(self, system: Any, *, threads: int = 0) -> Floats | list[Floats]:
+        """As dscribe's: features (atoms, D), or (D,) averaged, of ASE's Atoms.
+
+        Of a list of structures (n, atoms, D), or a list where shapes differ.
+        """
+        return _of_systems(system, lambda batch: self._squeezed(self.values(batch, threads)))
+
+    def derivatives(
+        self, system: Any, *, attach: bool = False, return_descriptor: bool = True, threads: int = 0
+    ) -> Floats | list[Floats] | tuple[Any, Any]:
+        """As dscribe's: derivatives (centres, atoms, 3, D) [1/angstrom]; with return_descriptor also what `create` gives.
+
+        One centre if averaged. Of a list of structures (n, centres, atoms, 3, D), or a list where shapes differ.
+        attach : must be True: here a centre moves with its atom, as it does in forces. (dscribe's default is False.)
+        """
+        if not attach:
+            raise ConfigurationError("centres move with their atoms here, those of dscribe only then: give attach=True")
+
+        def derivative(batch: BatchLike) -> Floats:
+            full = self.jacobian(batch, threads)[0]
+            if self.average == "off":
+                return full
+            return (full.mean if self.average == "mean" else full.sum)(axis=0, keepdims=True)
+
+        found = _of_systems(system, derivative)
+        return (found, self.create(system, threads=threads)) if return_descriptor else found
+
+    def _squeezed(self, features: Floats) -> Floats:
+        return features if self.average == "off" else features[0]
+
 
 @dataclass(frozen=True)
 class LocalDensity:
@@ -211,6 +267,20 @@ class LocalDensity:
     def jacobian(self, batch: BatchLike, threads: int = 0) -> list[Floats]:
         """Of each structure (n_i, n_i, 3, species + 1): d(features of an atom)/d(position of an atom), 1/angstrom."""
         return self.bind(batch.numbers).jacobian(batch, threads)
+
+
+def _of_systems(system: Any, one: Callable[[Batch], Floats]) -> Floats | list[Floats]:
+    """`one` of an Atoms object, or of each in a list: then one array if shapes agree, as dscribe gives it."""
+    from ase import Atoms
+
+    from thalweg.records import Batch
+
+    if isinstance(system, Atoms):
+        return one(Batch.from_ase(system, constraints=False))
+    if not isinstance(system, Sequence) or not system or not all(isinstance(atoms, Atoms) for atoms in system):
+        raise ConfigurationError(f"ASE's Atoms or a list of at least one were expected, got {type(system).__name__}")
+    found = [one(Batch.from_ase(atoms, constraints=False)) for atoms in system]
+    return np.stack(found) if len({array.shape for array in found}) == 1 else found
 
 
 def _numbers_of(species: Sequence[str | int] | None) -> tuple[int, ...] | None:

@@ -88,6 +88,7 @@ class CalculatorPrior:
     def __init__(self, calculator: Any, arguments: Mapping[str, Any] | None = None, *, keep: int = 20_000):
         from thalweg.calculators import landscape_of, make_calculator
 
+        self._made_of = calculator, dict(arguments or {}), keep
         if isinstance(calculator, str):
             try:
                 calculator = make_calculator(calculator, **(arguments or {}))
@@ -109,6 +110,9 @@ class CalculatorPrior:
 
     def __hash__(self) -> int:
         return hash(self._text)
+
+    def __reduce__(self) -> Any:  # what is compiled does not travel; results that were kept need not
+        return _calculator_prior, self._made_of
 
     @property
     def calls(self) -> int:
@@ -137,6 +141,10 @@ class CalculatorPrior:
         if not known and hasattr(prior, "get_potential_energy"):
             return CalculatorPrior(prior)
         return prior
+
+
+def _calculator_prior(calculator: Any, arguments: Mapping[str, Any], keep: int) -> CalculatorPrior:
+    return CalculatorPrior(calculator, arguments, keep=keep)
 
 
 class _Measure:

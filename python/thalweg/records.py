@@ -293,8 +293,10 @@ class Batch:
 
     # ---- ASE ---------------------------------------------------------------------------------------
     @staticmethod
-    def from_ase(atoms: Atoms | Sequence[Atoms]) -> Batch:
+    def from_ase(atoms: Atoms | Sequence[Atoms], *, constraints: bool = True) -> Batch:
         """Structures from ASE; FixAtoms, FixedPlane and FixedLine (along x, y or z) become `fixed`.
+
+        constraints : False: they are left aside, of whatever kind, and nothing is fixed.
 
         Raises ConfigurationError for constraints that cannot be expressed coordinate by coordinate.
         """
@@ -318,7 +320,7 @@ class Batch:
             np.cumsum([0] + [len(one) for one in structures]),
             np.array([one.cell.array for one in structures]),
             np.array([one.pbc for one in structures]),
-            np.concatenate([_fixed_of(one) for one in structures]),
+            np.concatenate([_fixed_of(one) if constraints else np.zeros((len(one), 3), bool) for one in structures]),
             known,
             with_forces,
         )
