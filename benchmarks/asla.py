@@ -46,6 +46,7 @@ ENERGIES: dict[str, tuple[float, float]] = {"Ni4Au4": (7.9109, 0.02)}
 
 # The training of Papers II and III; everything else has the defaults of the recipe.
 PUBLISHED = {"lr": 1e-3, "warm_up": 0, "train_steps": 1, "patience": 0, "lifetime": 0, "novel": False}
+REBUILD = {"postprocess": "surrogate", "acquisition": "lcb", "rebuild": 8}
 
 ARMS: dict[str, dict] = {
     "gaussian": {},
@@ -73,14 +74,9 @@ ARMS: dict[str, dict] = {
     "asla-p, continuous": {"postprocess": "surrogate", "evaluate_on_grid": False},
     "asla-pa": {"postprocess": "surrogate", "acquisition": "lcb"},
     "asla-pa, continuous": {"postprocess": "surrogate", "acquisition": "lcb", "evaluate_on_grid": False},
-    "rebuild": {"postprocess": "surrogate", "acquisition": "lcb", "rebuild": 8},
-    "rebuild, continuous": {
-        "postprocess": "surrogate",
-        "acquisition": "lcb",
-        "rebuild": 8,
-        "evaluate_on_grid": False,
-    },
-    "rebuild, prior of wells": {"postprocess": "surrogate", "acquisition": "lcb", "rebuild": 8, "prior": "fitted"},
+    "rebuild": REBUILD,
+    "rebuild, continuous": {**REBUILD, "evaluate_on_grid": False},
+    "rebuild, prior of wells": {**REBUILD, "prior": "fitted"},
     "relaxed in the true potential": {"postprocess": "true"},
     "transfer": {"transfer_from": "smaller"},
     "full kernels": {"network": "thesis-3d-full"},

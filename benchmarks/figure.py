@@ -39,9 +39,7 @@ def rows_of(path: str) -> list[dict[str, Any]]:
         }
         for one in found["restarts"]
     ]
-    ok = sum(one["delivered"] is not None for one in restarts)
-    arm = f"AGOX {found['versions']['agox']} GOFEE"
-    return [{"problem": found["problem"]["symbols"], "arm": arm, "n": len(restarts), "ok": ok, "restarts": restarts}]
+    return [row_of(found["problem"]["symbols"], f"AGOX {found['versions']['agox']} GOFEE", restarts)]
 
 
 def rows_of_arms(restarts: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -50,16 +48,13 @@ def rows_of_arms(restarts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for one in restarts:
         delivered = one["evaluations"] if one["success"] else None
         arms.setdefault(one["arm"], []).append({"delivered": delivered, "evaluations": one["evaluations"]})
-    return [
-        {
-            "problem": restarts[0]["problem"],
-            "arm": arm,
-            "n": len(runs),
-            "ok": sum(run["delivered"] is not None for run in runs),
-            "restarts": runs,
-        }
-        for arm, runs in arms.items()
-    ]
+    return [row_of(restarts[0]["problem"], arm, runs) for arm, runs in arms.items()]
+
+
+def row_of(problem: str, arm: str, restarts: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row as benchmarks/search.py writes it."""
+    ok = sum(one["delivered"] is not None for one in restarts)
+    return {"problem": problem, "arm": arm, "n": len(restarts), "ok": ok, "restarts": restarts}
 
 
 def draw(axes: Any, rows: list[dict[str, Any]]) -> None:

@@ -377,6 +377,7 @@ class Agent:
             ("replay", 0),
             ("favour", 0),
             ("patience", 0),
+            ("lifetime", 0),
             ("warm_up", 0),
             ("steps", 1),
             ("snapshot_every", 1),
@@ -434,10 +435,8 @@ class FittedAgent:
         self.energies: list[float] = []
         self.losses: list[float] = []
         self._begin, self._lives = 0, 0  # the first episode of this life
-        self._improved = -1  # the last episode of this life that was the lowest so far
-        self._best: dict[
-            bytes, float
-        ] = {}  # lowest energy of the episodes of this life that contain a state-action pair
+        # The lowest energy of the episodes of this life that contain a state-action pair.
+        self._best: dict[bytes, float] = {}
         self._known: set[bytes] = set()
         self._rows_seen = 0
         self._map: Any = None
@@ -493,13 +492,11 @@ class FittedAgent:
     def _take_in(self, rows: Array, energy: float) -> bool:
         """One more episode; whether a new life of the agent begins with it."""
         newest, model = len(self.builds), self.model
-        stands_still = newest - max(self._begin, self._improved) > model.patience > 0
+        stands_still = bool(newest) and newest - self._lowest() > model.patience > 0
         anew = stands_still or newest - self._begin >= model.lifetime * _luby(self._lives + 1) > 0
         if anew:
-            self._begin, self._lives, self._improved = newest, self._lives + 1, -1
+            self._begin, self._lives = newest, self._lives + 1
             self._best.clear()
-        if energy < min(self.energies[self._begin :], default=np.inf):
-            self._improved = newest
         self.builds.append(rows)
         self.energies.append(energy)
         self._known.add(_canonical(rows))
@@ -507,12 +504,16 @@ class FittedAgent:
             self._best[key] = min(energy, self._best.get(key, np.inf))
         return anew
 
+    def _lowest(self) -> int:
+        """The episode of this life with the lowest energy, the first of equals."""
+        return self._begin + int(np.argmin(self.energies[self._begin :]))
+
     def _train(self) -> None:
         self._map = None
         newest, model = len(self.builds) - 1, self.model
         rng = Key.of(model.seed).fold("replay", newest).rng()
         energies = np.array(self.energies)
-        best = self._begin + int(np.argmin(energies[self._begin :]))
+        best = self._lowest()
         others = np.setdiff1d(np.arange(self._begin, newest), [best])
         weights = (1.0 + np.argsort(np.argsort(energies[others], kind="stable"))) ** -model.favour
         for step in range(model.steps):
@@ -560,8 +561,7 @@ class FittedAgent:
 
     def _scale(self) -> tuple[float, float]:
         """The best energy and the span of the rewards [eV]."""
-        own = self.energies[self._begin :]
-        best, recent = min(own), np.array(own[-100:])
+        best, recent = self.energies[self._lowest()], np.array(self.energies[self._begin :][-100:])
         recent = recent[np.isfinite(recent)]
         if self.model.span is not None or not len(recent):
             return best, self.model.span or 1.0

@@ -12,6 +12,7 @@ ConfigurationError for structures that it cannot take.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -374,7 +375,4 @@ def _training_batch(structures: Sequence[Atoms]) -> Batch:
 
 
 def _with_fixed(batch: Batch, fixed: Array) -> Batch:
-    three = np.repeat(fixed[:, None], 3, axis=1)
-    return Batch(
-        batch.positions, batch.numbers, batch.offsets, batch.cells, batch.pbc, three, batch.columns, batch.atom_columns
-    )
+    return replace(batch, fixed=np.repeat(fixed[:, None], 3, axis=1))
