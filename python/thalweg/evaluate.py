@@ -184,7 +184,7 @@ class Evaluate:
     def _follow(self, known: Batch, ctx: Context, columns: dict[str, Any], limit: float) -> list[Batch]:
         """True points on the way down from one whose energy and forces are known, each the minimum of the tilted model
         within a trusted distance; ends when nothing below `limit` [eV] is to be had. Where the model has misled three
-        times, a minimiser without it goes on."""
+        times, it ends, too, or a minimiser without the model goes on if there is no limit."""
         rows: list[Batch] = []
         guide, here = self._guide(ctx), known
         radius, misled, gains = _TRUST, 0, [np.inf] * _STALLED[0]
@@ -210,6 +210,8 @@ class Evaluate:
             else:
                 radius, misled = 0.25 * min(radius, longest), misled + 1
                 if misled == 3:
+                    if np.isfinite(limit):  # what the model promises is worth nothing
+                        break
                     minimiser = self._minimiser(here, self.polish_steps - len(rows), self.polish_tolerance)
                     return rows + self._descend(minimiser, here, ctx, columns)
         return rows

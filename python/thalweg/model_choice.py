@@ -1,4 +1,4 @@
-"""One of several models, whichever tells better what it has not seen."""
+"""One of several models: which one, held-out errors decide."""
 
 from __future__ import annotations
 
@@ -20,46 +20,51 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class ChosenModel:
-    """Several models that learn the same data; the one with the smallest held-out error is used.
+    """Several models that learn the same data; which one is used, held-out errors decide.
 
-    Every time the usable data have grown by the factor `growth`, each model learns all but the last quarter of them and
-    tells the energies of that quarter, in the order in which a search met them: the test is the one that a search sets. The
-    smallest median of |error| wins; the present choice stays when it is within `margin` of that. Which model that is
+    Every time the candidates evaluated so far have grown by the factor `growth`, each model learns all that was known before
+    the last quarter of them and tells the energies of that quarter: the test is the one that a search sets. Points of a
+    polish are no test: they lie so close to what is known that any model can tell them. Which model is used
     follows from the data alone, so a search that is killed and resumed makes the same choices.
 
     Parameters
     ----------
     models : mapping of name to model (`GPR`, `LocalGPR`, or anything with their `fit` and `restore`)
-        The first is used until there are `least` structures.
+        From the one that assumes most to the one that assumes least. The first is used until there are `least` candidates,
+        and whenever its median |error| is at most `enough`. Otherwise it is the last one whose error is within `margin` of
+        the smallest: where no model knows much, assumptions mislead.
     growth : float
         Above 1.
     least : int
     margin : float
         Part of the smallest error.
+    enough : float
+        In eV per free atom.
     """
 
     models: Mapping[str, Any]
     _: KW_ONLY
     growth: float = 1.5
-    least: int = 8
-    margin: float = 0.1
+    least: int = 4
+    margin: float = 0.5
+    enough: float = 0.02
     name: str = field(default="ChosenModel", repr=False)
 
     def __post_init__(self) -> None:
         if len(self.models) < 2:
             raise ConfigurationError(f"ChosenModel needs at least two models, got {len(self.models)}")
-        if not (self.growth > 1 and self.least >= 4 and self.margin >= 0):
+        if not (self.growth > 1 and self.least >= 3 and self.margin >= 0 and self.enough >= 0):
             raise ConfigurationError(
-                "ChosenModel needs growth above 1, least of at least 4 and a margin that is not negative, got "
-                f"{self.growth}, {self.least} and {self.margin}"
+                "ChosenModel needs growth above 1, least of at least 3, and margin and enough that are not negative, got "
+                f"{self.growth}, {self.least}, {self.margin} and {self.enough}"
             )
 
     def fit(self, data: Batch, previous: FittedChoice | None = None, *, key: Any = None) -> FittedChoice:
         """What the chosen model learns."""
-        usable = _usable(data)
+        candidates = _candidates(data)
         choice, decided = (previous.choice, previous.decided) if previous is not None else (0, 0)
-        if len(usable) >= self.least and len(usable) >= self.growth * decided:
-            choice, decided = self._better(data, usable, choice), len(usable)
+        if len(candidates) >= self.least and len(candidates) >= self.growth * decided:
+            choice, decided = self._better(data, candidates), len(candidates)
         before = previous.fitted if previous is not None and previous.choice == choice else None
         return FittedChoice(self, choice, decided, self._model(choice).fit(data, before, key=key))
 
@@ -71,20 +76,20 @@ class ChosenModel:
 
     def errors(self, data: Batch) -> dict[str, float]:
         """Held-out error [eV] of each model on these data; infinity where it cannot tell."""
-        usable = _usable(data)
-        return {name: self._error(model, data, usable) for name, model in self.models.items()}
+        candidates = _candidates(data)
+        return {name: self._error(model, data, candidates) for name, model in self.models.items()}
 
-    def _better(self, data: Batch, usable: Array, choice: int) -> int:
-        errors = np.array([self._error(model, data, usable) for model in self.models.values()])
-        best = int(np.argmin(errors))
-        return choice if errors[choice] <= (1 + self.margin) * errors[best] else best
+    def _better(self, data: Batch, candidates: Array) -> int:
+        errors = np.array([self._error(model, data, candidates) for model in self.models.values()])
+        free = np.count_nonzero(~data[int(candidates[0])].fixed.all(axis=1))
+        if errors[0] <= self.enough * free:
+            return 0
+        return int(np.flatnonzero(errors <= (1 + self.margin) * errors.min())[-1])
 
-    def _error(self, model: Any, data: Batch, usable: Array) -> float:
-        held_out = usable[-max(2, len(usable) // 4) :]
-        status = np.zeros(len(data), np.uint8) if "status" not in data.columns else np.array(data.columns["status"])
-        status[held_out] = 1
-        fitted = model.fit(data.with_columns(status=status))
-        told = fitted.predict(data.take(held_out), threads=1)[0]
+    def _error(self, model: Any, data: Batch, candidates: Array) -> float:
+        held_out = candidates[-max(2, len(candidates) // 4) :]
+        before = data[: int(held_out[0])]
+        told = model.fit(before).predict(data.take(held_out), threads=1)[0]
         error = float(np.median(np.abs(told - np.asarray(data.columns["energy"], float)[held_out])))
         return error if np.isfinite(error) else np.inf
 
@@ -113,12 +118,13 @@ class FittedChoice:
 
     @property
     def state(self) -> dict[str, Array]:
-        """The chosen model's, and `choice`: its number and the usable rows at the last choice."""
+        """The chosen model's, and `choice`: its number and how many candidates there were at the last choice."""
         return {**self.fitted.state, "choice": np.array([self.choice, self.decided], np.int64)}
 
 
-def _usable(data: Batch) -> Array:
-    """(k,) rising rows that have an energy."""
+def _candidates(data: Batch) -> Array:
+    """(k,) rising rows that have an energy, without those of a polish."""
     if "energy" not in data.columns:
         return np.zeros(0, np.int64)
-    return np.flatnonzero(data.ok).astype(np.int64)
+    origin = np.asarray(data.columns.get("origin", np.zeros(len(data), "U1")))
+    return np.flatnonzero(data.ok & (origin != "polish")).astype(np.int64)

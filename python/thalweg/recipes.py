@@ -80,12 +80,12 @@ def gofee(
         Prior mean of the Gaussian process: Morse wells at covalent bond lengths; wells whose lengths, depths and shapes
         are fitted to the data (`FittedPrior`); a tight binding of the valence electrons; the published
         repulsion; or a calculator (each relaxation step on the surrogate calls it: see docs/elements.md). "auto": the
-        fitted wells, or none and forces learned, whichever has the smaller held-out error (`ChosenModel`): metals take
-        the wells, covalent networks often do without. For free molecules of main group elements with carbon or
+        fitted wells, or none and forces learned where these tell what was not seen better or nearly as well
+        (`ChosenModel`): metals take the wells, covalent networks do without. For free molecules of main group elements with carbon or
         hydrogen it is the tight binding.
     model : "global", "local" or "auto"
         A Gaussian process on one fingerprint per structure, taught energies; a sparse one on the surroundings of each
-        atom, taught energies and forces (`LocalGPR`; several times slower); or whichever has the smaller held-out error.
+        atom, taught energies and forces (`LocalGPR`; several times slower); or what `ChosenModel` makes of both.
     classic : bool
         The published settings: repulsive prior, 10 candidates (random only at first, then 3 random + 7 rattle), one true
         step after each evaluation, no duplicates refused, no polish.
@@ -171,8 +171,8 @@ def gofee(
         if model == "local"
         else _global_models(means, noise, False if classic and use_forces is None else use_forces)
     )
-    if model != "global":
-        learners["local"] = LocalGPR(prior=means[0])
+    if model != "global":  # second: the one without a prior assumes least
+        learners = {**dict([*learners.items()][:1]), "local": LocalGPR(prior=means[0]), **learners}
     learner = _one_of(learners)
     gauges = [Evaluate(
         calculator, true_steps,
