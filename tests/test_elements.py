@@ -339,6 +339,11 @@ def test_where_the_model_misleads_the_minimiser_goes_on(surface):
         short = Evaluate(EMT(), polish_on="gp", polish_steps=steps, polish_tolerance=0.05, promising=np.inf)
         some, made = follow(short, candidate, misleading)
         assert made == 1 + steps and np.array_equal(some.positions, rows[: 1 + steps].positions)
+    # a candidate is followed only while the model promises something: it has nothing more to say after the third
+    limited = Evaluate(EMT(), polish_on="gp", polish_steps=60, polish_tolerance=0.05, promising=1e3)
+    ended, made = follow(limited, candidate, misleading)
+    third = 1 + int(np.flatnonzero(uphill)[2])
+    assert made == 1 + third and np.array_equal(ended.positions, rows[: 1 + third].positions)
 
 
 @pytest.mark.parametrize("when", [0, 1, 2, 3])

@@ -81,8 +81,8 @@ def gofee(
         are fitted to the data (`FittedPrior`); a tight binding of the valence electrons; the published
         repulsion; or a calculator (each relaxation step on the surrogate calls it: see docs/elements.md). "auto": the
         fitted wells, or none and forces learned where these tell what was not seen better or nearly as well
-        (`ChosenModel`): metals take the wells, covalent networks do without. For free molecules of main group elements with carbon or
-        hydrogen it is the tight binding.
+        (`ChosenModel`): metals take the wells, covalent networks do without. For free molecules of main group elements
+        with carbon or hydrogen it is the tight binding.
     model : "global", "local" or "auto"
         A Gaussian process on one fingerprint per structure, taught energies; a sparse one on the surroundings of each
         atom, taught energies and forces (`LocalGPR`; several times slower); or what `ChosenModel` makes of both.
