@@ -2,6 +2,11 @@
 //
 // Processor time of one thread; every row is repeated, best and median are printed beside the target. Inputs are fixed
 // by a key; positions change from call to call by 0.001 angstrom so that nothing is answered from a cache.
+//
+// roofline: the least time that the row's work could take on this machine (roofline.hpp: peaks measured before the
+// first row) over the best. The work is what the mathematics asks for, written beside each row: an exponential or the
+// like counts as kExp operations, a distance as 10, index work and masks as nothing. Rows whose work is not arithmetic
+// have none.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -13,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "roofline.hpp"
 #include "thalweg/build.hpp"
 #include "thalweg/density.hpp"
 #include "thalweg/fingerprint.hpp"
@@ -25,8 +31,11 @@
 #include "thalweg/surrogate.hpp"
 
 using namespace thalweg;
+using thalweg_bench::Work;
 
 namespace {
+
+constexpr double kExp = 20, kDistance = 10;
 
 /// Processor time of this thread [s]: what other programs do on the machine counts little.
 double now() {
@@ -150,17 +159,19 @@ struct Row {
   std::string name, unit;
   double best, median, target;  // target 0: none
   bool higher_is_better;
+  double roofline;  // least time over best; 0: none
 };
 
 class Bench {
  public:
-  Bench(std::string filter, bool json) : filter_(std::move(filter)), json_(json) {}
+  Bench(std::string filter, bool json)
+      : filter_(std::move(filter)), json_(json), peaks_(thalweg_bench::measure_peaks(now)) {}
 
   bool wants(const std::string& name) const { return name.find(filter_) != std::string::npos; }
 
-  /// Time of a call that does `work` units of work, in a unit of which a second holds `unit_per_second`.
+  /// Time of each of `pieces` in a call, in a unit of which a second holds `unit_per_second`; `least`: of each.
   void time(const std::string& name, const char* unit, double unit_per_second, double target,
-            const std::function<void()>& call, double work = 1) {
+            const std::function<void()>& call, const Work& least = {}, double pieces = 1) {
     if (!wants(name)) return;
     double start = now();
     call();  // warm
@@ -171,9 +182,9 @@ class Bench {
     for (int repeat = 0; repeat < repeats; ++repeat) {
       start = now();
       for (int k = 0; k < calls; ++k) call();
-      seconds.push_back((now() - start) / calls / work);
+      seconds.push_back((now() - start) / calls / pieces);
     }
-    report(name, unit, seconds, unit_per_second, target);
+    report(name, unit, seconds, unit_per_second, target, least);
   }
   /// Work done per second by each call, which returns how much it did.
   void rate(const std::string& name, const char* unit, double target, const std::function<double()>& call) {
@@ -186,28 +197,35 @@ class Bench {
       rates.push_back(work / (now() - start));
     }
     std::sort(rates.begin(), rates.end(), std::greater<>());
-    rows_.push_back({name, unit, rates.front(), rates[rates.size() / 2], target, true});
+    rows_.push_back({name, unit, rates.front(), rates[rates.size() / 2], target, true, 0});
     print(rows_.back());
   }
   void report(const std::string& name, const char* unit, std::vector<double> seconds, double unit_per_second,
-              double target) {
+              double target, const Work& least = {}) {
     std::sort(seconds.begin(), seconds.end());
-    rows_.push_back(
-        {name, unit, seconds.front() * unit_per_second, seconds[seconds.size() / 2] * unit_per_second, target, false});
+    rows_.push_back({name, unit, seconds.front() * unit_per_second, seconds[seconds.size() / 2] * unit_per_second,
+                     target, false, peaks_.seconds(least) / seconds.front()});
     print(rows_.back());
   }
   void header() const {
     if (!json_)
-      std::printf("%s, processor time of one thread\n%-58s %12s %12s  %-8s %s\n", active_isa(), "", "best", "median",
-                  "", "target");
+      std::printf(
+          "%s, processor time of one thread; peaks: %.3g (float64) and %.3g (float32) GFLOP/s, %.3g GB/s\n"
+          "%-58s %12s %12s  %-8s %8s  %s\n",
+          active_isa(), 1e-9 * peaks_.flops64, 1e-9 * peaks_.flops32, 1e-9 * peaks_.bytes, "", "best", "median", "",
+          "roofline", "target");
   }
   int finish() const {
     if (json_) {
-      std::printf("{\"isa\": \"%s\", \"threads\": 1, \"rows\": [", active_isa());
+      std::printf(
+          "{\"isa\": \"%s\", \"threads\": 1, \"peaks\": {\"flops64\": %.4g, \"flops32\": %.4g, \"bytes\": %.4g},"
+          " \"rows\": [",
+          active_isa(), peaks_.flops64, peaks_.flops32, peaks_.bytes);
       for (std::size_t k = 0; k < rows_.size(); ++k) {
         const Row& r = rows_[k];
         std::printf("%s\n  {\"name\": \"%s\", \"unit\": \"%s\", \"best\": %.6g, \"median\": %.6g", k ? "," : "",
                     r.name.c_str(), r.unit.c_str(), r.best, r.median);
+        if (r.roofline > 0) std::printf(", \"roofline\": %.3g", r.roofline);
         if (r.target > 0) std::printf(", \"target\": %.6g, \"met\": %s", r.target, met(r) ? "true" : "false");
         std::printf("}");
       }
@@ -222,6 +240,10 @@ class Bench {
   void print(const Row& r) const {
     if (json_) return;
     std::printf("%-58s %12.5g %12.5g  %-8s", r.name.c_str(), r.best, r.median, r.unit.c_str());
+    if (r.roofline > 0)
+      std::printf(" %6.1f %% ", 100 * r.roofline);
+    else
+      std::printf(" %6s   ", "-");
     if (r.target > 0) std::printf(" %s %g %s", r.higher_is_better ? ">" : "<=", r.target, met(r) ? "met" : "MISSED");
     std::printf("\n");
     std::fflush(stdout);
@@ -229,6 +251,7 @@ class Bench {
 
   std::string filter_;
   bool json_;
+  thalweg_bench::Peaks peaks_;
   std::vector<Row> rows_;
 };
 
@@ -237,16 +260,36 @@ constexpr double kMicro = 1e6, kMilli = 1e3;
 // ---- benchmarks
 // ------------------------------------------------------------------------------------------------------
 
+/// Pairs of atoms, images counted, closer than this.
+double pairs_within(double cutoff, const Structures& structure) {
+  NeighborList list(cutoff);
+  list.update(structure[0]);
+  return static_cast<double>(list.size());
+}
+
+/// Pairs of neighbours of each atom, both closer than this.
+double triplets_within(double cutoff, const Structures& structure) {
+  NeighborList list(cutoff);
+  list.update(structure[0]);
+  std::vector<double> around(structure[0].n);
+  for (std::size_t p = 0; p < list.size(); ++p)
+    for (const std::int32_t atom : {list.i()[p], list.j()[p]}) around[static_cast<std::size_t>(atom)] += 1;
+  double triplets = 0;
+  for (const double m : around) triplets += m * (m - 1) / 2;
+  return triplets;
+}
+
+/// flops: of each pair within the cutoff, energy and forces.
 void bench_landscape(Bench& bench, const char* name, double target, const Landscape& landscape,
-                     const Structures& structure) {
+                     const Structures& structure, double cutoff, double flops) {
   if (!bench.wants(name)) return;
   const auto evaluator = landscape.evaluator(structure.view());
   Moving moving(structure.positions);
   double energy;
   std::vector<double> forces(structure.positions.size());
   const std::int64_t row = 0;
-  bench.time(name, "us", kMicro, target,
-             [&] { evaluator->evaluate({&row, 1}, moving.next(), &energy, forces.data()); });
+  bench.time(name, "us", kMicro, target, [&] { evaluator->evaluate({&row, 1}, moving.next(), &energy, forces.data()); },
+             {.flops64 = flops * pairs_within(cutoff, structure)});
 }
 
 /// An orthogonal cell of a honeycomb sheet, 4 atoms times repeats[0] times repeats[1], rattled by 0.05 angstrom.
@@ -272,7 +315,9 @@ Structures sheet(std::int32_t one, std::int32_t other, double bond, const std::a
 
 void potentials(Bench& bench) {
   const Structures au4ni4 = random_clusters(1, 0);
-  bench_landscape(bench, "EMT Au4Ni4, energy and forces", 20, Emt(), au4ni4);
+  // EMT: sigma1 and pair sum from both sides, a cutoff: five exponentials; cutoff of gold. Morse: one exponential.
+  const double emt = 5 * kExp + kDistance + 40, morse = kExp + kDistance + 20;
+  bench_landscape(bench, "EMT Au4Ni4, energy and forces", 20, Emt(), au4ni4, 5.36, emt);
   if (bench.wants("Lennard-Jones LJ38, energy and forces")) {
     Structures lj38;
     Random random(Key{4, 4}, 0);
@@ -280,14 +325,18 @@ void potentials(Bench& bench) {
     for (int i = 0; x.size() < 114; ++i)  // the first 38 sites of a rattled 4 x 4 x 4 lattice
       for (int k = 0; k < 3; ++k) x.push_back(1.1 * ((i >> 2 * k) & 3) + random.uniform(-0.1, 0.1));
     lj38.add(x.data(), std::vector<std::int32_t>(38, 18), kCell, kOpen);
-    bench_landscape(bench, "Lennard-Jones LJ38, energy and forces", 6, LennardJones({1, 1, 20, 0, false}), lj38);
+    bench_landscape(bench, "Lennard-Jones LJ38, energy and forces", 6, LennardJones({1, 1, 20, 0, false}), lj38, 20,
+                    kDistance + 15);
   }
-  bench_landscape(bench, "pair prior (bonding) Au4Ni4, energy and forces", 0, PairPrior(PairPrior::Settings{}), au4ni4);
-  bench_landscape(bench, "EMT Au60Ni6 slab, energy and forces", 0, Emt(), slab_with_nickel(1));
+  bench_landscape(bench, "pair prior (bonding) Au4Ni4, energy and forces", 0, PairPrior(PairPrior::Settings{}), au4ni4,
+                  6.8, morse);
+  bench_landscape(bench, "EMT Au60Ni6 slab, energy and forces", 0, Emt(), slab_with_nickel(1), 5.36, emt);
+  // Tersoff, a bond with four angles: repulsion, attraction and cutoff; cosine, exponential and slopes of each angle.
+  const double tersoff = 3 * kExp + kDistance + 60 + 4 * 60;
   bench_landscape(bench, "Tersoff graphene, 24 atoms, energy and forces", 0, Tersoff(Tersoff::published("C")),
-                  sheet(6, 6, 1.46, {2, 3}));
+                  sheet(6, 6, 1.46, {2, 3}), 2.1, tersoff);
   bench_landscape(bench, "Tersoff BN sheet, 32 atoms, energy and forces", 0, Tersoff(Tersoff::published("BN")),
-                  sheet(5, 7, 1.45, {2, 4}));
+                  sheet(5, 7, 1.45, {2, 4}), 2.1, tersoff);
 }
 
 void neighbors(Bench& bench) {
@@ -320,12 +369,22 @@ void fingerprints(Bench& bench) {
     Random random(Key{5, 5}, 0);
     for (double& w : weights) w = random.uniform(-1, 1);
     fingerprint.values(view, features.data(), workspace);
-    bench.time("fingerprint values " + names[k], "us", kMicro, values_target[k], [&] {
-      view.positions = moving.next();
-      fingerprint.values(view, features.data(), workspace);
-    });
-    bench.time("fingerprint contract " + names[k], "us", kMicro, 0,
-               [&] { fingerprint.contract(weights.data(), 1.0, gradient.data(), workspace); });
+    // A pair touches 2 x 0.8 / 0.2 = 8 bins of 0.2 angstrom, a triplet 15 of pi / 30: 6 operations for the smeared step
+    // at each edge; a triplet has an angle (kExp) and two cutoff functions. Slopes: Gaussians at the edges, a sum over
+    // bins.
+    const double pairs = pairs_within(6.8, s), triplets = triplets_within(4, s);
+    const Work values{.flops64 = pairs * (kDistance + 10 + 9 * 6) + triplets * (kExp + 10 + 16 * 6)},
+        slopes{.flops64 = pairs * (9 * 8 + 10) + triplets * (16 * 8 + 30)};
+    bench.time(
+        "fingerprint values " + names[k], "us", kMicro, values_target[k],
+        [&] {
+          view.positions = moving.next();
+          fingerprint.values(view, features.data(), workspace);
+        },
+        values);
+    bench.time(
+        "fingerprint contract " + names[k], "us", kMicro, 0,
+        [&] { fingerprint.contract(weights.data(), 1.0, gradient.data(), workspace); }, slopes);
     bench.time("fingerprint Jacobian " + names[k], "us", kMicro, jacobian_target[k],
                [&] { fingerprint.jacobian(jacobian.data(), workspace); });
   }
@@ -387,20 +446,38 @@ void soaps(Bench& bench) {
     std::vector<double> features(longest), weights(longest), gradient(3 * n);
     Random random(Key{5, 6}, 0);
     for (double& w : weights) w = random.uniform(-1, 1);
-    bench.time("SOAP values " + names[k], "us", kMicro, values_target[k], [&] {
-      view.positions = moving.next();
-      soap.values(view, features.data(), workspace);
-    });
-    bench.time("SOAP values and forces " + names[k], "us", kMicro, forces_target[k], [&] {
-      view.positions = moving.next();
-      soap.values(view, features.data(), workspace);
-      soap.contract(weights.data(), 1.0, gradient.data(), workspace);
-    });
-    bench.time("local density and forces " + names[k], "us", kMicro, 0, [&] {
-      view.positions = moving.next();
-      density.values(view, features.data(), of_density);
-      density.contract(weights.data(), 1.0, gradient.data(), of_density);
-    });
+    // Each pair: radial functions and spherical harmonics once, sums over them for both atoms; each atom: products of
+    // all coefficients of equal l, m. Slopes cost twice that (soap.hpp).
+    const double radial = settings.n_max * (settings.l_max + 1), harmonics = std::pow(settings.l_max + 1, 2),
+                 blocks = 0.5 * static_cast<double>(soap.species().size() * (soap.species().size() + 1));
+    const Work values{.flops64 = pairs_within(soap.reach(), s) * (kDistance + radial * (kExp + 2 * settings.n_max) +
+                                                                  harmonics * 6 + 2 * 2 * settings.n_max * harmonics) +
+                                 static_cast<double>(n) * blocks * 2 * settings.n_max * settings.n_max * harmonics},
+        with_forces{.flops64 = 3 * values.flops64},
+        of_pairs{.flops64 = pairs_within(11.9, s) * (kDistance + 2 * kExp + 30)};  // an exponential and a cosine
+    bench.time(
+        "SOAP values " + names[k], "us", kMicro, values_target[k],
+        [&] {
+          view.positions = moving.next();
+          soap.values(view, features.data(), workspace);
+        },
+        values);
+    bench.time(
+        "SOAP values and forces " + names[k], "us", kMicro, forces_target[k],
+        [&] {
+          view.positions = moving.next();
+          soap.values(view, features.data(), workspace);
+          soap.contract(weights.data(), 1.0, gradient.data(), workspace);
+        },
+        with_forces);
+    bench.time(
+        "local density and forces " + names[k], "us", kMicro, 0,
+        [&] {
+          view.positions = moving.next();
+          density.values(view, features.data(), of_density);
+          density.contract(weights.data(), 1.0, gradient.data(), of_density);
+        },
+        of_pairs);
   }
 }
 
@@ -439,9 +516,14 @@ void gaussian_process(Bench& bench) {
   if (bench.wants(refit) || bench.wants(kernel) || bench.wants(likelihood)) {
     const Training& data = training();
     const auto gpr = data.fitted(1000);
-    bench.time(refit, "ms", kMilli, 25, [&] { gpr->fit(data.x(1000), data.y(1000)); });
-    bench.time(kernel, "ms", kMilli, 0, [&] { gpr->set_kernel(gpr->kernel()); });
-    bench.time(likelihood, "ms", kMilli, 45, [&] { (void)gpr->likelihood(gpr->kernel()); });
+    // Half a matrix of products over D features and of two exponentials; a Cholesky factor; for the slopes an inverse.
+    const double n = 1000, d = static_cast<double>(data.fingerprint->size()), factor = n * n * n / 3,
+                 kernels = n * n * kExp;
+    bench.time(refit, "ms", kMilli, 25, [&] { gpr->fit(data.x(1000), data.y(1000)); },
+               {.flops64 = n * n * d + kernels + factor});
+    bench.time(kernel, "ms", kMilli, 0, [&] { gpr->set_kernel(gpr->kernel()); }, {.flops64 = kernels + factor});
+    bench.time(likelihood, "ms", kMilli, 45, [&] { (void)gpr->likelihood(gpr->kernel()); },
+               {.flops64 = kernels + 3 * factor + 6 * n * n});
   }
   if (bench.wants(append)) {
     const Training& data = training();
@@ -453,7 +535,10 @@ void gaussian_process(Bench& bench) {
       gpr->append(std::span(data.features).subspan(n * d, d), data.energies[n]);
       seconds.push_back(now() - start);
     }
-    bench.report(append, "ms", seconds, kMilli, 2);
+    // A row of products and one triangular solve, which reads half a matrix.
+    const double n = 2000;
+    bench.report(append, "ms", seconds, kMilli, 2,
+                 {.flops64 = 2 * n * static_cast<double>(d) + n * n, .bytes = 4 * n * n});
   }
 }
 
@@ -466,6 +551,10 @@ void surrogate(Bench& bench) {
     const Surrogate lcb(data.fingerprint, data.fitted(n), nullptr, {}, 2.0);
     const Structures candidates = random_clusters(batch, 900000);
     const auto evaluator = lcb.evaluator(candidates.view());
+    // Products with n rows of features, there and back; two triangular solves, for sigma and for its slopes; the
+    // fingerprint is left out.
+    const double m = static_cast<double>(n);
+    const Work least{.flops64 = 4 * m * static_cast<double>(data.fingerprint->size()) + 2 * m * kExp + 2 * m * m};
     Moving moving(candidates.positions);
     std::vector<double> energies(batch), forces(candidates.positions.size());
     std::vector<std::int64_t> rows(batch);
@@ -475,7 +564,7 @@ void surrogate(Bench& bench) {
         n == 500    ? 120
         : n == 2000 ? 800
                     : 0,
-        [&] { evaluator->evaluate(rows, moving.next(), energies.data(), forces.data()); }, batch);
+        [&] { evaluator->evaluate(rows, moving.next(), energies.data(), forces.data()); }, least, batch);
   }
   const std::string name = "relaxation on LCB Au4Ni4, n = 500";
   if (bench.wants(name)) {
@@ -533,6 +622,13 @@ std::shared_ptr<const QNetwork> q_network(int dimension, int kernel, int dilatio
   return std::make_shared<QNetwork>(dimension, std::move(layers), std::move(r));
 }
 
+/// A dense pass: every weight at every voxel.
+Work dense_pass(const QNetwork& net, std::int64_t voxels) {
+  double weights = 0;
+  for (const QLayer& layer : net.layers()) weights += static_cast<double>(layer.weights.size());
+  return {.flops32 = 2 * weights * static_cast<double>(voxels)};
+}
+
 void q_maps(Bench& bench) {
   {
     const std::string name = "Q-map 41 x 36 periodic, 15^2";
@@ -548,7 +644,7 @@ void q_maps(Bench& bench) {
       offsets.push_back(static_cast<std::int64_t>(placed.size()));
     }
     const auto one = std::span(placed).first(12);
-    bench.time(name + ", dense", "ms", kMilli, 0, [&] { (void)map->dense(one); });
+    bench.time(name + ", dense", "ms", kMilli, 0, [&] { (void)map->dense(one); }, dense_pass(*net, 41 * 36));
     QState state(map, QMethod::grid_fft);
     for (const Placed& atom : one) state.place(atom.species, atom.voxel);
     bench.time(name + ", one atom and Q everywhere", "ms", kMilli, 1.5, [&] {
@@ -556,7 +652,8 @@ void q_maps(Bench& bench) {
       (void)state.q();
       state.undo();
     });
-    bench.time(name + ", batch of 64, per map", "ms", kMilli, 0.75, [&] { (void)map->batch(offsets, placed, 1); }, 64);
+    bench.time(
+        name + ", batch of 64, per map", "ms", kMilli, 0.75, [&] { (void)map->batch(offsets, placed, 1); }, {}, 64);
     bench.time(name + ", first Q of a new map", "ms", kMilli, 0, [&] {
       QState fresh(std::make_shared<QMap>(net, shape, periodic), QMethod::grid_fft);
       (void)fresh.q();
@@ -626,7 +723,8 @@ void q_maps(Bench& bench) {
         state.place(0, next);
         state.q(shell, q);
       });
-      bench.time(dense, "ms", kMilli, 0, [&] { (void)map->dense(placed); });
+      bench.time(
+          dense, "ms", kMilli, 0, [&] { (void)map->dense(placed); }, dense_pass(*net, std::int64_t{c.n} * c.n * c.n));
     }
   }
 }
