@@ -103,7 +103,7 @@ class GPR:
     always_below: int = 10
     use_forces: bool = False
     noise_force: float = 0.3
-    max_force_rows: int = 500
+    max_force_rows: int = 1000
     threads: int = field(default=0, repr=False)
     name: str = "gp"
 
