@@ -580,6 +580,63 @@ void surrogate(Bench& bench) {
   }
 }
 
+Structures aniline() {
+  const double x[14][3] = {{0, 1.40, 0},      {1.21, 0.70, 0},  {1.21, -0.70, 0},  {0, -1.40, 0},     {-1.21, -0.70, 0},
+                           {-1.21, 0.70, 0},  {0, 2.79, 0},     {2.15, 1.24, 0},   {2.15, -1.24, 0},  {0, -2.48, 0},
+                           {-2.15, -1.24, 0}, {-2.15, 1.24, 0}, {0.85, 3.29, 0.2}, {-0.85, 3.29, 0.2}};
+  std::vector<double> positions;
+  for (const auto& atom : x)
+    for (const double coordinate : atom) positions.push_back(7 + coordinate);
+  const double cell[9] = {14, 0, 0, 0, 14, 0, 0, 0, 14};
+  Structures out;
+  out.add(positions.data(), {6, 6, 6, 6, 6, 6, 7, 1, 1, 1, 1, 1, 1, 1}, cell, kOpen);
+  return out;
+}
+
+/// Energy and forces by the mean of a Gaussian process of 500 rattled copies. Targets: KERNELS' prototype.
+void fingerprint_and_mean(Bench& bench) {
+  constexpr std::size_t n = 500, batch = 64;
+  const std::string names[] = {"C6H7N", "Ti8O16", "Au60Ni6 slab", "NiAl 200"};
+  const double alone[] = {116, 608, 345, 2698}, together[] = {79, 564, 320, 2601};
+  for (int k = 0; k < 4; ++k) {
+    const std::string name = "fingerprint and GP mean, energy and forces, n = 500, " + names[k],
+                      batched = name + ", per structure of 64";
+    if (!bench.wants(name) && !bench.wants(batched)) continue;
+    const Structures s = k == 0 ? aniline() : k == 1 ? rutile() : k == 2 ? slab_with_nickel(1) : nickel_aluminium();
+    const auto fingerprint = std::make_shared<Fingerprint>(FingerprintSettings{}, s.numbers, s.pbc[0] != 0);
+    Random random(Key{12, static_cast<std::uint64_t>(k)}, 0);
+    Structures copies;
+    for (std::size_t row = 0; row < n; ++row) {
+      std::vector<double> x = s.positions;
+      for (double& coordinate : x) coordinate += random.uniform(-0.2, 0.2);
+      copies.add(x.data(), s.numbers, s.cells.data(), {s.pbc[0], s.pbc[1], s.pbc[2]});
+    }
+    std::vector<double> features(n * fingerprint->size()), energies(n);
+    Fingerprint::Workspace workspace(*fingerprint);
+    for (std::size_t row = 0; row < n; ++row) {
+      fingerprint->values(copies[row], features.data() + row * fingerprint->size(), workspace);
+      energies[row] = random.uniform(-1, 1);
+    }
+    auto gpr = std::make_shared<Gpr>(fingerprint->size(), Kernel{});
+    gpr->fit(features, energies);
+    const Surrogate mean(fingerprint, gpr, nullptr, {}, 0.0);
+    for (const std::size_t count : {std::size_t{1}, batch}) {
+      Structures candidates;
+      for (std::size_t row = 0; row < count; ++row)
+        candidates.add(copies[row].positions, s.numbers, s.cells.data(), {s.pbc[0], s.pbc[1], s.pbc[2]});
+      const auto evaluator = mean.evaluator(candidates.view());
+      Moving moving(candidates.positions);
+      std::vector<double> energy(count), forces(candidates.positions.size());
+      std::vector<std::int64_t> rows(count);
+      for (std::size_t row = 0; row < count; ++row) rows[row] = static_cast<std::int64_t>(row);
+      bench.time(
+          count == 1 ? name : batched, "us", kMicro, count == 1 ? alone[k] : together[k],
+          [&] { evaluator->evaluate(rows, moving.next(), energy.data(), forces.data()); }, {},
+          static_cast<double>(count));
+    }
+  }
+}
+
 void building(Bench& bench) {
   const StructureView empty{0, nullptr, nullptr, kCell, kOpen.data(), nullptr};
   std::uint64_t row = 0;
@@ -754,6 +811,7 @@ int main(int count, char** arguments) {
     soaps(bench);
     gaussian_process(bench);
     surrogate(bench);
+    fingerprint_and_mean(bench);
     building(bench);
     q_maps(bench);
     return bench.finish();

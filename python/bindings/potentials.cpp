@@ -163,15 +163,20 @@ std::vector<Tersoff::Entry> entries_of(const TersoffTable& table) {
   return entries;
 }
 
-py::tuple neighbor_pairs(const py::object& batch, double cutoff) {
+py::tuple pairs_of(NeighborList& list, const py::object& batch) {
   const BatchArrays arrays(batch);
   if (arrays.view().size() != 1)
-    throw Error("neighbor_pairs takes a batch of one structure, but it holds " + std::to_string(arrays.view().size()));
-  NeighborList list(cutoff, 0.0);
+    throw Error("neighbours are found in a batch of one structure, but it holds " +
+                std::to_string(arrays.view().size()));
   list.update(arrays.view()[0]);
   const auto n = static_cast<py::ssize_t>(list.size());
   return py::make_tuple(py::array_t<std::int32_t>(n, list.i()), py::array_t<std::int32_t>(n, list.j()),
                         py::array_t<double>({n, py::ssize_t{3}}, list.d()), py::array_t<double>(n, list.r()));
+}
+
+py::tuple neighbor_pairs(const py::object& batch, double cutoff) {
+  NeighborList list(cutoff, 0.0);
+  return pairs_of(list, batch);
 }
 
 }  // namespace
@@ -322,6 +327,12 @@ void bind_potentials(py::module_& m) {
       .def(py::init<py::function, std::string>(), py::arg("function"), py::arg("text") = "PythonLandscape()")
       .def("__repr__", &PythonLandscape::text);
 
+  py::class_<NeighborList>(m, "NeighborList",
+                           "Pairs of one structure that moves: they are looked for anew only when an atom has moved by "
+                           "more than skin / 2 [angstrom], or atoms, cell or pbc have changed.")
+      .def(py::init<double, double>(), py::arg("cutoff"), py::arg("skin") = 0.5)
+      .def("update", &pairs_of, py::arg("batch"), "What `neighbor_pairs` gives, in new arrays.")
+      .def_property_readonly("rebuilds", &NeighborList::rebuilds, "How often pairs were looked for anew.");
   m.def("evaluate", &evaluate_batch, py::arg("landscape"), py::arg("batch"), py::kw_only(), py::arg("threads") = 0,
         "Energies (n,) [eV] and forces (m, 3) [eV/angstrom] of a batch; threads = 0: default_threads(). The same bits "
         "for any number of threads.");
