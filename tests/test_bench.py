@@ -126,12 +126,16 @@ def test_kept_results_of_agox_are_whole():
         assert min(restart["energies"]) >= bench.MINIMUM - bench.TOLERANCE  # no lower one is known
 
 
-def test_soap_beside_dscribe(capsys, monkeypatch):
-    """Values are compared before times; without dscribe the command says what is missing."""
+@pytest.mark.parametrize(
+    ("peer", "row"), [("dscribe", "SOAP values, C6H7N"), ("featomic", "SOAP values, C6H7N"), ("vesin", "pairs, C6H7N")]
+)
+def test_peers_from_pypi(capsys, monkeypatch, peer, row):
+    """Values are compared before times; without the peer the command says what is missing."""
     monkeypatch.setattr(bench, "_one_thread_again", lambda arguments: None)
-    if importlib.util.find_spec("dscribe") is None:
-        with pytest.raises(ConfigurationError, match="pip install dscribe"):
-            bench.kernels(against="dscribe", filter="SOAP values, C6H7N")
-        pytest.skip("dscribe is not installed")
-    assert bench.kernels(against="dscribe", filter="SOAP values, C6H7N") == 0
-    assert "values agree: SOAP values, C6H7N" in capsys.readouterr().out
+    if importlib.util.find_spec(peer) is None:
+        with pytest.raises(ConfigurationError, match=f"pip install {peer}"):
+            bench.kernels(against=peer, filter=row)
+        pytest.skip(f"{peer} is not installed")
+    assert bench.kernels(against=peer, filter=row) == 0
+    printed = capsys.readouterr().out
+    assert row in printed and (peer == "featomic" or f"values agree: {row}" in printed)

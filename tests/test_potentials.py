@@ -139,6 +139,21 @@ def test_neighbor_pairs_are_those_of_ase(name):
     np.testing.assert_allclose(np.linalg.norm(d, axis=1), r, rtol=1e-14)
 
 
+def test_a_followed_structure_has_the_pairs_of_a_new_one():
+    atoms = CASES[PERIODIC[0]].copy()
+    following = _core.NeighborList(6.0, skin=0.5)
+    rng = np.random.default_rng(3)
+    for step in range(12):
+        atoms.positions += rng.normal(0, 0.02, atoms.positions.shape)
+        for mine, new in zip(following.update(pack([atoms])), _core.neighbor_pairs(pack([atoms]), 6.0), strict=True):
+            np.testing.assert_array_equal(mine, new)
+        if step == 0:
+            assert following.rebuilds == 1
+    assert 1 < following.rebuilds < 12  # moved beyond half the skin at times, not at every step
+    with pytest.raises(ValueError, match="holds 2"):
+        following.update(pack([Atoms("Au"), Atoms("Au")]))
+
+
 def numpy_prior(atoms, form, cutoff=0.0, depth=0.8, stiffness=4.0, scale=1.0, factor=0.7, sharp=False):
     """The formulas of potentials.hpp, pair by pair."""
     from ase.data import covalent_radii

@@ -558,6 +558,22 @@ class Surrogate(Landscape):
         Energy (n,) and sigma (n,) [eV], with forces=True also -dE/dx and -d sigma/dx (m, 3); kappa is not applied.
         """
 
+class NeighborList:
+    """
+    Pairs of one structure that moves: they are looked for anew only when an atom has moved by more than skin / 2 [angstrom], or atoms, cell or pbc have changed.
+    """
+    def __init__(self, cutoff: float, skin: float = 0.5) -> None: ...
+    def update(self, batch: typing.Any) -> tuple:
+        """
+        What `neighbor_pairs` gives, in new arrays.
+        """
+
+    @property
+    def rebuilds(self) -> int:
+        """
+        How often pairs were looked for anew.
+        """
+
 class Minimiser:
     """
     The optimiser of one structure, driven from outside:

@@ -390,9 +390,9 @@ def _crystals() -> list[tuple[str, Any]]:
     return found
 
 
-def _soaps(table: Table, against_dscribe: bool) -> None:
-    """r_cut 7 angstrom, n_max 3, l_max 2, sigma 0.5 angstrom; dscribe's derivatives: analytic for molecules, for periodic
-    structures numerical, all it has."""
+def _soaps(table: Table, against: str | None) -> None:
+    """r_cut 7 angstrom, n_max 3, l_max 2, sigma 0.5 angstrom. dscribe's derivatives: analytic for molecules, for periodic
+    structures numerical, all it has. featomic has another radial basis, so its values are not compared, and no slabs."""
     from thalweg.descriptors import SOAP
     from thalweg.records import Batch
 
@@ -410,7 +410,12 @@ def _soaps(table: Table, against_dscribe: bool) -> None:
             lambda: bound.jacobian(shifted(), 1),  # noqa: B023
         ]
         theirs: list[Callable[[], float] | None] = [None] * 3
-        if against_dscribe:
+        if against == "featomic":
+            if len(set(atoms.pbc)) > 1:
+                continue
+            derivative = [partial(_featomic().compute, atoms, gradients=["positions"])] * 2
+            theirs = [partial(cpu_seconds, call) for call in (partial(_featomic().compute, atoms), *derivative)]
+        if against == "dscribe":
             from dscribe.descriptors import SOAP as Theirs
 
             periodic = bool(atoms.pbc.any())
@@ -424,10 +429,52 @@ def _soaps(table: Table, against_dscribe: bool) -> None:
             if not table.wants(name):
                 continue
             # A numerical derivative of 200 atoms takes most of a minute.
-            rounds = 1 if against_dscribe and k and len(atoms) > 24 else ROUNDS
+            rounds = 1 if against == "dscribe" and k and len(atoms) > 24 else ROUNDS
             ours, peers = _turns(partial(cpu_seconds, calls[k]), theirs[k], rounds)
-            target = (1, 40, None)[k] if against_dscribe and (k != 1 or atoms.pbc.any()) else None
+            target = {
+                "dscribe": (1, 40 if atoms.pbc.any() else None, None), "featomic": (None, 5, None)
+            }.get(against or "", (None,) * 3)[k]  # fmt: skip
             _milli(table, name, ours, peers, target=target)
+
+
+def _featomic() -> Any:
+    from featomic import SoapPowerSpectrum
+
+    return SoapPowerSpectrum(
+        cutoff={"radius": 7.0, "smoothing": {"type": "ShiftedCosine", "width": 0.5}},
+        density={"type": "Gaussian", "width": 0.5},
+        basis={"type": "TensorProduct", "max_angular": 2, "radial": {"type": "Gto", "max_radial": 2}},  # n = 0, 1, 2
+    )
+
+
+def _neighbors(table: Table, against: str | None) -> None:
+    """Pairs within 6.8 angstrom: all anew, and of a structure that moves a little; vesin knows only the first."""
+    from thalweg.records import Batch
+
+    for label, atoms in _crystals():
+        batch = Batch.from_ase(atoms)
+        shifted, following = _Shifting(batch), _core.NeighborList(6.8)
+        theirs: Callable[[], float] | None = None
+        if against == "vesin":
+            import vesin
+
+            peer, cell, periodic = vesin.NeighborList(cutoff=6.8, full_list=False), np.array(atoms.cell), atoms.pbc
+
+            def ask(peer=peer, cell=cell, periodic=periodic, shifted=shifted):
+                return peer.compute(points=shifted().positions, box=cell, periodic=periodic, quantities="ijDd")
+
+            table.check(
+                f"pairs, {label}", float(abs(len(peer.compute(atoms.positions, cell, periodic, "i")[0])
+                - len(_core.neighbor_pairs(batch, 6.8)[0]))), 0.5,
+            )  # fmt: skip
+            theirs = partial(cpu_seconds, ask)
+        for what, call, target in (
+            ("neighbour pairs", lambda: _core.neighbor_pairs(shifted(), 6.8), None),  # noqa: B023
+            ("neighbour pairs of a moving structure", lambda: following.update(shifted()), 10),  # noqa: B023
+        ):
+            if table.wants(f"{what}, {label}"):
+                ours, peers = _turns(partial(cpu_seconds, call), theirs, ROUNDS)
+                _milli(table, f"{what}, {label}", ours, peers, target=target if against else None)
 
 
 def _milli(table: Table, name: str, ours: float, theirs: float | None, **options: Any) -> None:
@@ -943,14 +990,15 @@ def kernels(
 ) -> int:
     """Prints what the parts of a search cost, one row per figure, and writes them to `json_file`.
 
-    against : None, "agox", "torch" or "dscribe": the same work by AGOX, PyTorch or dscribe, in turns, with the ratio;
-        against PyTorch only the training steps of Q-networks, which need the extra `asla`, against dscribe only SOAP. How
+    against : None, "agox", "torch", "dscribe", "featomic" or "vesin": the same work by a peer, in turns, with the ratio;
+        by PyTorch only the training steps of Q-networks, which need the extra `asla`, by dscribe and featomic only SOAP, by
+        vesin only neighbours. How
         AGOX is called: its compiled (Cython) fingerprint and prior, one `calculate` for LCB energy and forces, features
         kept in its candidates' caches before a fit, `remote_relax` and generators in one process without Ray.
     long : n = 2000, too
     Returns 0, or 1 if values differ. Raises ThalwegError if AGOX cannot be asked.
     """
-    _check_against(against, ("agox", "torch", "dscribe"))
+    _check_against(against, ("agox", "torch", "dscribe", "featomic", "vesin"))
     arguments = ["kernels", "--filter", filter, *(["--long"] if long else [])]
     arguments += ["--against", against] if against else []
     arguments += ["--json", str(json_file)] if json_file else []
@@ -963,19 +1011,21 @@ def kernels(
     has_torch = importlib.util.find_spec("torch") is not None
     if against == "torch" and not has_torch:
         raise ConfigurationError("--against torch needs PyTorch: pip install 'thalweg[asla]'")
-    if against == "dscribe":
-        if importlib.util.find_spec("dscribe") is None:
-            raise ConfigurationError("--against dscribe needs dscribe: pip install dscribe")
-        versions["dscribe"] = importlib.metadata.version("dscribe")
-    if has_torch and against not in ("agox", "dscribe"):
+    if against in ("dscribe", "featomic", "vesin"):
+        if importlib.util.find_spec(against) is None:
+            raise ConfigurationError(f"--against {against} needs {against}: pip install {against}")
+        versions[against] = importlib.metadata.version(against)
+    if has_torch and against in (None, "torch"):
         versions["torch"] = importlib.metadata.version("torch")
     print(", ".join(f"{name} {value}" for name, value in versions.items()) + "; one thread, processor time, medians")
-    table = Table({None: "", "agox": "AGOX", "torch": "torch", "dscribe": "dscribe"}[against], filter)
+    table = Table({None: "", "agox": "AGOX"}.get(against, against or ""), filter)
     table.header()
     sizes = [100, 500, 1000, *([2000] if long else [])]
     try:
-        if against in (None, "dscribe"):
-            _soaps(table, against == "dscribe")
+        if against in (None, "dscribe", "featomic"):
+            _soaps(table, against)
+        if against in (None, "vesin"):
+            _neighbors(table, against)
         if against in (None, "agox"):
             _fingerprints(table, peer)
             _lcb(table, peer, sizes)
@@ -983,7 +1033,7 @@ def kernels(
             _generators(table, peer)
             _iteration(table, peer)
         if peer is None:
-            if has_torch and against != "dscribe":
+            if has_torch and against in (None, "torch"):
                 _steps(table, against_torch=against == "torch")
                 _q_maps(table, against_torch=against == "torch")
             if against is None:
