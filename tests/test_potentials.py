@@ -144,7 +144,7 @@ def test_a_followed_structure_has_the_pairs_of_a_new_one():
     following = _core.NeighborList(6.0, skin=0.5)
     rng = np.random.default_rng(3)
     for step in range(12):
-        atoms.positions += rng.normal(0, 0.02, atoms.positions.shape)
+        atoms.positions += rng.normal(0, 0.05, atoms.positions.shape)
         for mine, new in zip(following.update(pack([atoms])), _core.neighbor_pairs(pack([atoms]), 6.0), strict=True):
             np.testing.assert_array_equal(mine, new)
         if step == 0:

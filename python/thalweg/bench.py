@@ -413,8 +413,9 @@ def _soaps(table: Table, against: str | None) -> None:
         if against == "featomic":
             if len(set(atoms.pbc)) > 1:
                 continue
-            derivative = [partial(_featomic().compute, atoms, gradients=["positions"])] * 2
-            theirs = [partial(cpu_seconds, call) for call in (partial(_featomic().compute, atoms), *derivative)]
+            compute = _featomic().compute
+            slopes = partial(cpu_seconds, partial(compute, atoms, gradients=["positions"]))
+            theirs = [partial(cpu_seconds, partial(compute, atoms)), slopes, slopes]
         if against == "dscribe":
             from dscribe.descriptors import SOAP as Theirs
 
