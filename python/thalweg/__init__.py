@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from thalweg.descriptors import SOAP, Fingerprint, LocalDensity
     from thalweg.errors import BackendUnavailable, ConfigurationError, Stop, StoreError, ThalwegError
     from thalweg.evaluate import Duplicate, Evaluate, Metropolis
-    from thalweg.generators import AlongForces, FirstOf, OneOf, Permute, Random, Rattle, Unchosen
+    from thalweg.generators import AlongForces, ComplementaryEnergy, FirstOf, OneOf, Permute, Random, Rattle, Unchosen
     from thalweg.grid import Grid, GridSettings
     from thalweg.local_model import LocalGPR
     from thalweg.model_choice import ChosenModel
@@ -57,7 +57,7 @@ _WHERE = {
         "errors": "BackendUnavailable ConfigurationError Stop StoreError ThalwegError",
         "evaluate": "Duplicate Evaluate Metropolis",
         "grid": "Grid GridSettings",
-        "generators": "AlongForces FirstOf OneOf Permute Random Rattle Unchosen",
+        "generators": "AlongForces ComplementaryEnergy FirstOf OneOf Permute Random Rattle Unchosen",
         "local_model": "LocalGPR",
         "models": "GPR",
         "priors": "CalculatorPrior FittedPrior",

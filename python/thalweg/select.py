@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from thalweg.descriptors import Fingerprint
+from thalweg.descriptors import Fingerprint, clusters
 from thalweg.errors import ConfigurationError
 from thalweg.records import Batch, Context
 from thalweg.schedule import Schedule, check_schedule, scheduled
@@ -71,8 +71,6 @@ class KMeans:
     name: str = "KMeans"
 
     def __call__(self, ctx: Context) -> Batch:
-        from scipy.cluster.vq import vq
-
         objective = ctx.problem.objective(ctx.data)
         usable = np.flatnonzero(np.isfinite(objective))
         if not len(usable):
@@ -84,24 +82,10 @@ class KMeans:
             if len(inside) >= min(self.count, len(usable)):
                 break
             window *= 2
-        clusters = 1 + min(self.count - 1, len(inside) // 5)
+        count = 1 + min(self.count - 1, len(inside) // 5)
         features = ctx.features(self.descriptor)[inside]
-        # Farthest-first from the lowest structure: needs no random numbers and never starts with an empty cluster.
-        centres = features[:1]
-        for _ in range(clusters - 1):
-            _, distance = vq(features, centres, check_finite=False)
-            centres = np.vstack([centres, features[int(np.argmax(distance))]])
-        for _ in range(20):
-            member, _ = vq(features, centres, check_finite=False)
-            moved = np.array(
-                [features[member == k].mean(0) if np.any(member == k) else c for k, c in enumerate(centres)]
-            )
-            if np.array_equal(moved, centres):
-                break
-            centres = moved
-        _, first = np.unique(
-            member, return_index=True
-        )  # `inside` rises in energy: the first of a cluster is its lowest
+        # Starts from the lowest structure; `inside` rises in energy, so the first of a cluster is its lowest.
+        _, first = np.unique(clusters(features, count)[1], return_index=True)
         return _members(ctx, inside[np.sort(first)])
 
 
