@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import fcc111
 from test_soap import numpy_density
-from thalweg import Batch, ComplementaryEnergy, Evaluate, LocalDensity, Problem, Random, Rattle, Search, _core
+from thalweg import (
+    AcceptLower,
+    Batch,
+    ComplementaryEnergy,
+    Evaluate,
+    LocalDensity,
+    Problem,
+    Random,
+    Rattle,
+    Search,
+    _core,
+    recipes,
+)
+from thalweg.calculators import EMT
 from thalweg.errors import ConfigurationError
 from thalweg.generators import _drawn, _nearest
 from toys import PairToy
@@ -231,3 +245,85 @@ def test_settings_that_make_no_sense_are_refused():
     density = LocalDensity(species=["Au", "Ni"]).bind()
     with pytest.raises(ConfigurationError, match=r"attractors must have shape \(n, 3\)"):
         _core.ComplementaryEnergy(density, np.zeros((4, 2)))
+
+
+# ---- the search of Paper I, Fig. 2 -----------------------------------------------------------------------------
+
+
+def settled(element, carry, energies, parent, data):
+    """What `element` makes of candidates evaluated at these points: the column accepted, and what it keeps."""
+    search = Search(CLUSTER, propose=Random(1), evaluate=Evaluate(PairToy()), seed=0)
+    at = search._at(search.ask().context, "settle", element)
+    kept = {}
+    services = SimpleNamespace(keep=lambda iteration, stage, arrays: kept.update(arrays))
+    ctx = replace(at, carry={element.name: carry} if carry else {}, data=data, _services=services)
+    points = np.arange(len(energies))
+    batch = CLUSTER.batch(np.zeros((len(energies), 8, 3)), parent=parent).with_columns(
+        energy=np.array(energies, float), ticket=len(data), point=points, status=np.zeros(len(energies), np.uint8)
+    )
+    return element(batch, ctx).columns["accepted"].tolist(), kept
+
+
+def test_the_population_follows_a_descent_to_its_end():
+    element = AcceptLower(size=2, same=1e-3)
+    data = CLUSTER.batch(np.zeros((4, 8, 3)), parent=-1).with_columns(
+        energy=np.array([5.0, 4.0, 3.0, 1.0]), status=np.zeros(4, np.uint8), ticket=np.arange(4), point=np.zeros(4, int)
+    )
+    accepted, carry = settled(element, {}, [6.0, 5.0], -1, data[:0])
+    assert accepted == [False, True] and not carry["complete"] and carry["energy"].tolist() == [5.0]
+    accepted, carry = settled(element, carry, [5.0005], -1, data[:1])
+    assert accepted == [False] and not carry["complete"], "a copy"
+    accepted, carry = settled(element, carry, [4.0], -1, data[:1])
+    assert carry["complete"] and carry["energy"].tolist() == [4.0, 5.0] and not carry["descending"]
+    accepted, carry = settled(element, carry, [3.5, 3.0], 0, data[:2])  # below its parent, whose energy is 5
+    assert accepted == [False, True] and carry["descending"] and carry["energy"].tolist() == [4.0, 5.0, 3.0]
+    accepted, carry = settled(element, carry, [1.0], 2, data[:3])
+    assert accepted == [True] and carry["energy"].tolist() == [4.0, 5.0, 1.0], "the last one takes its place"
+    there = carry
+    for energies in ([1.5], [1.0 - 5e-4], [np.nan], []):  # higher, no lower by what counts, failed, no candidate
+        accepted, carry = settled(element, there, energies, 3, data)
+        assert not any(accepted) and not carry["descending"] and carry["energy"].tolist() == [1.0, 4.0]
+    accepted, again = settled(element, carry, [4.5], -1, data)
+    assert accepted == [False] and again["energy"].tolist() == [1.0, 4.0], "random and too high"
+    with pytest.raises(ConfigurationError, match="size"):
+        AcceptLower(size=0)
+
+
+def test_the_search_follows_the_published_flow_chart():
+    with recipes.complementary_energy(CLUSTER, EMT(), seed=5, population=3, steps=60) as search:
+        last, population = None, []
+        for step in search.steps(25):
+            rows = step.evaluated
+            parent = int(rows.columns["parent"][0]) if len(rows) else -1  # none: it fell into pieces
+            if not len(rows):
+                pass
+            elif not population:
+                assert parent == -1
+            elif last is not None:
+                assert parent == last, "a descent goes on from what it accepted last"
+            else:
+                assert parent == -1 or parent in population
+            kept = step.carry["AcceptLower"]
+            numbers = list(zip(search.data.columns["ticket"], search.data.columns["point"], strict=True))
+            members = [numbers.index(place) for place in zip(kept["ticket"], kept["point"], strict=True)]
+            if kept["complete"]:
+                last, population = (members[-1], members[:-1]) if kept["descending"] else (None, members)
+        assert len(population) == 3 and search.data.columns["accepted"].sum() >= 4
+        assert search.best_energy < 8.5
+
+
+@pytest.mark.parametrize("cut", [2, 9])
+def test_a_resumed_search_equals_one_that_ran_straight(tmp_path, cut):
+    options = {"seed": 2, "population": 3, "steps": 40}
+    with recipes.complementary_energy(CLUSTER, EMT(), threads=2, **options) as search:
+        search.run(14)
+        straight = search.data
+    path = tmp_path / "run.journal"
+    with recipes.complementary_energy(CLUSTER, EMT(), store=path, threads=1, **options) as search:
+        search.run(cut)
+        search.ask()  # left open
+    with recipes.complementary_energy(CLUSTER, EMT(), store=path, threads=1, **options) as search:
+        search.run(14 - cut)
+        assert np.array_equal(search.data.positions, straight.positions)
+        assert np.array_equal(search.data.columns["energy"], straight.columns["energy"])
+        assert np.array_equal(search.data.columns["accepted"], straight.columns["accepted"])

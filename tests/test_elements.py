@@ -12,6 +12,7 @@ from test_models import random_batch
 from thalweg import (
     GPR,
     LCB,
+    AcceptLower,
     AlongForces,
     Batch,
     Best,
@@ -30,6 +31,7 @@ from thalweg import (
     Novelty,
     OneOf,
     Permute,
+    Population,
     Problem,
     Random,
     Rattle,
@@ -70,6 +72,7 @@ def with_model():
         (Best(3), "sample"),
         (Novelty(3), "sample"),
         (LastAccepted(), "sample"),
+        (Population(), "sample"),
         (MinDistance(0.7), "refine"),
         (Connected(), "refine"),
         (Centre(), "refine"),
@@ -83,6 +86,7 @@ def with_model():
         (Duplicate(), "evaluate"),
         (Metropolis(), "settle"),
         (Metropolis(c2=1.5), "settle"),
+        (AcceptLower(), "settle"),
     ],
     ids=lambda value: getattr(value, "name", value),
 )

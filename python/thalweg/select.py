@@ -20,6 +20,7 @@ __all__ = [
     "KernelSimilarity",
     "LastAccepted",
     "Novelty",
+    "Population",
     "Remembering",
     "Thompson",
 ]
@@ -212,11 +213,37 @@ class LastAccepted:
 
     def __call__(self, ctx: Context) -> Batch:
         kept = ctx.carry.get(self.of)
-        if kept is None:
+        return Batch.empty() if kept is None else _measured(ctx, kept["ticket"], kept["point"])
+
+
+@dataclass(frozen=True)
+class Population:
+    """What `AcceptLower` keeps: the structure that it accepted last as long as that leads on, else its population; empty
+    before that is complete.
+
+    Parameters
+    ----------
+    of : str
+        Name of the settling stage.
+    """
+
+    of: str = "AcceptLower"
+    name: str = "Population"
+
+    def __call__(self, ctx: Context) -> Batch:
+        kept = ctx.carry.get(self.of)
+        if kept is None or not kept["complete"]:
             return Batch.empty()
-        columns = ctx.data.columns
-        rows = np.flatnonzero((columns["ticket"] == kept["ticket"]) & (columns["point"] == kept["point"]))
-        return _members(ctx, rows)
+        last = slice(-1, None) if kept["descending"] else slice(None)
+        return _measured(ctx, kept["ticket"][last], kept["point"][last])
+
+
+def _measured(ctx: Context, tickets: np.ndarray, points: np.ndarray) -> Batch:
+    """The evaluations with these numbers (k,), in order."""
+    columns = ctx.data.columns
+    wanted = zip(np.atleast_1d(tickets), np.atleast_1d(points), strict=True)
+    rows = [np.flatnonzero((columns["ticket"] == ticket) & (columns["point"] == point)) for ticket, point in wanted]
+    return _members(ctx, np.concatenate(rows))
 
 
 @dataclass(frozen=True)
