@@ -239,7 +239,13 @@ def test_role_models_differ_and_are_of_the_atom_s_own_species():
 
 
 def test_settings_that_make_no_sense_are_refused():
-    for options in ({"role_models": (3, 2)}, {"role_models": (0, 2)}, {"attractors": "magic"}, {"softening": 0.0}):
+    for options in (
+        {"role_models": (3, 2)},
+        {"role_models": (0, 2)},
+        {"role_models": 3},
+        {"attractors": "magic"},
+        {"softening": 0.0},
+    ):
         with pytest.raises(ConfigurationError, match=next(iter(options))):
             ComplementaryEnergy(5, **options)
     density = LocalDensity(species=["Au", "Ni"]).bind()

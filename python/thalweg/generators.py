@@ -272,10 +272,10 @@ class ComplementaryEnergy:
 
     def __post_init__(self) -> None:
         check_schedule(self.count, f"the count of {self.name}")
-        low, high = self.role_models
-        if not 1 <= low <= high:
+        bounds = self.role_models if isinstance(self.role_models, (tuple, list)) else ()
+        if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1]:
             raise ConfigurationError(
-                f"role_models of {self.name} must be (low, high), 1 <= low <= high, got ({low}, {high})"
+                f"role_models of {self.name} must be (low, high), 1 <= low <= high, got {self.role_models!r}"
             )
         if self.attractors not in ("models", "clusters"):
             raise ConfigurationError(

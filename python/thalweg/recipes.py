@@ -461,11 +461,10 @@ def complementary_energy(
     threads : int
         Threads of one search; 0: as many as there are cores. Results do not depend on it.
     """
-    low, high = role_models
     return Search(
         problem,
         sample=Population(),
-        propose=FirstOf(ComplementaryEnergy(1, (low, high), few=few, attractors=attractors), Random(1)),
+        propose=FirstOf(ComplementaryEnergy(1, role_models, few=few, attractors=attractors), Random(1)),
         refine=_tidy(problem),
         evaluate=Evaluate(calculator, steps, force_tolerance),
         settle=AcceptLower(population, c2=_pieces(problem)),

@@ -1,9 +1,9 @@
-// Complementary energy (Meldgaard, Kolsbjerg, Hammer, J. Chem. Phys. 149, 134104 (2018); Chiriki, Christiansen, Hammer,
-// Phys. Rev. B 100, 235436 (2019), (5) to (7)): how far atoms are from the surroundings that they should take over.
+// Complementary energy (Chiriki, Christiansen, Hammer, Phys. Rev. B 100, 235436 (2019), (5) to (7)): how far atoms are
+// from the surroundings that they should take over.
 //
 //   CE(x) = sum over the atoms i that have an attractor A_i of sqrt(|f_i(x) - A_i|^2 + softening^2) - softening
 //
-// with f the local density (density.hpp). The papers' |f_i - A_i| has no derivative where an atom has arrived; the
+// with f the local density (density.hpp). The paper's |f_i - A_i| has no derivative where an atom has arrived; the
 // softening gives it one. Which attractor is whose stays fixed.
 #pragma once
 
