@@ -87,6 +87,9 @@ ARMS = {
     "gofee, no prior": {"method": "gofee", "prior": "none"},
     "gofee, classic": {"method": "gofee", "classic": True},
     "basin hopping": {"method": "basin_hopping"},
+    "complementary energy": {"method": "complementary_energy"},
+    "complementary energy, all atoms": {"method": "complementary_energy", "few": False},
+    "cluster regularization": {"method": "complementary_energy", "few": False, "attractors": "clusters"},
     "random search": {"method": "random_search"},
 }
 

@@ -483,7 +483,7 @@ def _objects(rng: random.Random) -> dict:
     gpr = _core.Gpr(fingerprint.size, kernel)
     if rng.random() < 0.7:
         gpr.fit(r.normal(size=(5, fingerprint.size)), r.normal(size=5))
-    environments = _core.Environments([28, 79])
+    environments, density = _core.Environments([28, 79]), _core.LocalDensity([28, 79])
     local = _core.LocalGpr(environments)
     grid = np.array([[0, 0, 0], [2.7, 0, 0], [0, 2.7, 0], [2.7, 2.7, 0.5]]) + 4
     good = SimpleNamespace(
@@ -495,9 +495,10 @@ def _objects(rng: random.Random) -> dict:
     return {
         "landscape": rng.choice([_core.Emt(), prior, _core.LennardJones(2.3, 0.5), wells]),
         "prior": rng.choice([None, prior]), "kernel": kernel, "gpr": rng.choice([gpr, local]), "fingerprint": fingerprint,
-        "environments": environments, "batch": good,
+        "environments": environments, "batch": good, "density": density,
         "self": {"Fingerprint": fingerprint, "Gpr": gpr, "LocalGpr": local, "Environments": environments,
                  "ManyBodyPrior": wells, "Tilted": _core.Tilted(wells, np.zeros((4, 3))),
+                 "ComplementaryEnergy": _core.ComplementaryEnergy(density, np.full((4, 3), np.nan)),
                  "Minimiser": _core.Minimiser(good.positions, good.fixed),
                  "Surrogate": _core.Surrogate(fingerprint, gpr), "LocalSurrogate": _core.LocalSurrogate(local)},
     }  # fmt: skip

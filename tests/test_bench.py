@@ -63,7 +63,8 @@ def test_kernels_alone_prints_rows(fake, capsys, tmp_path):
     assert bench.kernels(filter="random structures", json_file=tmp_path / "rows.json") == 0
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [
-        "random structures per second, Ni4Au4", "random structures per second, Ni6 on a 60-atom slab",
+        "random structures per second, Ni4Au4", "random structures per second, Ni12Au12",
+        "random structures per second, Ni6 on a 60-atom slab",
     ]  # fmt: skip
     assert all(row["ours"] > 0 and row["theirs"] is None for row in rows)
     assert "random structures per second, Ni4Au4" in capsys.readouterr().out

@@ -84,7 +84,7 @@ def test_mistakes_in_problem_and_calculator(tmp_path, change, words):
     [
         ("metod = 'gofee'", ["search.metod", "Did you mean 'method'?"]),
         ("method = 'gofe'", ["search.method", "'gofe'", "Did you mean 'gofee'?"]),
-        ("method = 'magic'", ["search.method", "basin_hopping, gofee, random_search"]),
+        ("method = 'magic'", ["search.method", "basin_hopping, complementary_energy, gofee, random_search"]),
         ("kapa = 2.0", ["search.kapa", "Did you mean 'kappa'?"]),
         ("kappa = 'two'", ["search.kappa", "expected a number", '"two"']),
         ("restarts = 'ten'", ["search.restarts", "expected a whole number", '"ten"']),

@@ -54,6 +54,7 @@ CPP = {
     "fingerprint.hpp": {"core.hpp"},
     "soap.hpp": {"core.hpp"},
     "density.hpp": {"core.hpp", "neighbors.hpp"},
+    "complementary.hpp": {"core.hpp", "density.hpp", "landscape.hpp"},
     "gpr.hpp": {"core.hpp"},
     "potentials.hpp": {"core.hpp", "landscape.hpp"},
     "surrogate.hpp": {"core.hpp", "landscape.hpp", "fingerprint.hpp", "gpr.hpp"},

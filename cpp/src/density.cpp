@@ -4,6 +4,8 @@
 #include <cmath>
 #include <string>
 
+#include "potentials_kernels.hpp"
+
 namespace thalweg {
 namespace {
 
@@ -57,17 +59,17 @@ void LocalDensity::values(const StructureView& structure, double* features, Work
   w.list_.update(structure);
   const std::size_t pairs = w.list_.size();
   const double* r = w.list_.r();
-  w.slope_.resize(pairs);
-  const double turn = kPi / settings_.cutoff, fall = 1.0 / settings_.decay;
+  w.value_.resize(std::max(w.value_.size(), pairs));
+  w.slope_.resize(w.value_.size());
+  potential_kernels().screened_pairs(pairs, r, 1.0 / settings_.decay, kPi / settings_.cutoff, w.value_.data(),
+                                     w.slope_.data());
   for (std::size_t p = 0; p < pairs; ++p) {
     const auto i = static_cast<std::size_t>(w.list_.i()[p]), j = static_cast<std::size_t>(w.list_.j()[p]);
     if (!(r[p] > kOnOnePoint))
       throw Error("atoms " + std::to_string(i) + " and " + std::to_string(j) +
                   " lie on one point, where the local density has no derivative; move them apart");
-    const double e = 0.5 * std::exp(-fall * r[p]), cut = std::cos(turn * r[p]) + 1.0;
-    w.slope_[p] = -e * (fall * cut + turn * std::sin(turn * r[p])) / r[p];
-    features[i * D + w.species_[j]] += e * cut;
-    features[j * D + w.species_[i]] += e * cut;
+    features[i * D + w.species_[j]] += w.value_[p];
+    features[j * D + w.species_[i]] += w.value_[p];
   }
   w.ready_ = true;
 }

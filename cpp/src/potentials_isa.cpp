@@ -213,10 +213,48 @@ double morse_pairs(std::size_t n, const double* r, const std::int32_t* kind, con
   return sum(total);
 }
 
+// With x = turn r and y = x / 2 - pi / 4, |y| <= pi / 4: (cos x + 1) / 2 = (cos y - sin y)^2 / 2, and its derivative is
+// -turn (cos^2 y - sin^2 y) / 2. Taylor series of both, remainders below 5e-17.
+void screened_pairs(std::size_t n, const double* r, double fall, double turn, double* value, double* slope_over_r) {
+  for (std::size_t p = 0; p < n; p += kLanes) {
+    const std::size_t left = n - p < kLanes ? n - p : kLanes;
+    Real distance = broadcast(1.0);
+    if (left == kLanes)
+      distance = load(r + p);
+    else
+      for (std::size_t lane = 0; lane < left; ++lane) distance[lane] = r[p + lane];
+    const Real y = (0.5 * turn) * distance - 0.78539816339744831, z = y * y;
+    const Real sine =
+        y * (1.0 +
+             z * (-1.0 / 6 +
+                  z * (1.0 / 120 + z * (-1.0 / 5040 + z * (1.0 / 362880 + z * (-1.0 / 39916800 +
+                                                                               z * (1.0 / 6227020800.0 +
+                                                                                    z * (-1.0 / 1307674368000.0))))))));
+    const Real cosine =
+        1.0 +
+        z * (-0.5 + z * (1.0 / 24 +
+                         z * (-1.0 / 720 +
+                              z * (1.0 / 40320 + z * (-1.0 / 3628800 +
+                                                      z * (1.0 / 479001600 + z * (-1.0 / 87178291200.0 +
+                                                                                  z * (1.0 / 20922789888000.0))))))));
+    const Real e = 0.5 * exponential(-fall * distance), root = cosine - sine;
+    const Real added = e * root * root;
+    const Real slope = -(fall * added + turn * e * root * (cosine + sine)) / distance;
+    if (left == kLanes) {
+      store(value + p, added);
+      store(slope_over_r + p, slope);
+    } else {
+      for (std::size_t lane = 0; lane < left; ++lane)
+        value[p + lane] = added[lane], slope_over_r[p + lane] = slope[lane];
+    }
+  }
+}
+
 }  // namespace
 
 const PotentialKernels& potential_kernels() {
-  static constexpr PotentialKernels table{embedded_pairs, lennard_jones_all, lennard_jones_pairs, morse_pairs};
+  static constexpr PotentialKernels table{embedded_pairs, lennard_jones_all, lennard_jones_pairs, morse_pairs,
+                                          screened_pairs};
   return table;
 }
 

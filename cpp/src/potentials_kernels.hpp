@@ -1,4 +1,4 @@
-// Inner loops of the potentials (potentials_isa.cpp), chosen at run time. Plain arrays only: see the RULE in isa.hpp.
+// Inner loops over pairs (potentials_isa.cpp), chosen at run time. Plain arrays only: see the RULE in isa.hpp.
 #pragma once
 
 #include <cstddef>
@@ -48,6 +48,9 @@ struct PotentialKernels {
   /// Morse wells over n distances, kind: row of `table` per pair. Writes (dE/dr) / r; returns the energy.
   double (*morse_pairs)(std::size_t n, const double* r, const std::int32_t* kind, const PriorPair* table,
                         double* slope_over_r);
+  /// exp(-fall r) (cos(turn r) + 1) / 2 and its derivative over r at n distances, 0 < turn r < pi: what a neighbour
+  /// adds to a local density (density.hpp).
+  void (*screened_pairs)(std::size_t n, const double* r, double fall, double turn, double* value, double* slope_over_r);
 };
 
 THALWEG_DISPATCH(PotentialKernels, potential_kernels)

@@ -3,6 +3,7 @@
 #include <mutex>
 
 #include "common.hpp"
+#include "thalweg/complementary.hpp"
 #include "thalweg/density.hpp"
 #include "thalweg/fingerprint.hpp"
 #include "thalweg/soap.hpp"
@@ -272,6 +273,23 @@ void bind_descriptors(py::module_& m) {
                  py::arg("species"), py::kw_only(), py::arg("decay") = density.decay,
                  py::arg("cutoff") = density.cutoff);
   bind_atom_descriptor(of_density);
+
+  py::class_<ComplementaryEnergy, Landscape, std::shared_ptr<ComplementaryEnergy>>(
+      m, "ComplementaryEnergy",
+      "Complementary energy (Chiriki, Christiansen, Hammer 2019): the sum over atoms with an attractor of sqrt(|f - "
+      "A|^2 "
+      "+ softening^2) - softening, f the local density. attractors (m, size): features that each atom of the batch "
+      "should "
+      "come to have, its own atomic number last; a row of NaN: the atom does not count. In the unit of the features.")
+      .def(py::init([](std::shared_ptr<const LocalDensity> density_of_atoms, const Array<double>& attractors,
+                       double softening) {
+             if (density_of_atoms)
+               expect_shape(attractors, "attractors", {-1, static_cast<py::ssize_t>(density_of_atoms->size())});
+             const std::span<const double> values = span(attractors);
+             return std::make_shared<ComplementaryEnergy>(std::move(density_of_atoms),
+                                                          std::vector<double>(values.begin(), values.end()), softening);
+           }),
+           py::arg("density"), py::arg("attractors"), py::kw_only(), py::arg("softening") = 0.01);
 }
 
 }  // namespace thalweg::bindings

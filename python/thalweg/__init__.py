@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from thalweg.callbacks import Print, StopAfter, StopAt
     from thalweg.descriptors import SOAP, Fingerprint, LocalDensity
     from thalweg.errors import BackendUnavailable, ConfigurationError, Stop, StoreError, ThalwegError
-    from thalweg.evaluate import Duplicate, Evaluate, Metropolis
-    from thalweg.generators import AlongForces, FirstOf, OneOf, Permute, Random, Rattle, Unchosen
+    from thalweg.evaluate import AcceptLower, Duplicate, Evaluate, Metropolis
+    from thalweg.generators import AlongForces, ComplementaryEnergy, FirstOf, OneOf, Permute, Random, Rattle, Unchosen
     from thalweg.grid import Grid, GridSettings
     from thalweg.local_model import LocalGPR
     from thalweg.model_choice import ChosenModel
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         KMeans,
         LastAccepted,
         Novelty,
+        Population,
         Remembering,
         Thompson,
     )
@@ -55,9 +56,9 @@ _WHERE = {
         "callbacks": "Print StopAfter StopAt",
         "descriptors": "SOAP Fingerprint LocalDensity",
         "errors": "BackendUnavailable ConfigurationError Stop StoreError ThalwegError",
-        "evaluate": "Duplicate Evaluate Metropolis",
+        "evaluate": "AcceptLower Duplicate Evaluate Metropolis",
         "grid": "Grid GridSettings",
-        "generators": "AlongForces FirstOf OneOf Permute Random Rattle Unchosen",
+        "generators": "AlongForces ComplementaryEnergy FirstOf OneOf Permute Random Rattle Unchosen",
         "local_model": "LocalGPR",
         "models": "GPR",
         "priors": "CalculatorPrior FittedPrior",
@@ -65,7 +66,8 @@ _WHERE = {
         "records": "Asked Batch Context Problem Step",
         "refine": "Centre Connected MinDistance Relax SurrogateHops Wrap",
         "search": "Found Search",
-        "select": "LCB Best ExpectedImprovement KMeans KernelSimilarity LastAccepted Novelty Remembering Thompson",
+        "select": "LCB Best ExpectedImprovement KMeans KernelSimilarity LastAccepted Novelty Population Remembering "
+        "Thompson",
         "stagnation": "ResetOnStagnation",
         "model_choice": "ChosenModel",
         "store": "History Store open_runs",

@@ -11,6 +11,7 @@ import numpy
 import numpy.typing
 
 __all__: list[str] = [
+    "ComplementaryEnergy",
     "Emt",
     "Environments",
     "Fingerprint",
@@ -58,6 +59,18 @@ class Landscape:
     """
     Anything that gives structures energies [eV] and forces [eV/angstrom, -dE/dx].
     """
+
+class ComplementaryEnergy(Landscape):
+    """
+    Complementary energy (Chiriki, Christiansen, Hammer 2019): the sum over atoms with an attractor of sqrt(|f - A|^2 + softening^2) - softening, f the local density. attractors (m, size): features that each atom of the batch should come to have, its own atomic number last; a row of NaN: the atom does not count. In the unit of the features.
+    """
+    def __init__(
+        self,
+        density: LocalDensity,
+        attractors: typing.Annotated[numpy.typing.ArrayLike, numpy.float64],
+        *,
+        softening: float = 0.01,
+    ) -> None: ...
 
 class Emt(Landscape):
     """

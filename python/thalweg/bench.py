@@ -233,6 +233,12 @@ def _cluster_problem() -> Any:
     return Problem("Au4Ni4", cell=12.0, box=6.0)
 
 
+def _large_cluster_problem() -> Any:
+    from thalweg.records import Problem
+
+    return Problem("Au12Ni12", cell=14.0, box=8.0)
+
+
 def _slab_problem() -> Any:
     """Six nickel atoms on Au(111), 5 x 4 x 3 atoms, orthogonal cell (in a skewed one AGOX misses periodic images)."""
     from ase.build import fcc111
@@ -654,8 +660,9 @@ def _fits(table: Table, peer: Peer | None, sizes: Sequence[int]) -> None:
 
 def _generators(table: Table, peer: Peer | None) -> None:
     for label, problem, kinds in (
-        ("Ni4Au4", _cluster_problem(), ("random", "rattle", "permutation")),
-        ("Ni6 on a 60-atom slab", _slab_problem(), ("random", "rattle")),
+        ("Ni4Au4", _cluster_problem(), ("random", "rattle", "permutation", "complementary")),
+        ("Ni12Au12", _large_cluster_problem(), ("random", "rattle", "permutation", "complementary")),
+        ("Ni6 on a 60-atom slab", _slab_problem(), ("random", "rattle", "complementary")),
     ):
         template = problem.template
         request = _problem_request(problem)
@@ -671,7 +678,9 @@ def _generators(table: Table, peer: Peer | None) -> None:
             several = replace(parents, fixed=fixed.reshape(-1, 3)).take(np.arange(count) % len(parents))
             turn = iter(range(10**9))
 
-            def ours(kind=kind, problem=problem, template=template, several=several, turn=turn, count=count):
+            def ours(
+                kind=kind, problem=problem, template=template, parents=parents, several=several, turn=turn, count=count
+            ):
                 key, begin = (next(turn), 3), time.process_time()
                 if kind == "random":
                     ok = _core.random_structures(
@@ -682,6 +691,8 @@ def _generators(table: Table, peer: Peer | None) -> None:
                     )[1]  # fmt: skip
                 elif kind == "rattle":
                     ok = _core.rattle(several, box=problem.box_arguments, key=key, threads=1)[1]
+                elif kind == "complementary":
+                    ok = np.ones(len(_complementary(problem, parents, count, key[0])))
                 else:
                     ok = _core.permute(several, key=key, threads=1)[1]
                 return (time.process_time() - begin) / max(int(np.sum(ok)), 1)
@@ -703,6 +714,24 @@ def _generators(table: Table, peer: Peer | None) -> None:
             table.add(
                 name, 1 / a, "/s", None if b is None else 1 / b, more=True, target=target, note="".join(notes)
             )  # fmt: skip
+
+
+def _complementary(problem: Any, parents: Any, count: int, turn: int) -> Any:
+    """Structures by complementary energy as AGOX makes them: all placed atoms move, 3 to 5 attractors from the parent, 75
+    steps, one decay length of 1 angstrom, cutoff 10."""
+    from types import SimpleNamespace
+
+    from thalweg.descriptors import LocalDensity
+    from thalweg.generators import ComplementaryEnergy
+    from thalweg.randomness import Key
+    from thalweg.records import Batch, Context
+
+    element = ComplementaryEnergy(count, role_models=(3, 5), few=False, steps=75, descriptor=LocalDensity(cutoff=10.0))
+    nothing = Batch.empty()
+    context = Context(
+        problem, nothing, parents, nothing, {}, None, {}, 0, Key.of(turn), _services=SimpleNamespace(threads=1)
+    )
+    return element(context)
 
 
 def _iteration(table: Table, peer: Peer | None) -> None:

@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 # Iterations when the file gives none: what each method needs to be useful on a cluster of ten atoms.
-DEFAULT_ITERATIONS = {"gofee": 100, "basin_hopping": 500, "random_search": 200}
+DEFAULT_ITERATIONS = {"gofee": 100, "basin_hopping": 500, "complementary_energy": 500, "random_search": 200}
 FALLBACK_ITERATIONS = 100
 
 # Arguments of a recipe that are not options of the user's: the [search] keys of the same name or the program set them.

@@ -269,6 +269,27 @@ class LocalDensity:
         return self.bind(batch.numbers).jacobian(batch, threads)
 
 
+def clusters(features: Floats, count: int) -> tuple[Floats, NDArray[np.int32]]:
+    """Centres (count, D) of k-means clusters of features (n, D), n >= 1, and the cluster (n,) that each row belongs to.
+
+    Begins with the first row and, again and again, the row farthest from what is there: needs no random numbers and
+    never starts with an empty cluster.
+    """
+    from scipy.cluster.vq import vq
+
+    centres = features[:1]
+    for _ in range(count - 1):
+        _, distance = vq(features, centres, check_finite=False)
+        centres = np.vstack([centres, features[int(np.argmax(distance))]])
+    for _ in range(20):
+        member, _ = vq(features, centres, check_finite=False)
+        moved = np.array([features[member == k].mean(0) if np.any(member == k) else c for k, c in enumerate(centres)])
+        if np.array_equal(moved, centres):
+            break
+        centres = moved
+    return centres, member
+
+
 def _of_systems(system: Any, one: Callable[[Batch], Floats]) -> Floats | list[Floats]:
     """`one` of an Atoms object, or of each in a list: then one array if shapes agree, as dscribe gives it."""
     from ase import Atoms

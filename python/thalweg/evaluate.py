@@ -13,11 +13,11 @@ import numpy as np
 
 from thalweg import _core
 from thalweg.descriptors import Fingerprint
-from thalweg.errors import CalculationFailed
+from thalweg.errors import CalculationFailed, ConfigurationError
 from thalweg.records import OK, REJECTED, Batch, Context, Measured, Problem
 from thalweg.select import model_of
 
-__all__ = ["Duplicate", "Evaluate", "Metropolis", "calculate"]
+__all__ = ["AcceptLower", "Duplicate", "Evaluate", "Metropolis", "calculate"]
 
 # An energy so far below every known one [eV per atom] is the calculator's mistake, not a structure: self-consistent
 # calculators are known to end in such states where atoms are too close. Only if the lowest known point has no force
@@ -387,15 +387,11 @@ class Metropolis:
     name: str = "Metropolis"
 
     def __call__(self, batch: Batch, ctx: Context) -> Batch:
-        objective = ctx.problem.objective(batch) if len(batch) else np.zeros(0)
         accepted = np.zeros(len(batch), bool)
         before = ctx.carry.get(self.name)
-        if len(batch) and np.any(np.isfinite(objective)):
-            row = int(np.nanargmin(objective))
-            energy = float(objective[row])
+        row, energy = _lowest_point(batch, ctx, self.c2)
+        if row >= 0:
             rise = energy - float(before["energy"]) if before is not None else -np.inf
-            if math.isfinite(self.c2) and _core.fragments(batch[row], self.c2)[0] > 1:
-                rise = np.inf
             if rise <= 0 or ctx.key.rng().random() < np.exp(-rise / self.temperature):
                 accepted[row] = True
                 ctx.keep(
@@ -404,3 +400,68 @@ class Metropolis:
                     energy=np.array(energy),
                 )
         return batch.with_columns(accepted=accepted)
+
+
+@dataclass(frozen=True)
+class AcceptLower:
+    """The population of the complementary energy search (Chiriki, Christiansen, Hammer, PRB 100, 235436 (2019), Fig. 2).
+
+    A candidate whose lowest point lies below its parent is accepted, and the search goes on from it (`Population`). One
+    that does not ends this descent: what was accepted last joins the population, whose highest member leaves. Candidates
+    without a parent join it at once; the first `size` of them are its beginning.
+
+    Parameters
+    ----------
+    size : int
+        Of the population.
+    same : float
+        Energies closer than this [eV] are one: not a fall, and no new member. Keeps copies of one minimum from
+        filling the population, of which the paper says nothing.
+    c2 : float
+        Never accepted: a structure in several pieces, see `Metropolis`.
+    """
+
+    size: int = 10
+    same: float = 2e-3
+    c2: float = math.inf
+    name: str = "AcceptLower"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ConfigurationError(f"the size of {self.name} must be at least 1, got {self.size!r}")
+
+    def __call__(self, batch: Batch, ctx: Context) -> Batch:
+        accepted = np.zeros(len(batch), bool)
+        row, energy = _lowest_point(batch, ctx, self.c2)
+        kept = ctx.carry.get(self.name)
+        # ticket, point, energy; while a descent lasts, its lowest structure stands behind the members
+        members = [] if kept is None else list(zip(kept["ticket"], kept["point"], kept["energy"], strict=True))
+        descended = [members.pop()] if kept is not None and kept["descending"] else []
+        parent = int(batch.columns["parent"][row]) if row >= 0 and "parent" in batch.columns else -1
+        candidate = [] if row < 0 else [(batch.columns["ticket"][row], batch.columns["point"][row], energy)]
+        descending = parent >= 0 and energy < ctx.problem.objective(ctx.data[parent])[0] - self.same
+        if descending:
+            members += candidate
+        else:
+            for one in descended + (candidate if parent < 0 else []):
+                if all(abs(one[2] - member[2]) > self.same for member in members):
+                    members = sorted([*members, one], key=lambda member: member[2])[: self.size]
+        if row >= 0:
+            accepted[row] = candidate[0] in members
+        ticket, point, energies = np.array(members, float).reshape(-1, 3).T
+        ctx.keep(
+            ticket=ticket.astype(int), point=point.astype(int), energy=energies, descending=np.array(descending),
+            complete=np.array((kept is not None and bool(kept["complete"])) or len(members) >= self.size),
+        )  # fmt: skip
+        return batch.with_columns(accepted=accepted)
+
+
+def _lowest_point(batch: Batch, ctx: Context, c2: float) -> tuple[int, float]:
+    """The row with the lowest objective and that [eV]; -1 and infinity if there is none, or it is in several pieces."""
+    objective = ctx.problem.objective(batch) if len(batch) else np.zeros(0)
+    if not np.any(np.isfinite(objective)):
+        return -1, np.inf
+    row = int(np.nanargmin(objective))
+    if math.isfinite(c2) and _core.fragments(batch[row], c2)[0] > 1:
+        return -1, np.inf
+    return row, float(objective[row])

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from thalweg import _core
 from thalweg.agent import Agent, Build, Policy, Rebuild, Snap
 from thalweg.errors import ConfigurationError, nearest
-from thalweg.evaluate import Duplicate, Evaluate, Metropolis
-from thalweg.generators import AlongForces, FirstOf, OneOf, Permute, Random, Rattle, Unchosen
+from thalweg.evaluate import AcceptLower, Duplicate, Evaluate, Metropolis
+from thalweg.generators import AlongForces, ComplementaryEnergy, FirstOf, OneOf, Permute, Random, Rattle, Unchosen
 from thalweg.grid import GridSettings
 from thalweg.local_model import LocalGPR
 from thalweg.model_choice import ChosenModel
@@ -29,13 +29,14 @@ from thalweg.select import (
     KMeans,
     LastAccepted,
     Novelty,
+    Population,
     Remembering,
     Thompson,
 )
 from thalweg.stagnation import ResetOnStagnation
 from thalweg.store import Store
 
-__all__ = ["RECIPES", "asla", "basin_hopping", "gofee", "random_search"]
+__all__ = ["RECIPES", "asla", "basin_hopping", "complementary_energy", "gofee", "random_search"]
 
 
 def gofee(
@@ -419,8 +420,54 @@ def basin_hopping(
         propose=FirstOf(move, Random(1)),
         refine=_tidy(problem),
         evaluate=Evaluate(calculator, steps, force_tolerance),
-        # from pieces no move leads to a structure that `_tidy` lets pass
-        settle=Metropolis(temperature, c2=math.inf if problem.periodic or problem.template is not None else 1.5),
+        settle=Metropolis(temperature, c2=_pieces(problem)),
+        store=store,
+        seed=seed,
+        threads=threads,
+    )
+
+
+def complementary_energy(
+    problem: Problem,
+    calculator: Any,
+    *,
+    store: str | Path | Store | None = None,
+    seed: int = 0,
+    population: int = 10,
+    role_models: tuple[int, int] = (2, 4),
+    few: bool = True,
+    attractors: Literal["models", "clusters"] = "models",
+    steps: int = 200,
+    force_tolerance: float = 0.05,
+    threads: int = 0,
+) -> Search:
+    """Search by complementary energy (Chiriki, Christiansen, Hammer, PRB 100, 235436 (2019)): atoms take over the
+    surroundings of others, their role models; relax in the true potential; go on while the energy falls.
+
+    Parameters
+    ----------
+    population : int
+        Structures from which descents begin: at first random ones, relaxed; then the lowest that descents led to.
+    role_models : (int, int)
+        How many there are at least and at most; the published numbers are 2 and 4 for SiO2, 4 and 6 for TiO2.
+    few : bool
+        Only some atoms move, those farthest from their role model; false: all.
+    attractors : "models" or "clusters"
+        Role models, or centres of clusters of atoms (cluster regularization), see `ComplementaryEnergy`.
+    steps : int
+        Of each relaxation in the true potential; every point is an evaluation.
+    force_tolerance : float
+        Largest force at which such a relaxation ends [eV/angstrom].
+    threads : int
+        Threads of one search; 0: as many as there are cores. Results do not depend on it.
+    """
+    return Search(
+        problem,
+        sample=Population(),
+        propose=FirstOf(ComplementaryEnergy(1, role_models, few=few, attractors=attractors), Random(1)),
+        refine=_tidy(problem),
+        evaluate=Evaluate(calculator, steps, force_tolerance),
+        settle=AcceptLower(population, c2=_pieces(problem)),
         store=store,
         seed=seed,
         threads=threads,
@@ -494,6 +541,11 @@ def _tidy(problem: Problem) -> list[Any]:
     return [Connected(), Centre()] if problem.template is None else []
 
 
+def _pieces(problem: Problem) -> float:
+    """c2 within which atoms must hang together to be accepted: from pieces few moves lead to what `_tidy` lets pass."""
+    return math.inf if problem.periodic or problem.template is not None else 1.5
+
+
 def _named(options: Mapping[str, Any], name: str, what: str) -> Any:
     _expect(options, name, what)
     return options[name]
@@ -516,5 +568,6 @@ RECIPES: dict[str, Callable[..., Search]] = {
     "gofee": gofee,
     "asla": asla,
     "basin_hopping": basin_hopping,
+    "complementary_energy": complementary_energy,
     "random_search": random_search,
 }

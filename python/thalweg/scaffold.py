@@ -21,7 +21,7 @@ WIDTH = 112
 _HEAD = """\
 # {summary}
 #
-#     thalweg run {file}                      search; report.html, best.extxyz and summary.json come out
+#     thalweg run {file}                      search: report.html, best.extxyz, summary.json
 #     thalweg run {file} --restarts 4         a quick look
 #     thalweg run {file} --set search.seed=7  another value of any key
 #

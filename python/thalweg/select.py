@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from thalweg.descriptors import Fingerprint
+from thalweg.descriptors import Fingerprint, clusters
 from thalweg.errors import ConfigurationError
 from thalweg.records import Batch, Context
 from thalweg.schedule import Schedule, check_schedule, scheduled
@@ -20,6 +20,7 @@ __all__ = [
     "KernelSimilarity",
     "LastAccepted",
     "Novelty",
+    "Population",
     "Remembering",
     "Thompson",
 ]
@@ -71,8 +72,6 @@ class KMeans:
     name: str = "KMeans"
 
     def __call__(self, ctx: Context) -> Batch:
-        from scipy.cluster.vq import vq
-
         objective = ctx.problem.objective(ctx.data)
         usable = np.flatnonzero(np.isfinite(objective))
         if not len(usable):
@@ -84,24 +83,10 @@ class KMeans:
             if len(inside) >= min(self.count, len(usable)):
                 break
             window *= 2
-        clusters = 1 + min(self.count - 1, len(inside) // 5)
+        count = 1 + min(self.count - 1, len(inside) // 5)
         features = ctx.features(self.descriptor)[inside]
-        # Farthest-first from the lowest structure: needs no random numbers and never starts with an empty cluster.
-        centres = features[:1]
-        for _ in range(clusters - 1):
-            _, distance = vq(features, centres, check_finite=False)
-            centres = np.vstack([centres, features[int(np.argmax(distance))]])
-        for _ in range(20):
-            member, _ = vq(features, centres, check_finite=False)
-            moved = np.array(
-                [features[member == k].mean(0) if np.any(member == k) else c for k, c in enumerate(centres)]
-            )
-            if np.array_equal(moved, centres):
-                break
-            centres = moved
-        _, first = np.unique(
-            member, return_index=True
-        )  # `inside` rises in energy: the first of a cluster is its lowest
+        # Starts from the lowest structure; `inside` rises in energy, so the first of a cluster is its lowest.
+        _, first = np.unique(clusters(features, count)[1], return_index=True)
         return _members(ctx, inside[np.sort(first)])
 
 
@@ -228,11 +213,37 @@ class LastAccepted:
 
     def __call__(self, ctx: Context) -> Batch:
         kept = ctx.carry.get(self.of)
-        if kept is None:
+        return Batch.empty() if kept is None else _measured(ctx, kept["ticket"], kept["point"])
+
+
+@dataclass(frozen=True)
+class Population:
+    """What `AcceptLower` keeps: the structure that it accepted last as long as that leads on, else its population; empty
+    before that is complete.
+
+    Parameters
+    ----------
+    of : str
+        Name of the settling stage.
+    """
+
+    of: str = "AcceptLower"
+    name: str = "Population"
+
+    def __call__(self, ctx: Context) -> Batch:
+        kept = ctx.carry.get(self.of)
+        if kept is None or not kept["complete"]:
             return Batch.empty()
-        columns = ctx.data.columns
-        rows = np.flatnonzero((columns["ticket"] == kept["ticket"]) & (columns["point"] == kept["point"]))
-        return _members(ctx, rows)
+        last = slice(-1, None) if kept["descending"] else slice(None)
+        return _measured(ctx, kept["ticket"][last], kept["point"][last])
+
+
+def _measured(ctx: Context, tickets: np.ndarray, points: np.ndarray) -> Batch:
+    """The evaluations with these numbers (k,), in order."""
+    columns = ctx.data.columns
+    wanted = zip(np.atleast_1d(tickets), np.atleast_1d(points), strict=True)
+    rows = [np.flatnonzero((columns["ticket"] == ticket) & (columns["point"] == point)) for ticket, point in wanted]
+    return _members(ctx, np.concatenate(rows))
 
 
 @dataclass(frozen=True)

@@ -34,15 +34,17 @@ class LocalDensity {
   /// Neighbour list and the pairs of the last values(); one per thread.
   class Workspace {
    public:
-    explicit Workspace(const LocalDensity& density) : list_(density.settings().cutoff) {}
+    /// without_still: atoms that are fixed in all coordinates do not see one another.
+    explicit Workspace(const LocalDensity& density, bool without_still = false)
+        : list_(density.settings().cutoff, 0.5, without_still) {}
 
    private:
     friend class LocalDensity;
     NeighborList list_;
     std::size_t n_ = 0;
     bool ready_ = false;
-    std::vector<std::size_t> species_;  // (n)
-    std::vector<double> slope_;         // (pairs): derivative of what a pair adds, over r
+    std::vector<std::size_t> species_;   // (n)
+    std::vector<double> value_, slope_;  // (pairs): what a pair adds, and its derivative over r
   };
   Workspace borrow() const { return Workspace(*this); }
   void give_back(Workspace&&) const {}
