@@ -4,6 +4,7 @@
     python benchmarks/search.py --problem Au8Ni8 --arm gofee --restarts 20 --cap 400
     python benchmarks/search.py --problem Au4Ni4 --arm gofee --set kappa=1.0 --seed 1000
     python benchmarks/search.py --set 'prior={"form": "fitted", "radius_scale": 0.92}'    # or just prior=fitted
+    python benchmarks/search.py --kept benchmarks/data/search.json     # the README's, as they were measured
     python benchmarks/search.py --table --problem Au4Ni4 --problem Cu4Ni4 --problem Au6Ni6 --restarts 16 --cap 300
 
 One restart = one seed; every true evaluation is counted (first structures, surrogate choices, polishing, failures).
@@ -193,16 +194,21 @@ def row(formula: str, arm: str, options: dict, restarts: int, cap: int, seed: in
             results = pool.map(one, tasks, chunksize=1)
     else:
         results = [one(task) for task in tasks]
+    return summary(formula, arm, results)
+
+
+def summary(formula: str, arm: str, results: list[dict]) -> dict:
+    """The row of these restarts."""
     from thalweg.statistics import success_curve
 
-    times = np.array([r["delivered"] or min(r["evaluations"], cap) for r in results])
+    times = np.array([r["delivered"] or r["evaluations"] for r in results])
     success = np.array([r["delivered"] is not None for r in results])
-    curve = success_curve(times, success)
     total = sum(int(t) for t in times)
-    done = {by: int(np.sum(success & (times <= by))) for by in (50, 100, 150, 400)}
     return {
-        "problem": formula, "arm": arm, "n": restarts, "ok": int(success.sum()), "median": curve.quantile(0.5),
-        "mean_per_success": total / success.sum() if success.any() else float("nan"), "done_by": done,
+        "problem": formula, "arm": arm, "n": len(results), "ok": int(success.sum()),
+        "median": success_curve(times, success).quantile(0.5),
+        "mean_per_success": total / success.sum() if success.any() else float("nan"),
+        "done_by": {str(by): int(np.sum(success & (times <= by))) for by in (50, 100, 150, 400)},
         "ms_per_iteration": 1e3 * sum(r["seconds"] for r in results) / max(1, sum(r["iterations"] for r in results)),
         "restarts": results,
     }  # fmt: skip
@@ -282,6 +288,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first restart")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", help="write every restart here")
+    parser.add_argument("--kept", help="print the rows of such a file, run nothing")
     arguments = parser.parse_args()
     extra = {}
     for item in arguments.set:
@@ -299,24 +306,32 @@ def main() -> None:
         rows = table(problems, arguments.choice, arguments.restarts, arguments.cap, arguments.seed, arguments.workers)
         write(arguments.json, rows)
         return
-    rows = []
     print(
         f"{'problem':9s} {'arm':36s} {'ok/n':>7s} {'median':>7s} {'mean':>8s} {'by 50/100/150/400':>18s} {'ms/it':>6s}"
     )
+    if arguments.kept:
+        with open(arguments.kept) as file:
+            for kept in json.load(file):
+                show(summary(kept["problem"], kept["arm"], kept["restarts"]), kept["arm"])
+        return
+    rows = []
     for formula in arguments.problem or ["Au4Ni4"]:
         for arm in arguments.arm or ["gofee"]:
             options = {**ARMS[arm], **extra}
             result = row(formula, arm, options, arguments.restarts, arguments.cap, arguments.seed, arguments.workers)
             rows.append(result)
-            label = arm + "".join(f" {item}" for item in arguments.set)
-            median = "-" if result["median"] is None or not np.isfinite(result["median"]) else f"{result['median']:.0f}"
-            by = "/".join(str(number) for number in result["done_by"].values())
-            print(
-                f"{formula:9s} {label:36s} {result['ok']:3d}/{result['n']:<3d} {median:>7s} "
-                f"{result['mean_per_success']:8.0f} {by:>18s} {result['ms_per_iteration']:6.1f}",
-                flush=True,
-            )
+            show(result, arm + "".join(f" {item}" for item in arguments.set))
     write(arguments.json, rows)
+
+
+def show(result: dict, label: str) -> None:
+    median = "-" if result["median"] is None or not np.isfinite(result["median"]) else f"{result['median']:.0f}"
+    by = "/".join(str(number) for number in result["done_by"].values())
+    print(
+        f"{result['problem']:9s} {label:36s} {result['ok']:3d}/{result['n']:<3d} {median:>7s} "
+        f"{result['mean_per_success']:8.0f} {by:>18s} {result['ms_per_iteration']:6.1f}",
+        flush=True,
+    )
 
 
 def write(path: str | None, rows: list[dict]) -> None:
