@@ -1,8 +1,7 @@
 """Success curves with confidence bands from what benchmarks/search.py or asla.py wrote, one panel a problem.
 
-python benchmarks/search.py --arm gofee --arm "basin hopping" --cap 3000 --json arms.json
-python benchmarks/figure.py arms.json -o docs/success.png
-python benchmarks/figure.py arms.json benchmarks/data/agox_gofee_au4ni4.json -o docs/success.png   # AGOX's kept restarts
+python benchmarks/figure.py benchmarks/data/search.json --problem Au4Ni4 benchmarks/data/agox_gofee_au4ni4.json -o docs/success.png
+python benchmarks/figure.py benchmarks/data/search.json --problem Ni6/Au111 --problem B4N4 --problem aniline -o docs/slab_and_sheet.png
 python benchmarks/figure.py benchmarks/data/asla/graphene.jsonl benchmarks/data/asla/aniline.jsonl -o docs/asla.png
 """
 
@@ -97,11 +96,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+")
     parser.add_argument("-o", "--out", required=True, help=".png or .svg")
+    parser.add_argument("--problem", action="append", help="only these")
     arguments = parser.parse_args()
     problems: dict[str, list[dict[str, Any]]] = {}
     for path in arguments.results:
         for row in rows_of(path):
-            problems.setdefault(row["problem"], []).append(row)
+            if not arguments.problem or row["problem"] in arguments.problem:
+                problems.setdefault(row["problem"], []).append(row)
+    if not problems:
+        parser.error(f"no restarts of {arguments.problem} in {arguments.results}")
     wide = len(problems)
     most = max(len(rows) for rows in problems.values())
     figure = Figure(figsize=(max(7.2, 3.4 * wide), 3.2 + 0.16 * most), dpi=160, layout="constrained")
