@@ -1,8 +1,9 @@
 """Success curves with confidence bands from what benchmarks/search.py or asla.py wrote, one panel a problem.
 
-python benchmarks/figure.py benchmarks/data/search.json --problem Au4Ni4 benchmarks/data/agox_gofee_au4ni4.json -o docs/success.png
-python benchmarks/figure.py benchmarks/data/search.json --problem Ni6/Au111 --problem B4N4 --problem aniline -o docs/slab_and_sheet.png
-python benchmarks/figure.py benchmarks/data/asla/graphene.jsonl benchmarks/data/asla/aniline.jsonl -o docs/asla.png
+kept=benchmarks/data
+python benchmarks/figure.py $kept/search.json $kept/agox_gofee_au4ni4.json --problem Au4Ni4 -o docs/success.png
+python benchmarks/figure.py $kept/search.json --problem Ni6/Au111 --problem B4N4 --problem aniline -o docs/others.png
+python benchmarks/figure.py $kept/asla/graphene.jsonl $kept/asla/aniline.jsonl -o docs/asla.png
 """
 
 from __future__ import annotations
