@@ -66,6 +66,8 @@ CPP = {
         "landscape.hpp",
         "potentials.hpp",
         "fingerprint.hpp",
+        "density.hpp",
+        "soap.hpp",
         "gpr.hpp",
         "relax.hpp",
         "build.hpp",

@@ -285,6 +285,102 @@ TEST(fingerprints_agree) {
       }
 }
 
+namespace {
+
+/// Descriptors of atoms, values and forces; the first structure has a coordinate that is not finite, so no features.
+template <class Device, class Host>
+void descriptor_agrees(const std::shared_ptr<const Host>& host, Structures structures, double tolerance) {
+  structures.positions[4] = std::numeric_limits<double>::quiet_NaN();
+  const BatchView batch = structures.view();
+  const std::size_t size = host->size();
+  std::vector<std::size_t> first{0};
+  for (std::size_t row = 0; row < batch.size(); ++row) first.push_back(first.back() + host->rows(batch[row].n));
+  const double nothing = std::numeric_limits<double>::quiet_NaN();
+  std::vector<double> weights(first.back() * size), features(weights.size(), nothing),
+      gradient(3 * batch.atoms(), 1.0);  // added to
+  Random random({6, 1}, size);
+  for (double& w : weights) w = random.uniform(-1.0, 1.0);
+  std::fill_n(gradient.begin(), 3 * batch[0].n, nothing);
+  for (std::size_t row = 1; row < batch.size(); ++row) {
+    typename Host::Workspace workspace(*host);
+    host->values(batch[row], features.data() + first[row] * size, workspace);
+    host->contract(weights.data() + first[row] * size, -0.5, gradient.data() + 3 * batch.offsets[row], workspace);
+  }
+  std::vector<double> finite_features, finite_gradient;
+  for (const double f : features) finite_features.push_back(std::isnan(f) ? 0.0 : f);
+  for (const double g : gradient) finite_gradient.push_back(std::isnan(g) ? 0.0 : g);
+  const cuda::Batch uploaded_batch(batch);
+  const Device device(host);
+  const auto run = [&](unsigned order, std::vector<double>& found, std::vector<double>& pulled) {
+    emulator::set_order(order);
+    typename Device::Workspace workspace(device, uploaded_batch.view());
+    cuda::Array<double> out(features.size());
+    cuda::Array<double> forces = uploaded(std::vector<double>(gradient.size(), 1.0));
+    device.values(uploaded_batch.view().positions, out.data(), workspace);
+    device.contract(uploaded(weights).data(), -0.5, forces.data(), workspace);
+    found = out.download();
+    pulled = forces.download();
+  };
+  std::vector<double> found, pulled, found_again, pulled_again;
+  run(0, found, pulled);
+  CLOSE(difference(found, features), 0.0, tolerance * largest(finite_features));
+  CLOSE(difference(pulled, gradient), 0.0, tolerance * largest(finite_gradient));
+  for (const unsigned order : kSmall ? std::vector<unsigned>{} : std::vector<unsigned>{1, 6}) {
+    run(order, found_again, pulled_again);
+    CHECK(difference(found, found_again) == 0 && difference(pulled, pulled_again) == 0);
+  }
+  emulator::set_order(0);
+}
+
+SoapSettings soap_settings(double r_cut, int n_max, int l_max, double sigma, SoapCutoff cutoff, SoapAverage average) {
+  return {r_cut, n_max, l_max, sigma, cutoff, average};
+}
+
+}  // namespace
+
+TEST(local_densities_agree) {
+  // More species than a warp has lanes; the batch has two.
+  std::vector<std::int32_t> many(40);
+  std::iota(many.begin(), many.end(), 1);
+  for (const std::vector<std::int32_t>& species : {std::vector<std::int32_t>{8, 22}, many})
+    descriptor_agrees<cuda::LocalDensity>(
+        std::make_shared<const LocalDensity>(DensitySettings{1.3, kSmall ? 4.0 : 6.5}, species), ragged({22, 8}, 2.2),
+        1e-12);
+  Structures touching = ragged({22, 8}, 2.2);
+  std::copy_n(touching.positions.begin(), 3, touching.positions.begin() + 3);
+  const std::vector<std::int32_t> species{8, 22};
+  const cuda::LocalDensity density(std::make_shared<const LocalDensity>(DensitySettings{}, species));
+  const cuda::Batch batch(touching.view());
+  cuda::LocalDensity::Workspace workspace(density, batch.view());
+  cuda::Array<double> features(touching.numbers.size() * 3);
+  density.values(batch.view().positions, features.data(), workspace);
+  const std::vector<double> found = features.download();
+  CHECK(std::isnan(found[0]) && std::isnan(found[5 * 3 - 1]) && std::isfinite(found[5 * 3]));
+  const Structures other = ragged({22, 1}, 2.2);
+  THROWS(cuda::LocalDensity::Workspace(density, cuda::Batch(other.view()).view()),
+         "structure 0 of the batch: this local density was not made for atomic number 1");
+}
+
+TEST(soaps_agree) {
+  using enum SoapCutoff;
+  using enum SoapAverage;
+  const std::vector<std::int32_t> species{8, 22, 38};  // the batch lacks one
+  std::vector<SoapSettings> cases{soap_settings(2.5, 3, 2, 0.4, smooth, off),
+                                  soap_settings(2.2, 2, 3, 0.5, hard, mean)};
+  if (!kSmall)
+    for (const SoapSettings& more :
+         {soap_settings(4.0, 6, 4, 0.5, smooth, off), soap_settings(3.0, 2, 7, 0.5, smooth, sum),
+          soap_settings(3.0, 1, 0, 0.9, smooth, off), soap_settings(6.0, 8, 12, 0.3, hard, off)})  // tiles of 32 to 4
+      cases.push_back(more);
+  for (const SoapSettings& settings : cases)
+    descriptor_agrees<cuda::Soap>(std::make_shared<const Soap>(settings, species), ragged({22, 8}, 2.2), 1e-11);
+  const std::vector<std::int32_t> oxygen{8};
+  const cuda::Soap soap(std::make_shared<const Soap>(SoapSettings{}, oxygen));
+  const Structures s = ragged({22, 8}, 2.2);
+  const cuda::Batch batch(s.view());
+  THROWS(cuda::Soap::Workspace(soap, batch.view()), "structure 0 of the batch: this SOAP was made for O");
+}
+
 TEST(gaussian_processes_agree) {
   const std::size_t dimension = 21, count_of_candidates = kSmall ? 3 : 18;
   Random random({8, 8}, 8);

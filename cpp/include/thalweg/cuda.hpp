@@ -21,11 +21,13 @@
 
 #include "thalweg/build.hpp"
 #include "thalweg/core.hpp"
+#include "thalweg/density.hpp"
 #include "thalweg/fingerprint.hpp"
 #include "thalweg/gpr.hpp"
 #include "thalweg/landscape.hpp"
 #include "thalweg/potentials.hpp"
 #include "thalweg/relax.hpp"
+#include "thalweg/soap.hpp"
 
 namespace thalweg::cuda {
 
@@ -226,6 +228,70 @@ class Fingerprint {
  private:
   struct Tables;
   std::shared_ptr<const thalweg::Fingerprint> host_;
+  std::unique_ptr<Tables> tables_;
+};
+
+/// Twin of thalweg::LocalDensity. Structures without features (a coordinate that is not finite, atoms on one point) get
+/// NaN.
+class LocalDensity {
+ public:
+  explicit LocalDensity(std::shared_ptr<const thalweg::LocalDensity> host, Stream stream = nullptr);
+  ~LocalDensity();
+  std::size_t size() const { return host_->size(); }
+
+  /// Neighbour list of one batch, whose positions may move.
+  class Workspace {
+   public:
+    /// Throws Error where thalweg::LocalDensity::check refuses a structure.
+    Workspace(const LocalDensity& density, const BatchView& batch, Stream stream = nullptr);
+    ~Workspace();
+    struct State;
+    std::unique_ptr<State> state;
+  };
+
+  /// features: (m, size()). positions: (m, 3); skip as in Evaluator.
+  void values(const double* positions, double* features, Workspace& workspace, const std::uint8_t* skip = nullptr,
+              Stream stream = nullptr) const;
+  /// Adds scale * d(weights . features)/dx to gradient (m, 3) at the positions of the last values(); weights (m,
+  /// size()).
+  void contract(const double* weights, double scale, double* gradient, Workspace& workspace,
+                const std::uint8_t* skip = nullptr, Stream stream = nullptr) const;
+
+ private:
+  struct Tables;
+  std::shared_ptr<const thalweg::LocalDensity> host_;
+  std::unique_ptr<Tables> tables_;
+};
+
+/// Twin of thalweg::Soap. Structures with a coordinate that is not finite get NaN.
+class Soap {
+ public:
+  explicit Soap(std::shared_ptr<const thalweg::Soap> host, Stream stream = nullptr);
+  ~Soap();
+  std::size_t size() const { return host_->size(); }
+
+  /// Neighbour list, coefficients and scratch of one batch, whose positions may move. For each atom it holds
+  /// species n_max (l_max + 1)^2 coefficients, and three numbers for each place in the list of its neighbours.
+  class Workspace {
+   public:
+    /// Throws Error where thalweg::Soap::check refuses a structure.
+    Workspace(const Soap& soap, const BatchView& batch, Stream stream = nullptr);
+    ~Workspace();
+    struct State;
+    std::unique_ptr<State> state;
+  };
+
+  /// features: (m, size()), or (n, size()) averaged. positions: (m, 3); skip as in Evaluator.
+  void values(const double* positions, double* features, Workspace& workspace, const std::uint8_t* skip = nullptr,
+              Stream stream = nullptr) const;
+  /// Adds scale * d(weights . features)/dx to gradient (m, 3) at the positions of the last values(); weights of the
+  /// shape of features.
+  void contract(const double* weights, double scale, double* gradient, Workspace& workspace,
+                const std::uint8_t* skip = nullptr, Stream stream = nullptr) const;
+
+ private:
+  struct Tables;
+  std::shared_ptr<const thalweg::Soap> host_;
   std::unique_ptr<Tables> tables_;
 };
 
