@@ -1,4 +1,5 @@
-# Tests of the CUDA kernels on the emulator, and of the emulator: faults planted in a small kernel must be caught.
+# Tests of the CUDA kernels on the emulator, and of the emulator: faults planted in a small kernel must be caught, and so
+# must be every barrier of SOAP that is left out.
 add_executable(cuda_faults cuda/tests/faults.cu)
 target_include_directories(cuda_faults PRIVATE cuda)
 target_link_libraries(cuda_faults PRIVATE thalweg_cuda)
@@ -27,6 +28,14 @@ else()
   else()
     thalweg_fault(shared_out_of_bounds "past the end of its dynamic shared memory")
   endif()
+endif()
+
+if(NOT THALWEG_SANITIZE MATCHES "thread")
+  add_executable(cuda_soap_faults cuda/tests/soap_faults.cu)
+  target_include_directories(cuda_soap_faults PRIVATE cuda cpp/src)
+  target_link_libraries(cuda_soap_faults PRIVATE thalweg_cuda)
+  target_compile_options(cuda_soap_faults PRIVATE -Wall -Wextra -Wno-subobject-linkage -ffp-contract=off)
+  add_test(NAME cuda_soap_faults COMMAND cuda_soap_faults)
 endif()
 
 add_executable(test_cuda cuda/tests/test_cuda.cpp)

@@ -16,12 +16,14 @@
 //   parts     (3, l_max + 1, width)        contract: derivatives by x, y, z, of each m
 //
 // stride is odd: neither threads that fill a column (one neighbour each) nor those that read along a row meet in a
-// bank. What limits it: shared memory. Up to kShared bytes a block, the width shrinks from 32 to 4 neighbours to fit
-// (n_max 6, l_max 4: 32 and 16 kB; n_max 8, l_max 6: 16 neighbours), so that seven blocks fit on an H100 and five on an
-// A100. Registers come second: no thread keeps an array, each runs up the degrees l of one m with the last two
-// polynomials at hand. Sums over neighbours cost harmonics * n_max multiplications each, from two reads of shared
-// memory apiece; to keep several sums of one harmonic in a thread would halve these, and waits for a device to measure
-// on.
+// bank. Parts lie beyond what the next species begins to write while they are still summed: that saves a barrier.
+//
+// What limits it: shared memory. The width shrinks from 32 to 4 neighbours to stay within kShared, of which six blocks
+// fit on an H100 and four on an A100 (n_max 6, l_max 4: 32 neighbours, 16 kB for values and 20 kB for forces; n_max 8,
+// l_max 6: 30 kB, and 16 neighbours for forces). Registers come second, 40 and 80 a thread (nvcc 13.0, -Xptxas -v): no
+// thread keeps an array, each runs up the degrees l of one m with the last two polynomials at hand. Sums over
+// neighbours cost a multiplication per term and neighbour, from two reads of shared memory; to keep several sums of one
+// harmonic in a thread would halve these, and waits for a device to measure on.
 #include <cmath>
 
 #include "neighbors.cuh"
@@ -55,7 +57,7 @@ struct View {
 
 /// Neighbours of one centre at a time in shared memory.
 struct Tile {
-  std::int32_t width, stride;
+  std::int32_t width, stride, parts;  // the last: where the parts begin, behind geometry and rows
   std::size_t bytes;
 };
 
@@ -187,7 +189,6 @@ __global__ void __launch_bounds__(kThreads)
         for (int j = 0; j < count; ++j) sum += radial[j * tile.stride] * harmonic[j * tile.stride];
         terms[o] = sum;
       }
-      __syncthreads();
     }
     __syncthreads();
     for (int o = t; o < v.terms; o += kThreads) {
@@ -227,7 +228,7 @@ __global__ void __launch_bounds__(kThreads)
                const double* coefficients, const double* weights, bool averaged, double* pull, std::size_t plane) {
   THALWEG_DYNAMIC_SHARED(double, terms);
   double *geometry = terms + v.terms, *table = geometry + kGeometry * tile.width;
-  double *parts = table + tile.width * tile.stride, *of_c = geometry;  // of_c (harmonics, n_max): before the tiles
+  double *parts = geometry + tile.parts, *of_c = geometry;  // of_c (harmonics, n_max): before the tiles, beside parts
   const std::int64_t i = blockIdx.x;
   const auto row = static_cast<unsigned>(row_of[i]);
   const int t = static_cast<int>(threadIdx.x);
@@ -328,7 +329,6 @@ __global__ void __launch_bounds__(kThreads)
         const std::int64_t e = i * list.capacity + groups.order[i * list.capacity + first + j];
         pull[static_cast<std::size_t>(axis) * plane + static_cast<std::size_t>(e)] = sum;
       }
-      __syncthreads();
     }
   }
 }
@@ -352,13 +352,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-/// The widest tile that fits, where each neighbour takes a row of `columns` and `parts` more.
-Tile tile_for(const View& v, int columns, int parts, std::size_t least) {
-  Tile tile{32, columns | 1, 0};
+/// The widest tile that fits, where each neighbour takes a row of `columns` and `parts` more; `least`: numbers that
+/// must find room where geometry and rows are.
+Tile tile_for(const View& v, int columns, int parts, int least) {
+  Tile tile{32, columns | 1, 0, 0};
   for (;; tile.width /= 2) {
-    const auto each = static_cast<std::size_t>(tile.stride + kGeometry + parts);
-    const std::size_t length = std::max(each * static_cast<std::size_t>(tile.width), least);
-    tile.bytes = (static_cast<std::size_t>(v.terms) + length) * sizeof(double);
+    tile.parts = std::max((tile.stride + kGeometry) * tile.width, least);
+    tile.bytes = static_cast<std::size_t>(v.terms + tile.parts + parts * tile.width) * sizeof(double);
     if (tile.bytes <= kShared || tile.width == 4) return tile;
   }
 }
@@ -413,7 +413,7 @@ struct Soap::Tables {
     view.feature = upload(feature, features.data(), features.size());
     copy_to_host(nullptr, nullptr, 0, stream);  // until the copies are done
     for_values = tile_for(view, view.exponents + view.harmonics, 0, 0);
-    for_pulls = tile_for(view, 2 * view.exponents, 3 * (view.l_max + 1), b.harmonics * b.n_max);
+    for_pulls = tile_for(view, 2 * view.exponents, 3 * (view.l_max + 1), view.terms);
   }
 
   Array<double> gamma, to_basis, norm, factor, inverse;
