@@ -95,4 +95,21 @@ BuildResult random_structures(const StructureView&, std::span<const std::int32_t
   unavailable();
 }
 
+struct QDelta::Impl {};
+QDelta::QDelta(std::unique_ptr<Impl>) { unavailable(); }
+QDelta::~QDelta() = default;
+QDelta::QDelta(QDelta&&) noexcept = default;
+QDelta& QDelta::operator=(QDelta&&) noexcept = default;
+struct QState::Impl {};
+QState::QState(std::shared_ptr<const QMap>, std::size_t, Stream) { unavailable(); }
+QState::~QState() = default;
+std::size_t QState::states() const { unavailable(); }
+std::size_t QState::placed() const { unavailable(); }
+void QState::place(std::span<const Placed>, Stream) { unavailable(); }
+void QState::undo(Stream) { unavailable(); }
+QDelta QState::retract(Stream) { unavailable(); }
+QDelta QState::expand(std::span<const Placed>, Stream) { unavailable(); }
+void QState::apply(QDelta, Stream) { unavailable(); }
+void QState::q(const std::int64_t*, std::size_t, float*, Stream) const { unavailable(); }
+
 }  // namespace thalweg::cuda

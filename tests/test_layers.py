@@ -65,6 +65,7 @@ CPP = {
         "core.hpp",
         "landscape.hpp",
         "potentials.hpp",
+        "qmap.hpp",
         "fingerprint.hpp",
         "density.hpp",
         "soap.hpp",

@@ -63,6 +63,16 @@ Structures ragged(std::vector<std::int32_t> species, double spacing) {
   return out;
 }
 
+/// Fewer atoms for what costs more each.
+Structures few(std::vector<std::int32_t> species, double spacing) {
+  if (!kSmall) return ragged(species, spacing);
+  Structures out;
+  out.add(2, species, spacing, false, 1);
+  out.add(4, species, spacing, true, 2);
+  out.add(1, species, spacing, true, 3);
+  return out;
+}
+
 double largest(const std::vector<double>& x) {
   double most = 0;
   for (const double v : x) most = std::max(most, std::abs(v));
@@ -344,7 +354,7 @@ TEST(local_densities_agree) {
   std::iota(many.begin(), many.end(), 1);
   for (const std::vector<std::int32_t>& species : {std::vector<std::int32_t>{8, 22}, many})
     descriptor_agrees<cuda::LocalDensity>(
-        std::make_shared<const LocalDensity>(DensitySettings{1.3, kSmall ? 4.0 : 6.5}, species), ragged({22, 8}, 2.2),
+        std::make_shared<const LocalDensity>(DensitySettings{1.3, kSmall ? 4.0 : 6.5}, species), few({22, 8}, 2.2),
         1e-12);
   Structures touching = ragged({22, 8}, 2.2);
   std::copy_n(touching.positions.begin(), 3, touching.positions.begin() + 3);
@@ -370,10 +380,10 @@ TEST(soaps_agree) {
   if (!kSmall)
     for (const SoapSettings& more :
          {soap_settings(4.0, 6, 4, 0.5, smooth, off), soap_settings(3.0, 2, 7, 0.5, smooth, sum),
-          soap_settings(3.0, 1, 0, 0.9, smooth, off), soap_settings(6.0, 8, 12, 0.3, hard, off)})  // tiles of 32 to 4
+          soap_settings(3.0, 1, 0, 0.9, smooth, off), soap_settings(6.0, 8, 12, 0.3, hard, off)})  // narrow tiles
       cases.push_back(more);
   for (const SoapSettings& settings : cases)
-    descriptor_agrees<cuda::Soap>(std::make_shared<const Soap>(settings, species), ragged({22, 8}, 2.2), 1e-11);
+    descriptor_agrees<cuda::Soap>(std::make_shared<const Soap>(settings, species), few({22, 8}, 2.2), 1e-11);
   const std::vector<std::int32_t> oxygen{8};
   const cuda::Soap soap(std::make_shared<const Soap>(SoapSettings{}, oxygen));
   const Structures s = ragged({22, 8}, 2.2);
@@ -462,6 +472,101 @@ TEST(surrogates_agree_and_relax) {
   CHECK(on_gpu.evaluations.download() == relaxed.evaluations);
   CLOSE(difference(on_gpu.energies.download(), relaxed.energies), 0.0, 1e-7);
   CLOSE(difference(on_gpu.positions.download(), relaxed.positions), 0.0, 1e-6);
+}
+
+TEST(q_maps_agree) {
+  struct Case {
+    std::vector<std::int64_t> shape;
+    std::vector<std::uint8_t> periodic;
+    std::int32_t kernel, dilation, width;
+  };
+  // Kernels that reach round a periodic grid and beyond open walls; an atom wider than a periodic direction.
+  std::vector<Case> cases{{{7, 6}, {1, 0}, 3, 2, 3}};
+  if (!kSmall) {
+    cases.push_back({{9, 8, 7}, {1, 0, 1}, 3, 1, 3});
+    cases.push_back({{5, 9, 6}, {1, 1, 0}, 5, 2, 7});
+  }
+  for (const Case& c : cases) {
+    const auto dimension = static_cast<std::int32_t>(c.shape.size());
+    Random random({2, 9}, c.shape.size());
+    const auto numbers = [&](std::int64_t count, double scale) {
+      std::vector<float> out(static_cast<std::size_t>(count));
+      for (float& x : out) x = static_cast<float>(scale * random.uniform(-1.0, 1.0));
+      return out;
+    };
+    const auto power = [&](std::int32_t k) { return std::int64_t{dimension == 2 ? 1 : k} * k * k; };
+    const std::int32_t species = 2, channels[] = {species, 5, 4, species};
+    std::vector<QLayer> layers;
+    for (std::size_t l = 0; l < 3; ++l)
+      layers.push_back({channels[l], channels[l + 1], c.kernel, c.dilation,
+                        numbers(power(c.kernel) * channels[l] * channels[l + 1],
+                                1.0 / std::sqrt(static_cast<double>(power(c.kernel)) * channels[l])),
+                        numbers(channels[l + 1], 0.1)});
+    const auto map = std::make_shared<const QMap>(
+        std::make_shared<const QNetwork>(
+            dimension, layers,
+            QRepresentation{species, species, c.width, numbers(power(c.width) * species * species, 0.5),
+                            numbers(species, 0.1)}),
+        c.shape, c.periodic);
+    const std::size_t states = 3, voxels = static_cast<std::size_t>(map->voxels()), of_state = species * voxels;
+    std::vector<std::int64_t> asked;
+    for (std::size_t k = 0; k < states * voxels; ++k) asked.push_back(static_cast<std::int64_t>(k % voxels));
+    const cuda::Array<std::int64_t> device_asked(std::span<const std::int64_t>{asked});
+    std::vector<float> first;
+    for (const unsigned order : orders(4)) {
+      emulator::set_order(order);
+      cuda::QState device(map, states);
+      std::vector<std::vector<Placed>> placed(states);
+      const auto q = [&] {
+        cuda::Array<float> out(states * of_state);
+        device.q(device_asked.data(), voxels, out.data());
+        return out.download();
+      };
+      const auto check = [&] {
+        const std::vector<float> found = q();
+        for (std::size_t k = 0; k < states && order == 0; ++k) {
+          const std::vector<float> wanted = map->dense(placed[k]);
+          double most = 0;
+          for (std::size_t v = 0; v < of_state; ++v)
+            most = std::max(most, std::abs(static_cast<double>(found[k * of_state + v]) - wanted[v]));
+          CLOSE(most, 0.0, 3e-6);
+        }
+        return found;
+      };
+      Random atoms({2, 10}, 3);
+      const auto some = [&] {
+        std::vector<Placed> out;
+        for (std::size_t k = 0; k < states; ++k)
+          out.push_back({static_cast<std::int32_t>(atoms.uniform(0.0, 2.0)),
+                         static_cast<std::int64_t>(atoms.uniform(0.0, static_cast<double>(voxels)))});
+        return out;
+      };
+      std::vector<std::vector<float>> seen{check()};
+      for (int step = 0; step < (kSmall ? 2 : 3); ++step) {
+        const std::vector<Placed> next = some();
+        cuda::QDelta change = device.expand(next);
+        CHECK(q() == seen.back());  // nothing is placed yet
+        device.apply(std::move(change));
+        for (std::size_t k = 0; k < states; ++k) placed[k].push_back(next[k]);
+        seen.push_back(check());
+      }
+      cuda::QDelta last = device.retract();
+      CHECK(q() == seen[seen.size() - 2] && device.placed() + 2 == seen.size());
+      cuda::QDelta other = device.retract();
+      THROWS(device.apply(std::move(last)), "other atoms placed");
+      device.apply(std::move(other));
+      CHECK(q() == seen[seen.size() - 2]);
+      if (order == 0) first = q();
+      CHECK(q() == first);
+      THROWS(device.place(std::vector<Placed>(states, {2, 0})), "species go from 0 to 1");
+      THROWS(device.place(std::vector<Placed>(states, {0, map->voxels()})), "voxels to");
+      THROWS(device.place(std::vector<Placed>(2)), "one atom for each of the 3 states");
+      while (device.placed() > 0) device.undo();
+      CHECK(q() == seen[0]);
+      THROWS(device.undo(), "no atom is placed");
+    }
+    emulator::set_order(0);
+  }
 }
 
 TEST(random_structures_are_the_same) {

@@ -26,6 +26,7 @@
 #include "thalweg/gpr.hpp"
 #include "thalweg/landscape.hpp"
 #include "thalweg/potentials.hpp"
+#include "thalweg/qmap.hpp"
 #include "thalweg/relax.hpp"
 #include "thalweg/soap.hpp"
 
@@ -377,5 +378,52 @@ struct BuildResult {
 BuildResult random_structures(const StructureView& frame, std::span<const std::int32_t> placed,
                               const BuildSettings& settings, std::size_t count, Key key, std::uint64_t first_row,
                               Stream stream = nullptr);
+
+// ---- Q-maps ---------------------------------------------------------------------------------------------------------
+
+/// Twin of thalweg::QDelta for all states at once.
+class QDelta {
+ public:
+  ~QDelta();
+  QDelta(QDelta&&) noexcept;
+  QDelta& operator=(QDelta&&) noexcept;
+  struct Impl;
+
+ private:
+  friend class QState;
+  explicit QDelta(std::unique_ptr<Impl> made);
+  std::unique_ptr<Impl> impl;
+};
+
+/// Twin of thalweg::QState for n states side by side, each with as many atoms: a step is a launch per layer for all of
+/// them. Values only, by sums over the changed boxes. Each state holds the activations of all hidden layers, float32.
+class QState {
+ public:
+  /// states: 1 to 65535.
+  QState(std::shared_ptr<const QMap> map, std::size_t states, Stream stream = nullptr);
+  ~QState();
+  std::size_t states() const;
+  std::size_t placed() const;  // atoms of each state
+
+  /// One more atom in each state: atoms (n), on the host. Waits for the device. Throws Error for a species or voxel
+  /// that does not exist.
+  void place(std::span<const Placed> atoms, Stream stream = nullptr);
+  /// Takes the last atom of every state back, exactly. Throws Error if none is placed.
+  void undo(Stream stream = nullptr);
+  /// undo(), but returns the change, for apply().
+  QDelta retract(Stream stream = nullptr);
+  /// The change that placing an atom in each state would make, for apply().
+  QDelta expand(std::span<const Placed> atoms, Stream stream = nullptr);
+  /// Places the atoms of a change that expand() or retract() gave for the atoms placed now; no arithmetic. Throws Error
+  /// for a change of other states.
+  void apply(QDelta delta, Stream stream = nullptr);
+
+  /// out (n, species, count): Q at voxels (n, count), both on the device; NaN where a voxel does not exist.
+  void q(const std::int64_t* voxels, std::size_t count, float* out, Stream stream = nullptr) const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
 
 }  // namespace thalweg::cuda
