@@ -54,18 +54,6 @@ py::dict interface_of(const DeviceArray& array) {
   return out;
 }
 
-py::object to_host(const DeviceArray& array) {
-  return std::visit(
-      [&](const auto& memory) -> py::object {
-        using T = std::remove_cv_t<std::remove_reference_t<decltype(*memory.data())>>;
-        const std::vector<T> values = memory.download();
-        py::array out(py::dtype(kType<T>), array.shape);
-        std::copy(values.begin(), values.end(), static_cast<T*>(out.mutable_data()));
-        return out;
-      },
-      array.memory);
-}
-
 DeviceArray to_device(const py::array& array) {
   device::require();
   const std::vector<py::ssize_t> shape(array.shape(), array.shape() + array.ndim());
@@ -112,7 +100,7 @@ struct Face {
 bool on_device(const py::handle& array) { return py::hasattr(array, "__cuda_array_interface__"); }
 
 /// A NumPy copy of any array on the device.
-py::object copied_to_host(const py::object& array) {
+py::object to_host(const py::object& array) {
   device::require();
   if (!on_device(array))
     throw Error("only an array on the device (with __cuda_array_interface__) can be copied from it");
@@ -144,6 +132,7 @@ class Input {
       if (!fits) throw Error(std::string(name) + " has a shape that does not fit the others");
       shape_ = face.shape;
       data_ = static_cast<const T*>(face.data);
+      keep_ = py::reinterpret_borrow<py::object>(array);
       return;
     }
     using Source = std::conditional_t<std::is_same_v<T, std::uint8_t>, bool, T>;
@@ -160,6 +149,7 @@ class Input {
 
  private:
   device::Array<T> own_;
+  py::object keep_;
   const T* data_ = nullptr;
   std::vector<py::ssize_t> shape_;
 };
@@ -266,12 +256,11 @@ std::unique_ptr<device::Landscape> twin(const Landscape& landscape) {
 }  // namespace
 
 void bind_cuda(py::module_& core) {
-  py::module_ m = core.def_submodule("cuda",
-                                     "Twins of the kernels for CUDA devices. Arrays with __cuda_array_interface__ "
-                                     "(CuPy, PyTorch, DeviceArray) are read "
-                                     "where they lie, others are copied to the device; results are DeviceArray. Work "
-                                     "is on the default stream. Without "
-                                     "CUDA every call raises BackendUnavailable.");
+  py::module_ m = core.def_submodule("cuda");
+  m.doc() =
+      "Twins of the kernels for CUDA devices. Arrays with __cuda_array_interface__ (CuPy, PyTorch, DeviceArray) are "
+      "read where they lie, others are copied to the device; results are DeviceArray. Work is on the default stream. "
+      "Without CUDA every call raises BackendUnavailable.";
   py::class_<DeviceArray>(m, "DeviceArray")
       .def_property_readonly("__cuda_array_interface__", &interface_of)
       .def_property_readonly("shape", [](const DeviceArray& self) { return py::tuple(py::cast(self.shape)); })
@@ -286,7 +275,7 @@ void bind_cuda(py::module_& core) {
   m.def("available", &device::available, "Whether a call would run here.");
   m.def("require", &device::require, "Raises BackendUnavailable, with the way to get it, unless available().");
   m.def("to_device", &to_device, py::arg("array"), "Copies a NumPy array to the device.");
-  m.def("to_host", &copied_to_host, py::arg("array"), "A NumPy copy of an array on the device; waits for it.");
+  m.def("to_host", &to_host, py::arg("array"), "A NumPy copy of an array on the device; waits for it.");
   bind_descriptor<device::Fingerprint, Fingerprint>(m);
   bind_descriptor<device::LocalDensity, LocalDensity>(m);
   bind_descriptor<device::Soap, Soap>(m);
