@@ -481,7 +481,7 @@ TEST(q_maps_agree) {
     std::int32_t kernel, dilation, width;
   };
   // Kernels that reach round a periodic grid and beyond open walls; an atom wider than a periodic direction.
-  std::vector<Case> cases{{{7, 6}, {1, 0}, 3, 2, 3}};
+  std::vector<Case> cases{{{5, 4}, {1, 0}, 3, 2, 3}};
   if (!kSmall) {
     cases.push_back({{9, 8, 7}, {1, 0, 1}, 3, 1, 3});
     cases.push_back({{5, 9, 6}, {1, 1, 0}, 5, 2, 7});
@@ -508,7 +508,8 @@ TEST(q_maps_agree) {
             QRepresentation{species, species, c.width, numbers(power(c.width) * species * species, 0.5),
                             numbers(species, 0.1)}),
         c.shape, c.periodic);
-    const std::size_t states = 3, voxels = static_cast<std::size_t>(map->voxels()), of_state = species * voxels;
+    const std::size_t states = kSmall ? 2 : 3, voxels = static_cast<std::size_t>(map->voxels()),
+                      of_state = species * voxels;
     std::vector<std::int64_t> asked;
     for (std::size_t k = 0; k < states * voxels; ++k) asked.push_back(static_cast<std::int64_t>(k % voxels));
     const cuda::Array<std::int64_t> device_asked(std::span<const std::int64_t>{asked});
@@ -560,7 +561,7 @@ TEST(q_maps_agree) {
       CHECK(q() == first);
       THROWS(device.place(std::vector<Placed>(states, {2, 0})), "species go from 0 to 1");
       THROWS(device.place(std::vector<Placed>(states, {0, map->voxels()})), "voxels to");
-      THROWS(device.place(std::vector<Placed>(2)), "one atom for each of the 3 states");
+      THROWS(device.place(std::vector<Placed>(1)), "one atom for each of the " + std::to_string(states) + " states");
       while (device.placed() > 0) device.undo();
       CHECK(q() == seen[0]);
       THROWS(device.undo(), "no atom is placed");
