@@ -1,4 +1,5 @@
-# Tests of the CUDA kernels on the emulator, and of the emulator: faults planted in a small kernel must be caught.
+# Tests of the CUDA kernels on the emulator, and of the emulator: faults planted in a small kernel must be caught, and so
+# must be every barrier of SOAP that is left out.
 add_executable(cuda_faults cuda/tests/faults.cu)
 target_include_directories(cuda_faults PRIVATE cuda)
 target_link_libraries(cuda_faults PRIVATE thalweg_cuda)
@@ -29,8 +30,22 @@ else()
   endif()
 endif()
 
+if(NOT THALWEG_SANITIZE)
+  add_executable(cuda_soap_faults cuda/tests/soap_faults.cu)
+  target_include_directories(cuda_soap_faults PRIVATE cuda cpp/src)
+  target_link_libraries(cuda_soap_faults PRIVATE thalweg_cuda)
+  target_compile_options(cuda_soap_faults PRIVATE -Wall -Wextra -Wno-subobject-linkage -ffp-contract=off)
+  add_test(NAME cuda_soap_faults COMMAND cuda_soap_faults)
+endif()
+
 add_executable(test_cuda cuda/tests/test_cuda.cpp)
 target_include_directories(test_cuda PRIVATE cuda)
 target_link_libraries(test_cuda PRIVATE thalweg_cuda)
 target_compile_options(test_cuda PRIVATE -Wall -Wextra)
 add_test(NAME cuda COMMAND test_cuda)
+
+add_custom_target(cuda_tests)
+add_dependencies(cuda_tests test_cuda cuda_faults)
+if(TARGET cuda_soap_faults)
+  add_dependencies(cuda_tests cuda_soap_faults)
+endif()

@@ -55,6 +55,24 @@ void Fingerprint::values(const double*, double*, Workspace&, const std::uint8_t*
 void Fingerprint::contract(const double*, double, double*, Workspace&, const std::uint8_t*, Stream) const {
   unavailable();
 }
+struct LocalDensity::Tables {};
+struct LocalDensity::Workspace::State {};
+LocalDensity::LocalDensity(std::shared_ptr<const thalweg::LocalDensity>, Stream) { unavailable(); }
+LocalDensity::~LocalDensity() = default;
+LocalDensity::Workspace::Workspace(const LocalDensity&, const BatchView&, Stream) { unavailable(); }
+LocalDensity::Workspace::~Workspace() = default;
+void LocalDensity::values(const double*, double*, Workspace&, const std::uint8_t*, Stream) const { unavailable(); }
+void LocalDensity::contract(const double*, double, double*, Workspace&, const std::uint8_t*, Stream) const {
+  unavailable();
+}
+struct Soap::Tables {};
+struct Soap::Workspace::State {};
+Soap::Soap(std::shared_ptr<const thalweg::Soap>, Stream) { unavailable(); }
+Soap::~Soap() = default;
+Soap::Workspace::Workspace(const Soap&, const BatchView&, Stream) { unavailable(); }
+Soap::Workspace::~Workspace() = default;
+void Soap::values(const double*, double*, Workspace&, const std::uint8_t*, Stream) const { unavailable(); }
+void Soap::contract(const double*, double, double*, Workspace&, const std::uint8_t*, Stream) const { unavailable(); }
 void gram(const Kernel&, std::size_t, std::size_t, const double*, double, double*, Stream) { unavailable(); }
 Gpr::Gpr(std::size_t features, const Kernel&) : dimension_(features) { unavailable(); }
 void Gpr::fit(std::size_t, const double*, std::span<const double>, Stream) { unavailable(); }
@@ -76,5 +94,22 @@ BuildResult random_structures(const StructureView&, std::span<const std::int32_t
                               Key, std::uint64_t, Stream) {
   unavailable();
 }
+
+struct QDelta::Impl {};
+QDelta::QDelta(std::unique_ptr<Impl>) { unavailable(); }
+QDelta::~QDelta() = default;
+QDelta::QDelta(QDelta&&) noexcept = default;
+QDelta& QDelta::operator=(QDelta&&) noexcept = default;
+struct QState::Impl {};
+QState::QState(std::shared_ptr<const QMap>, std::size_t, Stream) { unavailable(); }
+QState::~QState() = default;
+std::size_t QState::states() const { unavailable(); }
+std::size_t QState::placed() const { unavailable(); }
+void QState::place(std::span<const Placed>, Stream) { unavailable(); }
+void QState::undo(Stream) { unavailable(); }
+QDelta QState::retract(Stream) { unavailable(); }
+QDelta QState::expand(std::span<const Placed>, Stream) { unavailable(); }
+void QState::apply(QDelta, Stream) { unavailable(); }
+void QState::q(const std::int64_t*, std::size_t, float*, Stream) const { unavailable(); }
 
 }  // namespace thalweg::cuda

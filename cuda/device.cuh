@@ -35,6 +35,14 @@ __device__ inline double warp_sum(double value) {
   for (int apart = kLanes / 2; apart > 0; apart /= 2) value += __shfl_xor_sync(kAllLanes, value, apart);
   return value;
 }
+/// Sum over the lanes of a warp up to this one.
+__device__ inline int warp_scan(int value) {
+  for (unsigned apart = 1; apart < kLanes; apart *= 2) {
+    const int below = __shfl_up_sync(kAllLanes, value, apart);
+    if (lane_index() >= apart) value += below;
+  }
+  return value;
+}
 /// Writes from the first lane the sum over the warp of a vector of one atom, added to what is there if `add`.
 __device__ inline void write_vector(double* vectors, std::int64_t atom, double x, double y, double z, bool add) {
   x = warp_sum(x);

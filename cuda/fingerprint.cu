@@ -12,8 +12,6 @@
 namespace thalweg::cuda {
 namespace {
 
-constexpr double kClosest = 1e-6;  // angstrom, between two atoms, as on the CPU
-
 /// One of the two histograms. A sample in bin `center` of block `block` adds to the places
 /// block * length + center + column, column = 0 .. columns - 1; place `reach` of a block is its bin 0.
 struct AxisView {
@@ -111,11 +109,7 @@ __global__ void __launch_bounds__(kThreads)
   if (rows.skips(row)) return;
   const std::int64_t first = rows.offsets[row], last = rows.offsets[row + 1];
   features += static_cast<std::size_t>(row) * static_cast<std::size_t>(v.size);
-  double touching = pairs.usable[row] ? 0.0 : 1.0;
-  for (std::int64_t i = first + warp_index(); i < last; i += kWarps)
-    for (std::int64_t e = i * pairs.capacity + lane_index(); e < i * pairs.capacity + pairs.count[i]; e += kLanes)
-      touching += pairs.r[e] > kClosest ? 0.0 : 1.0;
-  if (block_sum(touching, shared) > 0) {
+  if (without_features(rows, pairs, shared)) {
     for (int k = static_cast<int>(threadIdx.x); k < v.size; k += kThreads) features[k] = not_a_number();
     return;
   }
@@ -279,15 +273,7 @@ __global__ void __launch_bounds__(kThreads)
       sum[1] -= part * pairs.y[e];
       sum[2] -= part * pairs.z[e];
     }
-    if (v.angular_blocks > 0)
-      for (std::int64_t e = i * near.capacity + lane_index(); e < i * near.capacity + near.count[i]; e += kLanes) {
-        const std::int64_t back = reverse_edge(near, i, e);
-        for (int c = 0; c < 3; ++c) {
-          const double* of_axis = pull + static_cast<std::size_t>(c) * plane;
-          sum[c] -= of_axis[e];
-          if (back >= 0) sum[c] += of_axis[back];
-        }
-      }
+    if (v.angular_blocks > 0) gather_pulls(near, i, pull, plane, sum);
     write_vector(gradient, i, scale * sum[0], scale * sum[1], scale * sum[2], true);
   }
 }
@@ -353,15 +339,8 @@ struct Fingerprint::Workspace::State {
         near(host, tables.settings.angular ? tables.settings.cutoff_angular : tables.reach, stream) {
     std::vector<std::int32_t> of_atom;
     std::vector<double> volume;
-    for (std::size_t row = 0; row < structures; ++row) {
-      const StructureView structure = host.view()[row];
-      try {
-        fingerprint.check(structure);
-      } catch (const Error& error) {
-        throw Error("structure " + std::to_string(row) + " of the batch: " + error.what());
-      }
-      volume.push_back(cell_volume(structure.cell));
-    }
+    check_each(fingerprint, host);
+    for (std::size_t row = 0; row < structures; ++row) volume.push_back(cell_volume(host.view()[row].cell));
     for (const std::int32_t number : host.numbers)
       of_atom.push_back(tables.species_of[static_cast<std::size_t>(number)]);
     species = Array<std::int32_t>(std::span<const std::int32_t>(of_atom), stream);

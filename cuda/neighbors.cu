@@ -63,11 +63,7 @@ __global__ void __launch_bounds__(kThreads)
       const double* b = positions + 3 * (first + j);
       int mine = 0;
       if (j < n) for_images(lattice, a, b, i == j, cutoff, [&](double, double, double, double) { ++mine; });
-      int until = mine;  // neighbours of the lanes up to this one
-      for (int apart = 1; apart < static_cast<int>(kLanes); apart *= 2) {
-        const int below = __shfl_up_sync(kAllLanes, until, apart);
-        if (lane >= apart) until += below;
-      }
+      const int until = warp_scan(mine);
       int place = found + until - mine;
       if (mine > 0)
         for_images(lattice, a, b, i == j, cutoff, [&](double x, double y, double z, double r) {

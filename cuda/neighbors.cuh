@@ -6,6 +6,7 @@
 //   usable           (n)            0: a coordinate is not finite or beyond 1e9 angstrom; such a structure has no pairs
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "device.cuh"
@@ -28,6 +29,42 @@ struct Rows {
   __device__ bool skips(unsigned row) const { return skip != nullptr && skip[row] != 0; }
 };
 
+/// The entry of `e` (an edge from i) as seen from its other end, or -1 (at the cutoff to the last bit).
+__device__ inline std::int64_t reverse_edge(const NeighborView& list, std::int64_t i, std::int64_t e) {
+  const std::int64_t j = list.atom[e], last = j * list.capacity + list.count[j];
+  for (std::int64_t back = j * list.capacity; back < last; ++back)
+    if (list.atom[back] == i && list.x[back] == -list.x[e] && list.y[back] == -list.y[e] && list.z[back] == -list.z[e])
+      return back;
+  return -1;
+}
+
+/// Adds up, over this lane's share of the edges of atom i, derivatives of what its centres feel: pull (3 planes) holds
+/// those of each centre by the vectors to its neighbours.
+__device__ inline void gather_pulls(const NeighborView& list, std::int64_t i, const double* pull, std::size_t plane,
+                                    double* sum) {
+  for (std::int64_t e = i * list.capacity + lane_index(); e < i * list.capacity + list.count[i]; e += kLanes) {
+    const std::int64_t back = reverse_edge(list, i, e);
+    for (int c = 0; c < 3; ++c) {
+      const double* of_axis = pull + static_cast<std::size_t>(c) * plane;
+      sum[c] -= of_axis[e];
+      if (back >= 0) sum[c] += of_axis[back];
+    }
+  }
+}
+
+inline constexpr double kOnOnePoint = 1e-6;  // angstrom, as on the CPU
+
+/// Whether a structure has no features: a coordinate is not usable, or atoms lie on one point. The whole block asks;
+/// scratch as in block_sum.
+__device__ inline bool without_features(const Rows& rows, const NeighborView& list, double* scratch) {
+  const unsigned row = blockIdx.x;
+  double bad = list.usable[row] ? 0.0 : 1.0;
+  for (std::int64_t i = rows.offsets[row] + warp_index(); i < rows.offsets[row + 1]; i += kWarps)
+    for (std::int64_t e = i * list.capacity + lane_index(); e < i * list.capacity + list.count[i]; e += kLanes)
+      bad += list.r[e] > kOnOnePoint ? 0.0 : 1.0;
+  return block_sum(bad, scratch) > 0;
+}
+
 /// A batch on the host, for what is decided there once: species, tables, lattices.
 struct HostBatch {
   explicit HostBatch(const BatchView& device, Stream stream);
@@ -38,13 +75,25 @@ struct HostBatch {
   std::vector<std::uint8_t> pbc;
 };
 
-/// The entry of `e` (an edge from i) as seen from its other end, or -1 (at the cutoff to the last bit).
-__device__ inline std::int64_t reverse_edge(const NeighborView& list, std::int64_t i, std::int64_t e) {
-  const std::int64_t j = list.atom[e], last = j * list.capacity + list.count[j];
-  for (std::int64_t back = j * list.capacity; back < last; ++back)
-    if (list.atom[back] == i && list.x[back] == -list.x[e] && list.y[back] == -list.y[e] && list.z[back] == -list.z[e])
-      return back;
-  return -1;
+/// Throws Error where descriptor.check refuses a structure.
+template <class Descriptor>
+void check_each(const Descriptor& descriptor, const HostBatch& host) {
+  for (std::size_t row = 0; row < host.view().size(); ++row) {
+    try {
+      descriptor.check(host.view()[row]);
+    } catch (const Error& error) {
+      throw Error("structure " + std::to_string(row) + " of the batch: " + error.what());
+    }
+  }
+}
+
+/// Place of each atom's species among these, which rise; all are there.
+inline std::vector<std::int32_t> places_among(std::span<const std::int32_t> species, const HostBatch& host) {
+  std::vector<std::int32_t> out;
+  for (const std::int32_t number : host.numbers)
+    out.push_back(
+        static_cast<std::int32_t>(std::lower_bound(species.begin(), species.end(), number) - species.begin()));
+  return out;
 }
 
 class NeighborList {

@@ -66,7 +66,10 @@ CPP = {
         "core.hpp",
         "landscape.hpp",
         "potentials.hpp",
+        "qmap.hpp",
         "fingerprint.hpp",
+        "density.hpp",
+        "soap.hpp",
         "gpr.hpp",
         "relax.hpp",
         "build.hpp",
@@ -119,10 +122,14 @@ def test_importing_thalweg_loads_no_heavy_package():
     )
 
 
-def test_the_stub_names_what_the_core_has():
+@pytest.mark.parametrize(("module", "stub"), [("_core", "__init__.pyi"), ("_core.cuda", "cuda.pyi")])
+def test_the_stub_names_what_the_core_has(module, stub):
     from thalweg import _core
 
-    stub = (PACKAGE / "_core.pyi").read_text()
-    named = {n.name for n in ast.parse(stub).body if isinstance(n, (ast.ClassDef, ast.FunctionDef))}
-    there = {name for name in dir(_core) if not name.startswith("_") and not inspect.ismodule(getattr(_core, name))}
-    assert named == there, "regenerate _core.pyi (pybind11-stubgen thalweg._core)"
+    compiled = _core.cuda if module == "_core.cuda" else _core
+    text = (PACKAGE / "_core" / stub).read_text()
+    named = {n.name for n in ast.parse(text).body if isinstance(n, (ast.ClassDef, ast.FunctionDef))}
+    there = {
+        name for name in dir(compiled) if not name.startswith("_") and not inspect.ismodule(getattr(compiled, name))
+    }
+    assert named == there, f"bring python/thalweg/_core/{stub} up to date (pybind11-stubgen thalweg._core)"

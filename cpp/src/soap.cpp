@@ -7,7 +7,7 @@
 
 #include "buffer.hpp"
 #include "isa.hpp"
-#include "soap_kernels.hpp"
+#include "soap_tables.hpp"
 #include "spare.hpp"
 #include "thalweg/neighbors.hpp"
 
@@ -183,6 +183,7 @@ std::size_t Soap::rows(std::size_t atoms) const { return layout_->settings.avera
 std::span<const std::int32_t> Soap::species() const { return layout_->numbers; }
 const SoapSettings& Soap::settings() const { return layout_->settings; }
 double Soap::reach() const { return layout_->basis.reach; }
+const SoapBasis& soap_basis(const Soap& soap) { return soap.layout_->basis; }
 
 // Neighbours of atom i and species s, the atom itself included: first[i species + s], `count` of them, in x, y, z and
 // atom, then padding. slot_of[2 p], [2 p + 1]: where pair p of the list stands as a neighbour of its i, of its j.

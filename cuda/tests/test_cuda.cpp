@@ -63,6 +63,16 @@ Structures ragged(std::vector<std::int32_t> species, double spacing) {
   return out;
 }
 
+/// Fewer atoms for what costs more each.
+Structures few(std::vector<std::int32_t> species, double spacing) {
+  if (!kSmall) return ragged(species, spacing);
+  Structures out;
+  out.add(2, species, spacing, false, 1);
+  out.add(4, species, spacing, true, 2);
+  out.add(1, species, spacing, true, 3);
+  return out;
+}
+
 double largest(const std::vector<double>& x) {
   double most = 0;
   for (const double v : x) most = std::max(most, std::abs(v));
@@ -285,6 +295,102 @@ TEST(fingerprints_agree) {
       }
 }
 
+namespace {
+
+/// Descriptors of atoms, values and forces; the first structure has a coordinate that is not finite, so no features.
+template <class Device, class Host>
+void descriptor_agrees(const std::shared_ptr<const Host>& host, Structures structures, double tolerance) {
+  structures.positions[4] = std::numeric_limits<double>::quiet_NaN();
+  const BatchView batch = structures.view();
+  const std::size_t size = host->size();
+  std::vector<std::size_t> first{0};
+  for (std::size_t row = 0; row < batch.size(); ++row) first.push_back(first.back() + host->rows(batch[row].n));
+  const double nothing = std::numeric_limits<double>::quiet_NaN();
+  std::vector<double> weights(first.back() * size), features(weights.size(), nothing),
+      gradient(3 * batch.atoms(), 1.0);  // added to
+  Random random({6, 1}, size);
+  for (double& w : weights) w = random.uniform(-1.0, 1.0);
+  std::fill_n(gradient.begin(), 3 * batch[0].n, nothing);
+  for (std::size_t row = 1; row < batch.size(); ++row) {
+    typename Host::Workspace workspace(*host);
+    host->values(batch[row], features.data() + first[row] * size, workspace);
+    host->contract(weights.data() + first[row] * size, -0.5, gradient.data() + 3 * batch.offsets[row], workspace);
+  }
+  std::vector<double> finite_features, finite_gradient;
+  for (const double f : features) finite_features.push_back(std::isnan(f) ? 0.0 : f);
+  for (const double g : gradient) finite_gradient.push_back(std::isnan(g) ? 0.0 : g);
+  const cuda::Batch uploaded_batch(batch);
+  const Device device(host);
+  const auto run = [&](unsigned order, std::vector<double>& found, std::vector<double>& pulled) {
+    emulator::set_order(order);
+    typename Device::Workspace workspace(device, uploaded_batch.view());
+    cuda::Array<double> out(features.size());
+    cuda::Array<double> forces = uploaded(std::vector<double>(gradient.size(), 1.0));
+    device.values(uploaded_batch.view().positions, out.data(), workspace);
+    device.contract(uploaded(weights).data(), -0.5, forces.data(), workspace);
+    found = out.download();
+    pulled = forces.download();
+  };
+  std::vector<double> found, pulled, found_again, pulled_again;
+  run(0, found, pulled);
+  CLOSE(difference(found, features), 0.0, tolerance * largest(finite_features));
+  CLOSE(difference(pulled, gradient), 0.0, tolerance * largest(finite_gradient));
+  for (const unsigned order : kSmall ? std::vector<unsigned>{} : std::vector<unsigned>{1, 6}) {
+    run(order, found_again, pulled_again);
+    CHECK(difference(found, found_again) == 0 && difference(pulled, pulled_again) == 0);
+  }
+  emulator::set_order(0);
+}
+
+SoapSettings soap_settings(double r_cut, int n_max, int l_max, double sigma, SoapCutoff cutoff, SoapAverage average) {
+  return {r_cut, n_max, l_max, sigma, cutoff, average};
+}
+
+}  // namespace
+
+TEST(local_densities_agree) {
+  // More species than a warp has lanes; the batch has two.
+  std::vector<std::int32_t> many(40);
+  std::iota(many.begin(), many.end(), 1);
+  for (const std::vector<std::int32_t>& species : {std::vector<std::int32_t>{8, 22}, many})
+    descriptor_agrees<cuda::LocalDensity>(
+        std::make_shared<const LocalDensity>(DensitySettings{1.3, kSmall ? 4.0 : 6.5}, species), few({22, 8}, 2.2),
+        1e-12);
+  Structures touching = ragged({22, 8}, 2.2);
+  std::copy_n(touching.positions.begin(), 3, touching.positions.begin() + 3);
+  const std::vector<std::int32_t> species{8, 22};
+  const cuda::LocalDensity density(std::make_shared<const LocalDensity>(DensitySettings{}, species));
+  const cuda::Batch batch(touching.view());
+  cuda::LocalDensity::Workspace workspace(density, batch.view());
+  cuda::Array<double> features(touching.numbers.size() * 3);
+  density.values(batch.view().positions, features.data(), workspace);
+  const std::vector<double> found = features.download();
+  CHECK(std::isnan(found[0]) && std::isnan(found[5 * 3 - 1]) && std::isfinite(found[5 * 3]));
+  const Structures other = ragged({22, 1}, 2.2);
+  THROWS(cuda::LocalDensity::Workspace(density, cuda::Batch(other.view()).view()),
+         "structure 0 of the batch: this local density was not made for atomic number 1");
+}
+
+TEST(soaps_agree) {
+  using enum SoapCutoff;
+  using enum SoapAverage;
+  const std::vector<std::int32_t> species{8, 22, 38};  // the batch lacks one
+  std::vector<SoapSettings> cases{soap_settings(2.5, 3, 2, 0.4, smooth, off),
+                                  soap_settings(2.2, 2, 3, 0.5, hard, mean)};
+  if (!kSmall)
+    for (const SoapSettings& more :
+         {soap_settings(4.0, 6, 4, 0.5, smooth, off), soap_settings(3.0, 2, 7, 0.5, smooth, sum),
+          soap_settings(3.0, 1, 0, 0.9, smooth, off), soap_settings(6.0, 8, 12, 0.3, hard, off)})  // narrow tiles
+      cases.push_back(more);
+  for (const SoapSettings& settings : cases)
+    descriptor_agrees<cuda::Soap>(std::make_shared<const Soap>(settings, species), few({22, 8}, 2.2), 1e-11);
+  const std::vector<std::int32_t> oxygen{8};
+  const cuda::Soap soap(std::make_shared<const Soap>(SoapSettings{}, oxygen));
+  const Structures s = ragged({22, 8}, 2.2);
+  const cuda::Batch batch(s.view());
+  THROWS(cuda::Soap::Workspace(soap, batch.view()), "structure 0 of the batch: this SOAP was made for O");
+}
+
 TEST(gaussian_processes_agree) {
   const std::size_t dimension = 21, count_of_candidates = kSmall ? 3 : 18;
   Random random({8, 8}, 8);
@@ -366,6 +472,102 @@ TEST(surrogates_agree_and_relax) {
   CHECK(on_gpu.evaluations.download() == relaxed.evaluations);
   CLOSE(difference(on_gpu.energies.download(), relaxed.energies), 0.0, 1e-7);
   CLOSE(difference(on_gpu.positions.download(), relaxed.positions), 0.0, 1e-6);
+}
+
+TEST(q_maps_agree) {
+  struct Case {
+    std::vector<std::int64_t> shape;
+    std::vector<std::uint8_t> periodic;
+    std::int32_t kernel, dilation, width;
+  };
+  // Kernels that reach round a periodic grid and beyond open walls; an atom wider than a periodic direction.
+  std::vector<Case> cases{{{5, 4}, {1, 0}, 3, 2, 3}};
+  if (!kSmall) {
+    cases.push_back({{9, 8, 7}, {1, 0, 1}, 3, 1, 3});
+    cases.push_back({{5, 9, 6}, {1, 1, 0}, 5, 2, 7});
+  }
+  for (const Case& c : cases) {
+    const auto dimension = static_cast<std::int32_t>(c.shape.size());
+    Random random({2, 9}, c.shape.size());
+    const auto numbers = [&](std::int64_t count, double scale) {
+      std::vector<float> out(static_cast<std::size_t>(count));
+      for (float& x : out) x = static_cast<float>(scale * random.uniform(-1.0, 1.0));
+      return out;
+    };
+    const auto power = [&](std::int32_t k) { return std::int64_t{dimension == 2 ? 1 : k} * k * k; };
+    const std::int32_t species = 2, channels[] = {species, 5, 4, species};
+    std::vector<QLayer> layers;
+    for (std::size_t l = 0; l < 3; ++l)
+      layers.push_back({channels[l], channels[l + 1], c.kernel, c.dilation,
+                        numbers(power(c.kernel) * channels[l] * channels[l + 1],
+                                1.0 / std::sqrt(static_cast<double>(power(c.kernel)) * channels[l])),
+                        numbers(channels[l + 1], 0.1)});
+    const auto map = std::make_shared<const QMap>(
+        std::make_shared<const QNetwork>(
+            dimension, layers,
+            QRepresentation{species, species, c.width, numbers(power(c.width) * species * species, 0.5),
+                            numbers(species, 0.1)}),
+        c.shape, c.periodic);
+    const std::size_t states = kSmall ? 2 : 3, voxels = static_cast<std::size_t>(map->voxels()),
+                      of_state = species * voxels;
+    std::vector<std::int64_t> asked;
+    for (std::size_t k = 0; k < states * voxels; ++k) asked.push_back(static_cast<std::int64_t>(k % voxels));
+    const cuda::Array<std::int64_t> device_asked(std::span<const std::int64_t>{asked});
+    std::vector<float> first;
+    for (const unsigned order : orders(4)) {
+      emulator::set_order(order);
+      cuda::QState device(map, states);
+      std::vector<std::vector<Placed>> placed(states);
+      const auto q = [&] {
+        cuda::Array<float> out(states * of_state);
+        device.q(device_asked.data(), voxels, out.data());
+        return out.download();
+      };
+      const auto check = [&] {
+        const std::vector<float> found = q();
+        for (std::size_t k = 0; k < states && order == 0; ++k) {
+          const std::vector<float> wanted = map->dense(placed[k]);
+          double most = 0;
+          for (std::size_t v = 0; v < of_state; ++v)
+            most = std::max(most, std::abs(static_cast<double>(found[k * of_state + v]) - wanted[v]));
+          CLOSE(most, 0.0, 3e-6);
+        }
+        return found;
+      };
+      Random atoms({2, 10}, 3);
+      const auto some = [&] {
+        std::vector<Placed> out;
+        for (std::size_t k = 0; k < states; ++k)
+          out.push_back({static_cast<std::int32_t>(atoms.uniform(0.0, 2.0)),
+                         static_cast<std::int64_t>(atoms.uniform(0.0, static_cast<double>(voxels)))});
+        return out;
+      };
+      std::vector<std::vector<float>> seen{check()};
+      for (int step = 0; step < (kSmall ? 2 : 3); ++step) {
+        const std::vector<Placed> next = some();
+        cuda::QDelta change = device.expand(next);
+        CHECK(q() == seen.back());  // nothing is placed yet
+        device.apply(std::move(change));
+        for (std::size_t k = 0; k < states; ++k) placed[k].push_back(next[k]);
+        seen.push_back(check());
+      }
+      cuda::QDelta last = device.retract();
+      CHECK(q() == seen[seen.size() - 2] && device.placed() + 2 == seen.size());
+      cuda::QDelta other = device.retract();
+      THROWS(device.apply(std::move(last)), "other atoms placed");
+      device.apply(std::move(other));
+      CHECK(q() == seen[seen.size() - 2]);
+      if (order == 0) first = q();
+      CHECK(q() == first);
+      THROWS(device.place(std::vector<Placed>(states, {2, 0})), "species go from 0 to 1");
+      THROWS(device.place(std::vector<Placed>(states, {0, map->voxels()})), "voxels to");
+      THROWS(device.place(std::vector<Placed>(1)), "one atom for each of the " + std::to_string(states) + " states");
+      while (device.placed() > 0) device.undo();
+      CHECK(q() == seen[0]);
+      THROWS(device.undo(), "no atom is placed");
+    }
+    emulator::set_order(0);
+  }
 }
 
 TEST(random_structures_are_the_same) {

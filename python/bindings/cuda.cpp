@@ -2,6 +2,8 @@
 
 #include <pybind11/stl.h>
 
+#include <deque>
+#include <optional>
 #include <variant>
 
 #include "boxes.hpp"
@@ -18,6 +20,8 @@ struct DeviceArray {
       memory;
   std::vector<py::ssize_t> shape;
 };
+
+constexpr int kDefaultStream = 1;  // in the numbering of __cuda_array_interface__
 
 template <class T>
 constexpr const char* kType = nullptr;
@@ -45,20 +49,9 @@ py::dict interface_of(const DeviceArray& array) {
       },
       array.memory);
   out["shape"] = py::tuple(py::cast(array.shape));
+  out["stream"] = kDefaultStream;  // where its contents are made, perhaps still
   out["version"] = 3;
   return out;
-}
-
-py::object to_host(const DeviceArray& array) {
-  return std::visit(
-      [&](const auto& memory) -> py::object {
-        using T = std::remove_cv_t<std::remove_reference_t<decltype(*memory.data())>>;
-        const std::vector<T> values = memory.download();
-        py::array out(py::dtype(kType<T>), array.shape);
-        std::copy(values.begin(), values.end(), static_cast<T*>(out.mutable_data()));
-        return out;
-      },
-      array.memory);
 }
 
 DeviceArray to_device(const py::array& array) {
@@ -79,45 +72,170 @@ DeviceArray to_device(const py::array& array) {
   throw Error("arrays for the device must hold floats, integers or booleans");
 }
 
-/// The memory of an object with __cuda_array_interface__; throws Error unless type and shape fit (-1: any length).
-template <class T>
-const T* pointer(const py::handle& array, const char* name, std::initializer_list<py::ssize_t> wanted,
-                 py::ssize_t* length = nullptr) {
-  if (!py::hasattr(array, "__cuda_array_interface__"))
-    throw Error(std::string(name) + " must be an array on the device (with __cuda_array_interface__), but it is " +
-                py::repr(py::type::of(array)).cast<std::string>() + "; upload it with to_device()");
-  const py::dict face = array.attr("__cuda_array_interface__");
-  const auto type = face["typestr"].cast<std::string>();
-  if (type != kType<T> && !(type == "|u1" && sizeof(T) == 1))
-    throw Error(std::string(name) + " must be of type " + kType<T> + ", but it is " + type);
-  if (face.contains("strides") && !face["strides"].is_none())
-    throw Error(std::string(name) + " must be contiguous in C order; pass a copy");
-  const auto shape = face["shape"].cast<std::vector<py::ssize_t>>();
-  bool fits = shape.size() == wanted.size();
-  std::size_t k = 0;
-  for (const py::ssize_t w : wanted) {
-    fits = fits && (w < 0 || shape[k] == w);
-    ++k;
+// ---- arguments ----------------------------------------------------------------------------------------------------
+
+/// What __cuda_array_interface__ says; waits for the stream on which the contents are made, unless it is ours.
+struct Face {
+  std::string type;
+  std::vector<py::ssize_t> shape;
+  const void* data;
+
+  Face(const py::handle& array, const char* name) {
+    const py::dict face = array.attr("__cuda_array_interface__");
+    type = face["typestr"].cast<std::string>();
+    if (face.contains("strides") && !face["strides"].is_none())
+      throw Error(std::string(name) + " must be contiguous in C order; pass a copy");
+    shape = face["shape"].cast<std::vector<py::ssize_t>>();
+    data = reinterpret_cast<const void*>(face["data"].cast<py::tuple>()[0].cast<std::uintptr_t>());
+    if (!face.contains("stream") || face["stream"].is_none()) return;
+    const auto stream = face["stream"].cast<std::uintptr_t>();
+    if (stream != kDefaultStream) device::copy_to_host(nullptr, nullptr, 0, reinterpret_cast<device::Stream>(stream));
   }
-  if (!fits) throw Error(std::string(name) + " has a shape that does not fit the others");
-  if (length != nullptr) *length = shape[0];
-  return reinterpret_cast<const T*>(face["data"].cast<py::tuple>()[0].cast<std::uintptr_t>());
+  template <class T>
+  bool holds() const {
+    return type == kType<T> || (type == "|u1" && sizeof(T) == 1);
+  }
+};
+
+bool on_device(const py::handle& array) { return py::hasattr(array, "__cuda_array_interface__"); }
+
+/// A NumPy copy of any array on the device.
+py::object to_host(const py::object& array) {
+  device::require();
+  if (!on_device(array))
+    throw Error("only an array on the device (with __cuda_array_interface__) can be copied from it");
+  const Face face(array, "the array");
+  for (const char* type : {kType<double>, kType<std::int32_t>, kType<std::int64_t>, kType<std::uint8_t>})
+    if (face.type == type) {
+      py::array out(py::dtype(face.type), face.shape);
+      device::copy_to_host(out.mutable_data(), face.data, static_cast<std::size_t>(out.nbytes()));
+      return out;
+    }
+  throw Error("only arrays of float64, int32, int64 and bool are copied from the device, but it is of type " +
+              face.type);
 }
 
-/// An object with the attributes of Batch whose arrays are on the device.
-device::BatchView batch_view(const py::object& batch) {
-  if (py::isinstance<device::Batch>(batch)) return batch.cast<const device::Batch&>().view();
-  device::BatchView out;
-  py::ssize_t atoms = 0, structures = 0;
-  out.numbers = pointer<std::int32_t>(batch.attr("numbers"), "numbers", {-1}, &atoms);
-  out.cells = pointer<double>(batch.attr("cells"), "cells", {-1, 3, 3}, &structures);
-  out.positions = pointer<double>(batch.attr("positions"), "positions", {atoms, 3});
-  out.offsets = pointer<std::int64_t>(batch.attr("offsets"), "offsets", {structures + 1});
-  out.pbc = pointer<std::uint8_t>(batch.attr("pbc"), "pbc", {structures, 3});
-  out.fixed = pointer<std::uint8_t>(batch.attr("fixed"), "fixed", {atoms, 3});
-  out.atoms = static_cast<std::size_t>(atoms);
-  out.structures = static_cast<std::size_t>(structures);
-  return out;
+/// An array as an argument: read where it lies on the device, or copied there. Throws Error unless type (on the device)
+/// and shape fit; -1 matches any length.
+template <class T>
+class Input {
+ public:
+  Input(const py::handle& array, const char* name, std::initializer_list<py::ssize_t> wanted) {
+    device::require();
+    if (on_device(array)) {
+      const Face face(array, name);
+      if (!face.holds<T>())
+        throw Error(std::string(name) + " must be of type " + kType<T> + ", but it is " + face.type);
+      bool fits = face.shape.size() == wanted.size();
+      for (std::size_t k = 0; fits && k < wanted.size(); ++k)
+        fits = wanted.begin()[k] < 0 || face.shape[k] == wanted.begin()[k];
+      if (!fits) throw Error(std::string(name) + " has a shape that does not fit the others");
+      shape_ = face.shape;
+      data_ = static_cast<const T*>(face.data);
+      keep_ = py::reinterpret_borrow<py::object>(array);
+      return;
+    }
+    using Source = std::conditional_t<std::is_same_v<T, std::uint8_t>, bool, T>;
+    const auto host = py::reinterpret_borrow<py::object>(array).cast<Array<Source>>();
+    expect_shape(host, name, wanted);
+    shape_.assign(host.shape(), host.shape() + host.ndim());
+    own_ = device::Array<T>(
+        std::span<const T>(reinterpret_cast<const T*>(host.data()), static_cast<std::size_t>(host.size())));
+    device::copy_to_host(nullptr, nullptr, 0);  // until the copy is done
+    data_ = own_.data();
+  }
+  const T* data() const { return data_; }
+  py::ssize_t shape(std::size_t k) const { return shape_[k]; }
+
+ private:
+  device::Array<T> own_;
+  py::object keep_;
+  const T* data_ = nullptr;
+  std::vector<py::ssize_t> shape_;
+};
+
+/// An object with the attributes of Batch, each on the device or not, kept for as long as this lives; or a cuda.Batch.
+class BatchInput {
+ public:
+  explicit BatchInput(const py::object& batch) {
+    if (py::isinstance<device::Batch>(batch)) {
+      view_ = batch.cast<const device::Batch&>().view();
+      return;
+    }
+    const auto& numbers = numbers_.emplace(batch.attr("numbers"), "numbers", shape({-1}));
+    const auto& cells = doubles_.emplace_back(batch.attr("cells"), "cells", shape({-1, 3, 3}));
+    const py::ssize_t atoms = numbers.shape(0), structures = cells.shape(0);
+    view_.cells = cells.data();
+    view_.numbers = numbers.data();
+    view_.positions = doubles_.emplace_back(batch.attr("positions"), "positions", shape({atoms, 3})).data();
+    view_.offsets = offsets_.emplace(batch.attr("offsets"), "offsets", shape({structures + 1})).data();
+    view_.pbc = flags_.emplace_back(batch.attr("pbc"), "pbc", shape({structures, 3})).data();
+    if (const py::object fixed = batch.attr("fixed"); !fixed.is_none())
+      view_.fixed = flags_.emplace_back(fixed, "fixed", shape({atoms, 3})).data();
+    view_.atoms = static_cast<std::size_t>(atoms);
+    view_.structures = static_cast<std::size_t>(structures);
+  }
+  const device::BatchView& view() const { return view_; }
+
+ private:
+  using shape = std::initializer_list<py::ssize_t>;
+  std::optional<Input<std::int32_t>> numbers_;
+  std::optional<Input<std::int64_t>> offsets_;
+  std::deque<Input<double>> doubles_;
+  std::deque<Input<std::uint8_t>> flags_;
+  device::BatchView view_;
+};
+
+// ---- kernels ------------------------------------------------------------------------------------------------------
+
+py::ssize_t rows_of(const Fingerprint&, const device::BatchView& batch) {
+  return static_cast<py::ssize_t>(batch.structures);
+}
+py::ssize_t rows_of(const LocalDensity&, const device::BatchView& batch) {
+  return static_cast<py::ssize_t>(batch.atoms);
+}
+py::ssize_t rows_of(const Soap& soap, const device::BatchView& batch) {
+  return static_cast<py::ssize_t>(soap.settings().average == SoapAverage::off ? batch.atoms : batch.structures);
+}
+
+template <class Device, class Host>
+void bind_descriptor(py::module_& m) {
+  m.def(
+      "values",
+      [](const std::shared_ptr<Host>& descriptor, const py::object& batch) {
+        const BatchInput in(batch);
+        const py::ssize_t rows = rows_of(*descriptor, in.view()), size = static_cast<py::ssize_t>(descriptor->size());
+        device::Array<double> features(static_cast<std::size_t>(rows * size));
+        {
+          py::gil_scoped_release release;
+          const Device twin(descriptor);
+          typename Device::Workspace workspace(twin, in.view());
+          twin.values(in.view().positions, features.data(), workspace);
+        }
+        return shaped(std::move(features), {rows, size});
+      },
+      py::arg("descriptor"), py::arg("batch"),
+      "Features (rows, size) as those of descriptor.values; NaN for a structure without features, such as one with a "
+      "coordinate that is not finite.");
+  m.def(
+      "contract",
+      [](const std::shared_ptr<Host>& descriptor, const py::object& batch, const py::object& weights) {
+        const BatchInput in(batch);
+        const py::ssize_t rows = rows_of(*descriptor, in.view()), size = static_cast<py::ssize_t>(descriptor->size());
+        const Input<double> w(weights, "weights", {rows, size});
+        device::Array<double> features(static_cast<std::size_t>(rows * size)), gradient(3 * in.view().atoms);
+        {
+          py::gil_scoped_release release;
+          const Device twin(descriptor);
+          typename Device::Workspace workspace(twin, in.view());
+          twin.values(in.view().positions, features.data(), workspace);
+          device::fill_bytes(gradient.data(), 0, gradient.size() * sizeof(double));
+          twin.contract(w.data(), 1.0, gradient.data(), workspace);
+        }
+        return shaped(std::move(gradient), {static_cast<py::ssize_t>(in.view().atoms), 3});
+      },
+      py::arg("descriptor"), py::arg("batch"), py::arg("weights"),
+      "d(weights . features)/dx (m, 3) for weights (rows, size).");
 }
 
 std::unique_ptr<device::Landscape> twin(const Landscape& landscape) {
@@ -138,10 +256,11 @@ std::unique_ptr<device::Landscape> twin(const Landscape& landscape) {
 }  // namespace
 
 void bind_cuda(py::module_& core) {
-  py::module_ m = core.def_submodule(
-      "cuda",
-      "Twins of the kernels for CUDA devices. Arrays are objects with __cuda_array_interface__ (CuPy, PyTorch, "
-      "DeviceArray); results are DeviceArray. Without CUDA every call raises BackendUnavailable.");
+  py::module_ m = core.def_submodule("cuda");
+  m.doc() =
+      "Twins of the kernels for CUDA devices. Arrays with __cuda_array_interface__ (CuPy, PyTorch, DeviceArray) are "
+      "read where they lie, others are copied to the device; results are DeviceArray. Work is on the default stream. "
+      "Without CUDA every call raises BackendUnavailable.";
   py::class_<DeviceArray>(m, "DeviceArray")
       .def_property_readonly("__cuda_array_interface__", &interface_of)
       .def_property_readonly("shape", [](const DeviceArray& self) { return py::tuple(py::cast(self.shape)); })
@@ -154,28 +273,42 @@ void bind_cuda(py::module_& core) {
            py::arg("batch"));
   m.def("backend", &device::backend, R"("cuda", "emulated" (kernels run on the CPU: for tests) or "none".)");
   m.def("available", &device::available, "Whether a call would run here.");
+  m.def("require", &device::require, "Raises BackendUnavailable, with the way to get it, unless available().");
   m.def("to_device", &to_device, py::arg("array"), "Copies a NumPy array to the device.");
+  m.def("to_host", &to_host, py::arg("array"), "A NumPy copy of an array on the device; waits for it.");
+  bind_descriptor<device::Fingerprint, Fingerprint>(m);
+  bind_descriptor<device::LocalDensity, LocalDensity>(m);
+  bind_descriptor<device::Soap, Soap>(m);
   m.def(
       "evaluate",
       [](const Landscape& landscape, const py::object& batch) {
-        const auto on_device = twin(landscape);
-        const device::BatchView view = batch_view(batch);
+        const auto potential = twin(landscape);
+        const BatchInput in(batch);
+        const device::BatchView& view = in.view();
         device::Array<double> energies(view.structures), forces(3 * view.atoms);
-        device::evaluate(*on_device, view, energies.data(), forces.data());
+        {
+          py::gil_scoped_release release;
+          device::evaluate(*potential, view, energies.data(), forces.data());
+        }
         const auto n = static_cast<py::ssize_t>(view.structures), atoms = static_cast<py::ssize_t>(view.atoms);
         return py::make_tuple(shaped(std::move(energies), {n}), shaped(std::move(forces), {atoms, 3}));
       },
       py::arg("landscape"), py::arg("batch"),
       "Energies (n,) [eV] and forces (m, 3) [eV/angstrom] of a built-in potential or prior. batch: cuda.Batch, or an "
-      "object with the attributes of Batch on the device.");
+      "object with the attributes of Batch, each on the device or not.");
   m.def(
       "relax",
       [](const Landscape& landscape, const py::object& batch, int steps, double force_tolerance, double max_step,
          int memory, double first_curvature, const py::object& box) {
-        const auto on_device = twin(landscape);
-        const device::BatchView view = batch_view(batch);
+        const auto potential = twin(landscape);
+        const BatchInput in(batch);
+        const device::BatchView& view = in.view();
         const RelaxSettings settings{steps, force_tolerance, max_step, memory, first_curvature};
-        device::RelaxResult r = device::relax(*on_device, view, settings, confinement_of(box));
+        const Confinement confinement = confinement_of(box);
+        device::RelaxResult r = [&] {
+          py::gil_scoped_release release;
+          return device::relax(*potential, view, settings, confinement);
+        }();
         const auto n = static_cast<py::ssize_t>(view.structures), atoms = static_cast<py::ssize_t>(view.atoms);
         return py::make_tuple(shaped(std::move(r.positions), {atoms, 3}), shaped(std::move(r.energies), {n}),
                               shaped(std::move(r.forces), {atoms, 3}), shaped(std::move(r.evaluations), {n}),
@@ -187,13 +320,12 @@ void bind_cuda(py::module_& core) {
   m.def(
       "gram",
       [](const Kernel& kernel, const py::object& features, double jitter) {
-        device::require();
-        py::ssize_t n = 0;
-        const double* x = pointer<double>(features, "features", {-1, -1}, &n);
-        const auto dimension = features.attr("shape").cast<std::vector<py::ssize_t>>().at(1);
+        const Input<double> x(features, "features", {-1, -1});
+        const py::ssize_t n = x.shape(0);
         device::Array<double> out(static_cast<std::size_t>(n * n));
         device::fill_bytes(out.data(), 0, out.size() * sizeof(double));
-        device::gram(kernel, static_cast<std::size_t>(n), static_cast<std::size_t>(dimension), x, jitter, out.data());
+        device::gram(kernel, static_cast<std::size_t>(n), static_cast<std::size_t>(x.shape(1)), x.data(), jitter,
+                     out.data());
         return shaped(std::move(out), {n, n});
       },
       py::arg("kernel"), py::arg("features"), py::arg("jitter") = 0.0, "Lower triangle of the Gram matrix (n, n).");
@@ -206,34 +338,39 @@ void bind_cuda(py::module_& core) {
       .def(
           "fit",
           [](device::Gpr& self, const py::object& features, const Array<double>& targets) {
-            const double* x =
-                pointer<double>(features, "features", {targets.size(), static_cast<py::ssize_t>(self.features())});
-            self.fit(static_cast<std::size_t>(targets.size()), x, span(targets));
+            const Input<double> x(features, "features", {targets.size(), static_cast<py::ssize_t>(self.features())});
+            py::gil_scoped_release release;
+            self.fit(static_cast<std::size_t>(targets.size()), x.data(), span(targets));
           },
           py::arg("features"), py::arg("targets"))
       .def(
           "append",
           [](device::Gpr& self, const py::object& feature, double target) {
-            self.append(pointer<double>(feature, "feature", {static_cast<py::ssize_t>(self.features())}), target);
+            self.append(Input<double>(feature, "feature", {static_cast<py::ssize_t>(self.features())}).data(), target);
           },
           py::arg("feature"), py::arg("target"))
       .def_property_readonly("size", &device::Gpr::size)
       .def_property_readonly("mean", &device::Gpr::mean)
       .def(
           "predict",
-          [](const device::Gpr& self, const py::object& features, double kappa) {
-            py::ssize_t count = 0;
-            const auto dimension = static_cast<py::ssize_t>(self.features());
-            const double* x = pointer<double>(features, "features", {-1, dimension}, &count);
+          [](const device::Gpr& self, const py::object& features, double kappa, bool gradient) -> py::tuple {
+            const Input<double> x(features, "features", {-1, static_cast<py::ssize_t>(self.features())});
+            const py::ssize_t count = x.shape(0), dimension = x.shape(1);
+            const auto slopes = static_cast<std::size_t>(gradient ? count * dimension : 0);
             device::Array<double> mean(static_cast<std::size_t>(count)), sigma(static_cast<std::size_t>(count)),
-                gradient(static_cast<std::size_t>(count * dimension));
-            self.predict(static_cast<std::size_t>(count), x, kappa, mean.data(), sigma.data(), gradient.data(),
-                         nullptr);
+                slope(slopes), slope_sigma(slopes);
+            {
+              py::gil_scoped_release release;
+              self.predict(static_cast<std::size_t>(count), x.data(), kappa, mean.data(), sigma.data(), slope.data(),
+                           slope_sigma.data());
+            }
+            if (!gradient) return py::make_tuple(shaped(std::move(mean), {count}), shaped(std::move(sigma), {count}));
             return py::make_tuple(shaped(std::move(mean), {count}), shaped(std::move(sigma), {count}),
-                                  shaped(std::move(gradient), {count, dimension}));
+                                  shaped(std::move(slope), {count, dimension}),
+                                  shaped(std::move(slope_sigma), {count, dimension}));
           },
-          py::arg("features"), py::arg("kappa") = 0.0,
-          "mean (n,), sigma (n,) and d(mean - kappa sigma)/d features (n, D).");
+          py::arg("features"), py::arg("kappa") = 0.0, py::arg("gradient") = false,
+          "mean (n,), sigma (n,); with gradient also d(mean - kappa sigma)/d features and d sigma/d features (n, D).");
 }
 
 }  // namespace thalweg::bindings

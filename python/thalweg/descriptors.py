@@ -3,6 +3,12 @@
 Everything here takes a batch: any object with the arrays of `thalweg.records.Batch`
 (`positions`, `numbers`, `offsets`, `cells`, `pbc`, `fixed`). `Fingerprint` and `SOAP` also have dscribe's `create`,
 `derivatives` and `get_number_of_features`, which take ASE's Atoms.
+
+`values` and `contract` take `device="cuda"` (docs/cuda.md): the arrays of the batch, and weights, may then lie on the
+device (CuPy, PyTorch, anything with `__cuda_array_interface__`), read there without a copy, or be NumPy's, which are
+copied there. The result stays there: a `_core.cuda.DeviceArray`, which CuPy and PyTorch take without a copy and whose
+`to_host()` is a NumPy array. There, a structure that the CPU refuses for its positions (not finite, atoms on one point)
+has NaN. Raises BackendUnavailable where this installation has no kernels for devices, or no device answers.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["SOAP", "Fingerprint", "LocalDensity"]
 
 Floats = NDArray[np.float64]
+Result = Any  # Floats, or a _core.cuda.DeviceArray if device="cuda"
 
 
 class BatchLike(Protocol):
@@ -82,17 +89,17 @@ class Fingerprint:
         """
         return _bind(self, tuple(sorted(int(number) for number in np.asarray(numbers).ravel())), bool(periodic))
 
-    def values(self, batch: BatchLike, threads: int = 0) -> Floats:
+    def values(self, batch: BatchLike, threads: int = 0, device: str = "cpu") -> Result:
         """Features (n, size) of structures that share composition and periodicity; else raises ValueError."""
-        return self._bind_to(batch).values(batch, threads)
+        return _values(self._bind_to, batch, threads, device)
 
     def jacobian(self, batch: BatchLike, threads: int = 0) -> Floats:
         """Derivatives of the features with respect to the positions, (m, 3, size), 1/angstrom."""
         return self._bind_to(batch).jacobian(batch, threads)
 
-    def contract(self, batch: BatchLike, weights: Floats, threads: int = 0) -> Floats:
+    def contract(self, batch: BatchLike, weights: Floats, threads: int = 0, device: str = "cpu") -> Result:
         """d(weights . features)/dx, (m, 3), for weights (n, size): one backward pass, no Jacobian."""
-        return self._bind_to(batch).contract(batch, weights, threads)
+        return _contract(self._bind_to, batch, weights, threads, device)
 
     def create(self, system: Any, *, threads: int = 0) -> Floats | list[Floats]:
         """Features of ASE's Atoms (D,); of a list of them (n, D), or a list where compositions differ in D."""
@@ -109,10 +116,10 @@ class Fingerprint:
         return (found, self.create(system, threads=threads)) if return_descriptor else found
 
     def _bind_to(self, batch: BatchLike) -> _core.Fingerprint:
-        offsets = np.asarray(batch.offsets)
+        offsets = on_host(batch.offsets)
         if len(offsets) < 2:
             raise ConfigurationError("a fingerprint needs a batch of at least one structure, but this one is empty")
-        return self.bind(np.asarray(batch.numbers)[: offsets[1]], bool(np.any(np.asarray(batch.pbc)[0])))
+        return self.bind(on_host(batch.numbers)[: offsets[1]], bool(np.any(on_host(batch.pbc)[0])))
 
 
 @lru_cache(maxsize=64)
@@ -170,16 +177,16 @@ class SOAP:
         settings = {name: value for name, value in vars(self).items() if name != "species"}
         return _bind_soap(_species(self.species, numbers), tuple(settings.items()))
 
-    def values(self, batch: BatchLike, threads: int = 0) -> Floats:
+    def values(self, batch: BatchLike, threads: int = 0, device: str = "cpu") -> Result:
         """Features (m, D), or (n, D) averaged. Raises ConfigurationError for a species that is not covered."""
-        return self.bind(batch.numbers).values(batch, threads)
+        return _values(self._bind_to, batch, threads, device)
 
-    def contract(self, batch: BatchLike, weights: Floats, threads: int = 0) -> Floats:
+    def contract(self, batch: BatchLike, weights: Floats, threads: int = 0, device: str = "cpu") -> Result:
         """d(weights . features)/dx, (m, 3), for weights of the shape of `values`: no Jacobian is made.
 
         For an energy that is a function of the features, weights = dE/dfeatures gives minus the forces.
         """
-        return self.bind(batch.numbers).contract(batch, weights, threads)
+        return _contract(self._bind_to, batch, weights, threads, device)
 
     def jacobian(self, batch: BatchLike, threads: int = 0) -> list[Floats]:
         """Of each structure (n_i, n_i, 3, D): d(features of an atom)/d(position of an atom), 1/angstrom.
@@ -223,6 +230,9 @@ class SOAP:
         found = _of_systems(system, derivative)
         return (found, self.create(system, threads=threads)) if return_descriptor else found
 
+    def _bind_to(self, batch: BatchLike) -> _core.Soap:
+        return self.bind(on_host(batch.numbers) if self.species is None else ())
+
     def _squeezed(self, features: Floats) -> Floats:
         return features if self.average == "off" else features[0]
 
@@ -256,17 +266,46 @@ class LocalDensity:
         species = np.array(_species(self.species, numbers), np.int32)
         return _core.LocalDensity(species, decay=self.decay, cutoff=self.cutoff)
 
-    def values(self, batch: BatchLike, threads: int = 0) -> Floats:
+    def values(self, batch: BatchLike, threads: int = 0, device: str = "cpu") -> Result:
         """Features (m, species + 1). Raises ConfigurationError for a species that is not covered."""
-        return self.bind(batch.numbers).values(batch, threads)
+        return _values(self._bind_to, batch, threads, device)
 
-    def contract(self, batch: BatchLike, weights: Floats, threads: int = 0) -> Floats:
+    def contract(self, batch: BatchLike, weights: Floats, threads: int = 0, device: str = "cpu") -> Result:
         """d(weights . features)/dx, (m, 3), for weights (m, species + 1)."""
-        return self.bind(batch.numbers).contract(batch, weights, threads)
+        return _contract(self._bind_to, batch, weights, threads, device)
 
     def jacobian(self, batch: BatchLike, threads: int = 0) -> list[Floats]:
         """Of each structure (n_i, n_i, 3, species + 1): d(features of an atom)/d(position of an atom), 1/angstrom."""
         return self.bind(batch.numbers).jacobian(batch, threads)
+
+    def _bind_to(self, batch: BatchLike) -> _core.LocalDensity:
+        return self.bind(on_host(batch.numbers) if self.species is None else ())
+
+
+def wants_device(device: str) -> bool:
+    """Whether the twins for devices are meant; raises BackendUnavailable where they are not to be had."""
+    if device not in ("cpu", "cuda"):
+        raise ConfigurationError(f"device must be 'cpu' or 'cuda', got '{device}'")
+    if device == "cuda":
+        _core.cuda.require()
+    return device == "cuda"
+
+
+def on_host(array: Any) -> NDArray[Any]:
+    """A small array to decide by, copied where it lies on a device."""
+    return _core.cuda.to_host(array) if hasattr(array, "__cuda_array_interface__") else np.asarray(array)
+
+
+def _values(bind_to: Callable[[BatchLike], Any], batch: BatchLike, threads: int, device: str) -> Result:
+    if wants_device(device):
+        return _core.cuda.values(bind_to(batch), batch)
+    return bind_to(batch).values(batch, threads)
+
+
+def _contract(bind_to: Callable[[BatchLike], Any], batch: BatchLike, weights: Any, threads: int, device: str) -> Result:
+    if wants_device(device):
+        return _core.cuda.contract(bind_to(batch), batch, weights)
+    return bind_to(batch).contract(batch, weights, threads)
 
 
 def clusters(features: Floats, count: int) -> tuple[Floats, NDArray[np.int32]]:

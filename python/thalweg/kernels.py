@@ -16,8 +16,13 @@ n structures of m atoms together are given as everywhere in thalweg:
 Arrays may be NumPy's or anything with DLPack on the CPU (tensors of PyTorch, JAX, ...); float64 positions, int32 numbers
 and int64 offsets in C order are used where they lie, others are copied. Results are new NumPy arrays, which
 `torch.from_numpy` takes without a copy. `threads=0` takes what affinity and cgroups leave, and results do not depend on
-it. `device="cuda"` raises BackendUnavailable: the twins for devices are in `_core.cuda` (docs/cuda.md). Everything else
-that is wrong raises ConfigurationError (a ValueError): what was expected, what came.
+it. What is wrong raises ConfigurationError (a ValueError): what was expected, what came.
+
+`device="cuda"` (docs/cuda.md): each array may also lie on the device (CuPy, PyTorch, anything with
+`__cuda_array_interface__`; float64 positions, int32 numbers, int64 offsets, bool pbc, full shapes), where it is read without
+a copy. Results are `_core.cuda.DeviceArray`s: CuPy and PyTorch take them without a copy, `to_host()` makes NumPy's.
+Jacobians, pairs and `optimise` have no twin there and raise ConfigurationError. Raises BackendUnavailable where this
+installation has no kernels for devices (with the way to get them), or where no device answers.
 """
 
 from __future__ import annotations
@@ -29,8 +34,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thalweg import _core
-from thalweg.descriptors import SOAP, Fingerprint, LocalDensity
-from thalweg.errors import BackendUnavailable, ConfigurationError
+from thalweg.descriptors import SOAP, Fingerprint, LocalDensity, Result, on_host, wants_device
+from thalweg.errors import ConfigurationError
 
 __all__ = [
     "evaluate",
@@ -60,20 +65,21 @@ _LANDSCAPES = {"emt": _core.Emt, "lj": _core.LennardJones}
 def fingerprint(
     positions: Any, numbers: Any, cells: Any, pbc: Any, offsets: Any = None, *,
     threads: int = 0, device: str = "cpu", **settings: Any,
-) -> Floats:  # fmt: skip
+) -> Result:  # fmt: skip
     """Fingerprints (n, D) of structures of one composition; settings: those of `descriptors.Fingerprint`."""
-    return _settings(Fingerprint, settings).values(
-        _structures(positions, numbers, cells, pbc, offsets, device), threads
-    )
+    batch = _structures(positions, numbers, cells, pbc, offsets, device)
+    return _settings(Fingerprint, settings).values(batch, threads, device)
 
 
 def fingerprint_gradient(
     positions: Any, numbers: Any, cells: Any, pbc: Any, weights: Any, offsets: Any = None, *,
     threads: int = 0, device: str = "cpu", **settings: Any,
-) -> Floats:  # fmt: skip
+) -> Result:  # fmt: skip
     """d(weights . fingerprint)/dx (m, 3) [1/angstrom] for weights (n, D), without the Jacobian."""
     batch = _structures(positions, numbers, cells, pbc, offsets, device)
-    return _settings(Fingerprint, settings).contract(batch, _array("weights", weights, np.float64, 2), threads)
+    return _settings(Fingerprint, settings).contract(
+        batch, _array("weights", weights, np.float64, 2, device), threads, device
+    )
 
 
 def fingerprint_jacobian(
@@ -81,6 +87,7 @@ def fingerprint_jacobian(
     threads: int = 0, device: str = "cpu", **settings: Any,
 ) -> Floats:  # fmt: skip
     """d fingerprint/dx (m, 3, D) [1/angstrom]."""
+    _no_twin("fingerprint_jacobian", device)
     batch = _structures(positions, numbers, cells, pbc, offsets, device)
     return _settings(Fingerprint, settings).jacobian(batch, threads)
 
@@ -88,18 +95,19 @@ def fingerprint_jacobian(
 def soap(
     positions: Any, numbers: Any, cells: Any, pbc: Any, offsets: Any = None, *,
     threads: int = 0, device: str = "cpu", **settings: Any,
-) -> Floats:  # fmt: skip
+) -> Result:  # fmt: skip
     """SOAP of every atom (m, D), or (n, D) with average="mean" or "sum"; settings: those of `descriptors.SOAP`."""
-    return _settings(SOAP, settings).values(_structures(positions, numbers, cells, pbc, offsets, device), threads)
+    batch = _structures(positions, numbers, cells, pbc, offsets, device)
+    return _settings(SOAP, settings).values(batch, threads, device)
 
 
 def soap_gradient(
     positions: Any, numbers: Any, cells: Any, pbc: Any, weights: Any, offsets: Any = None, *,
     threads: int = 0, device: str = "cpu", **settings: Any,
-) -> Floats:  # fmt: skip
+) -> Result:  # fmt: skip
     """d(weights . SOAP)/dx (m, 3) [1/angstrom] for weights of the shape of `soap`, without the Jacobian."""
     batch = _structures(positions, numbers, cells, pbc, offsets, device)
-    return _settings(SOAP, settings).contract(batch, _array("weights", weights, np.float64, 2), threads)
+    return _settings(SOAP, settings).contract(batch, _array("weights", weights, np.float64, 2, device), threads, device)
 
 
 def soap_jacobian(
@@ -107,25 +115,28 @@ def soap_jacobian(
     threads: int = 0, device: str = "cpu", **settings: Any,
 ) -> list[Floats]:  # fmt: skip
     """Of each structure d(SOAP of an atom)/d(position of an atom) (n_i, n_i, 3, D) [1/angstrom]."""
+    _no_twin("soap_jacobian", device)
     return _settings(SOAP, settings).jacobian(_structures(positions, numbers, cells, pbc, offsets, device), threads)
 
 
 def local_density(
     positions: Any, numbers: Any, cells: Any, pbc: Any, offsets: Any = None, *,
     threads: int = 0, device: str = "cpu", **settings: Any,
-) -> Floats:  # fmt: skip
+) -> Result:  # fmt: skip
     """Local density of every atom (m, species + 1); settings: those of `descriptors.LocalDensity`."""
     batch = _structures(positions, numbers, cells, pbc, offsets, device)
-    return _settings(LocalDensity, settings).values(batch, threads)
+    return _settings(LocalDensity, settings).values(batch, threads, device)
 
 
 def local_density_gradient(
     positions: Any, numbers: Any, cells: Any, pbc: Any, weights: Any, offsets: Any = None, *,
     threads: int = 0, device: str = "cpu", **settings: Any,
-) -> Floats:  # fmt: skip
+) -> Result:  # fmt: skip
     """d(weights . local density)/dx (m, 3) [1/angstrom] for weights (m, species + 1)."""
     batch = _structures(positions, numbers, cells, pbc, offsets, device)
-    return _settings(LocalDensity, settings).contract(batch, _array("weights", weights, np.float64, 2), threads)
+    return _settings(LocalDensity, settings).contract(
+        batch, _array("weights", weights, np.float64, 2, device), threads, device
+    )
 
 
 def local_density_jacobian(
@@ -133,6 +144,7 @@ def local_density_jacobian(
     threads: int = 0, device: str = "cpu", **settings: Any,
 ) -> list[Floats]:  # fmt: skip
     """Of each structure d(local density of an atom)/d(position of an atom) (n_i, n_i, 3, D) [1/angstrom]."""
+    _no_twin("local_density_jacobian", device)
     batch = _structures(positions, numbers, cells, pbc, offsets, device)
     return _settings(LocalDensity, settings).jacobian(batch, threads)
 
@@ -144,6 +156,7 @@ def neighbor_pairs(
 
     i (p,), j (p,), d (p, 3) = r_j + image - r_i and its length r (p,), in angstrom.
     """
+    _no_twin("neighbor_pairs", device)
     positions = _array("positions", positions, np.float64, 2)
     batch = _structures(positions, np.ones(len(positions), np.int32), cell, pbc, None, device)
     return _core.neighbor_pairs(batch, cutoff)
@@ -156,21 +169,28 @@ def gpr_fit(
     features: Any, targets: Any, *, amplitude: float = 100.0, length_long: float = 10.0, length_short: float = 2.0,
     weight_long: float = 0.99, weight_short: float = 0.01, noise: float = 1e-5, optimise: bool = False,
     threads: int = 0, device: str = "cpu",
-) -> _core.Gpr:  # fmt: skip
+) -> _core.Gpr | _core.cuda.Gpr:  # fmt: skip
     """A Gaussian process that has learned targets (n,) [eV] at features (n, D), for `gpr_predict`.
 
     Kernel: amplitude (weight_long exp(-d^2 / 2 length_long^2) + weight_short exp(-d^2 / 2 length_short^2)) [eV^2]; noise:
     a variance [eV^2]. optimise: maximise the marginal likelihood from there.
     """
-    _on(device)
-    features, targets = _array("features", features, np.float64, 2), _array("targets", targets, np.float64, 1)
-    if len(features) != len(targets):
-        raise ConfigurationError(f"targets must have shape ({len(features)},), one for each row of features, got "
+    on_device = wants_device(device)
+    features = _array("features", features, np.float64, 2, device)
+    targets = on_host(_array("targets", targets, np.float64, 1, device))
+    if features.shape[0] != len(targets):
+        raise ConfigurationError(f"targets must have shape ({features.shape[0]},), one for each row of features, got "
                                  f"{targets.shape}")  # fmt: skip
     kernel = _core.Kernel(
         amplitude=amplitude, length_long=length_long, length_short=length_short,
         weight_long=weight_long, weight_short=weight_short, noise=noise,
     )  # fmt: skip
+    if on_device:
+        if optimise:
+            _no_twin("optimise=True", device)
+        on_gpu = _core.cuda.Gpr(features.shape[1], kernel)
+        on_gpu.fit(features, targets)
+        return on_gpu
     gpr = _core.Gpr(features.shape[1], kernel)
     gpr.fit(features, targets, threads=threads or _core.default_threads())
     if optimise:
@@ -179,15 +199,18 @@ def gpr_fit(
 
 
 def gpr_predict(
-    gpr: _core.Gpr, features: Any, *, kappa: float = 0.0, gradient: bool = False, device: str = "cpu"
-) -> tuple[Floats, ...]:
+    gpr: _core.Gpr | _core.cuda.Gpr, features: Any, *, kappa: float = 0.0, gradient: bool = False, device: str = "cpu"
+) -> tuple[Result, ...]:
     """Mean (k,) and sigma (k,) [eV] at features (k, D).
 
     gradient: also d(mean - kappa sigma)/dfeatures and d sigma/dfeatures (k, D), which `soap_gradient` or
     `fingerprint_gradient` turn into minus the forces.
     """
-    _on(device)
-    return gpr.predict(_array("features", features, np.float64, 2), kappa=kappa, gradient=gradient)
+    if isinstance(gpr, _core.cuda.Gpr) != wants_device(device):
+        raise ConfigurationError(
+            f"this Gaussian process was not fitted with device='{device}'; predict where it was fitted"
+        )
+    return gpr.predict(_array("features", features, np.float64, 2, device), kappa=kappa, gradient=gradient)
 
 
 # ---- landscapes --------------------------------------------------------------------------------------------------
@@ -196,26 +219,29 @@ def gpr_predict(
 def evaluate(
     landscape: Any, positions: Any, numbers: Any, cells: Any, pbc: Any, offsets: Any = None, *,
     threads: int = 0, device: str = "cpu",
-) -> tuple[Floats, Floats]:  # fmt: skip
+) -> tuple[Result, Result]:  # fmt: skip
     """Energies (n,) [eV] and forces (m, 3) [eV/angstrom] on "emt", "lj" or any landscape of the compiled core."""
     batch = _structures(positions, numbers, cells, pbc, offsets, device)
+    if wants_device(device):
+        return _core.cuda.evaluate(_landscape(landscape), batch)
     return _core.evaluate(_landscape(landscape), batch, threads=threads)
 
 
 def relax(
     landscape: Any, positions: Any, numbers: Any, cells: Any, pbc: Any, offsets: Any = None, *, fixed: Any = None,
     steps: int = 100, force_tolerance: float = 0.05, max_step: float = 0.2, threads: int = 0, device: str = "cpu",
-) -> tuple[Floats, Floats, Floats, NDArray[np.int32], NDArray[np.bool_]]:  # fmt: skip
+) -> tuple[Result, Result, Result, Result, Result]:  # fmt: skip
     """Relaxes every structure with L-BFGS, each on its own: the result depends neither on the batch nor on threads.
 
     fixed: (m, 3) bool, coordinates that do not move. steps: evaluations of each structure beyond the first;
     force_tolerance [eV/angstrom]: largest force on a free atom; max_step [angstrom].
-    Returns positions (m, 3), energies (n,), forces (m, 3), evaluations (n,) and converged (n,).
+    Returns positions (m, 3), energies (n,), forces (m, 3), evaluations (n,) int32 and converged (n,) bool.
     """
     batch = _structures(positions, numbers, cells, pbc, offsets, device, fixed)
-    return _core.relax(
-        _landscape(landscape), batch, steps=steps, force_tolerance=force_tolerance, max_step=max_step, threads=threads
-    )
+    settings: dict[str, Any] = {"steps": steps, "force_tolerance": force_tolerance, "max_step": max_step}
+    if wants_device(device):
+        return _core.cuda.relax(_landscape(landscape), batch, **settings)
+    return _core.relax(_landscape(landscape), batch, **settings, threads=threads)
 
 
 # ---- arrays ------------------------------------------------------------------------------------------------------
@@ -223,44 +249,53 @@ def relax(
 
 @dataclass(frozen=True)
 class _Structures:
-    """The arrays of `records.Batch`, checked."""
+    """The arrays of `records.Batch`, checked; with device="cuda" each NumPy's or on the device."""
 
-    positions: Floats
-    numbers: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-    cells: Floats
-    pbc: NDArray[np.bool_]
-    fixed: NDArray[np.bool_]
+    positions: Any
+    numbers: Any
+    offsets: Any
+    cells: Any
+    pbc: Any
+    fixed: Any
 
 
 def _structures(
     positions: Any, numbers: Any, cells: Any, pbc: Any, offsets: Any, device: str, fixed: Any = None
 ) -> _Structures:
-    _on(device)
-    positions = _array("positions", positions, np.float64, 2)
-    m = len(positions)
+    wants_device(device)
+    positions = _array("positions", positions, np.float64, 2, device)
+    m = positions.shape[0]
     _expect("positions", positions, (m, 3))
-    numbers = _array("numbers", numbers, np.int32, 1)
+    numbers = _array("numbers", numbers, np.int32, 1, device)
     _expect("numbers", numbers, (m,))
-    offsets = np.array([0, m], np.int64) if offsets is None else _array("offsets", offsets, np.int64, 1)
-    if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != m or np.any(np.diff(offsets) < 0):
+    offsets = np.array([0, m], np.int64) if offsets is None else _array("offsets", offsets, np.int64, 1, device)
+    if isinstance(offsets, np.ndarray) and (
+        len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != m or np.any(np.diff(offsets) < 0)
+    ):
         raise ConfigurationError(f"offsets must rise from 0 to {m}, the number of atoms, got {offsets}")
-    n = len(offsets) - 1
-    cells = _array("cells", cells, np.float64, None)
-    pbc = _array("pbc", pbc, np.bool_, None)
-    if cells.shape == (3, 3):
+    n = offsets.shape[0] - 1
+    cells = _array("cells", cells, np.float64, None, device)
+    pbc = _array("pbc", pbc, np.bool_, None, device)
+    if isinstance(cells, np.ndarray) and cells.shape == (3, 3):
         cells = np.ascontiguousarray(np.broadcast_to(cells, (n, 3, 3)))
-    if pbc.shape in ((), (3,)):
+    if isinstance(pbc, np.ndarray) and pbc.shape in ((), (3,)):
         pbc = np.ascontiguousarray(np.broadcast_to(pbc, (n, 3)))
     _expect("cells", cells, (n, 3, 3))
     _expect("pbc", pbc, (n, 3))
-    fixed = np.zeros((m, 3), np.bool_) if fixed is None else _array("fixed", fixed, np.bool_, 2)
+    fixed = np.zeros((m, 3), np.bool_) if fixed is None else _array("fixed", fixed, np.bool_, 2, device)
     _expect("fixed", fixed, (m, 3))
     return _Structures(positions, numbers, offsets, cells, pbc, fixed)
 
 
-def _array(name: str, value: Any, dtype: Any, dimensions: int | None) -> Any:
-    """A NumPy array in C order, without a copy where dtype and order are right already."""
+def _array(name: str, value: Any, dtype: Any, dimensions: int | None, device: str = "cpu") -> Any:
+    """A NumPy array in C order, without a copy where dtype and order are right already; or what lies on the device."""
+    if hasattr(value, "__cuda_array_interface__"):
+        if device == "cpu":
+            raise ConfigurationError(f"{name} must lie in the memory of the CPU, got {type(value).__name__} on a device; "
+                                     "copy it, or give device='cuda'")  # fmt: skip
+        if dimensions is not None and len(value.shape) != dimensions:
+            raise ConfigurationError(f"{name} must have {dimensions} dimension(s), got shape {tuple(value.shape)}")
+        return value  # the core checks its type
     if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack_device__"):
         if value.__dlpack_device__()[0] != _CPU:
             raise ConfigurationError(f"{name} must lie in the memory of the CPU, got {type(value).__name__} on device "
@@ -281,18 +316,13 @@ def _array(name: str, value: Any, dtype: Any, dimensions: int | None) -> Any:
 
 
 def _expect(name: str, array: Any, shape: tuple[int, ...]) -> None:
-    if array.shape != shape:
-        raise ConfigurationError(f"{name} must have shape {shape}, got {array.shape}")
+    if tuple(array.shape) != shape:
+        raise ConfigurationError(f"{name} must have shape {shape}, got {tuple(array.shape)}")
 
 
-def _on(device: str) -> None:
+def _no_twin(what: str, device: str) -> None:
     if device == "cuda":
-        raise BackendUnavailable(
-            "these functions compute on the CPU: leave device='cpu'. The CUDA twins are in thalweg._core.cuda, for device "
-            "arrays, in an installation made with -Ccmake.define.THALWEG_CUDA=ON (docs/cuda.md)"
-        )
-    if device != "cpu":
-        raise ConfigurationError(f"device must be 'cpu' or 'cuda', got '{device}'")
+        raise ConfigurationError(f"{what} has no twin on a device: leave device='cpu' (docs/cuda.md says what has)")
 
 
 def _settings(kind: Any, settings: dict[str, Any]) -> Any:

@@ -21,11 +21,14 @@
 
 #include "thalweg/build.hpp"
 #include "thalweg/core.hpp"
+#include "thalweg/density.hpp"
 #include "thalweg/fingerprint.hpp"
 #include "thalweg/gpr.hpp"
 #include "thalweg/landscape.hpp"
 #include "thalweg/potentials.hpp"
+#include "thalweg/qmap.hpp"
 #include "thalweg/relax.hpp"
+#include "thalweg/soap.hpp"
 
 namespace thalweg::cuda {
 
@@ -229,6 +232,70 @@ class Fingerprint {
   std::unique_ptr<Tables> tables_;
 };
 
+/// Twin of thalweg::LocalDensity. Structures without features (a coordinate that is not finite, atoms on one point) get
+/// NaN.
+class LocalDensity {
+ public:
+  explicit LocalDensity(std::shared_ptr<const thalweg::LocalDensity> host, Stream stream = nullptr);
+  ~LocalDensity();
+  std::size_t size() const { return host_->size(); }
+
+  /// Neighbour list of one batch, whose positions may move.
+  class Workspace {
+   public:
+    /// Throws Error where thalweg::LocalDensity::check refuses a structure.
+    Workspace(const LocalDensity& density, const BatchView& batch, Stream stream = nullptr);
+    ~Workspace();
+    struct State;
+    std::unique_ptr<State> state;
+  };
+
+  /// features: (m, size()). positions: (m, 3); skip as in Evaluator.
+  void values(const double* positions, double* features, Workspace& workspace, const std::uint8_t* skip = nullptr,
+              Stream stream = nullptr) const;
+  /// Adds scale * d(weights . features)/dx to gradient (m, 3) at the positions of the last values(); weights (m,
+  /// size()).
+  void contract(const double* weights, double scale, double* gradient, Workspace& workspace,
+                const std::uint8_t* skip = nullptr, Stream stream = nullptr) const;
+
+ private:
+  struct Tables;
+  std::shared_ptr<const thalweg::LocalDensity> host_;
+  std::unique_ptr<Tables> tables_;
+};
+
+/// Twin of thalweg::Soap. Structures with a coordinate that is not finite get NaN.
+class Soap {
+ public:
+  explicit Soap(std::shared_ptr<const thalweg::Soap> host, Stream stream = nullptr);
+  ~Soap();
+  std::size_t size() const { return host_->size(); }
+
+  /// Neighbour list, coefficients and scratch of one batch, whose positions may move. For each atom it holds
+  /// species n_max (l_max + 1)^2 coefficients, and three numbers for each place in the list of its neighbours.
+  class Workspace {
+   public:
+    /// Throws Error where thalweg::Soap::check refuses a structure.
+    Workspace(const Soap& soap, const BatchView& batch, Stream stream = nullptr);
+    ~Workspace();
+    struct State;
+    std::unique_ptr<State> state;
+  };
+
+  /// features: (m, size()), or (n, size()) averaged. positions: (m, 3); skip as in Evaluator.
+  void values(const double* positions, double* features, Workspace& workspace, const std::uint8_t* skip = nullptr,
+              Stream stream = nullptr) const;
+  /// Adds scale * d(weights . features)/dx to gradient (m, 3) at the positions of the last values(); weights of the
+  /// shape of features.
+  void contract(const double* weights, double scale, double* gradient, Workspace& workspace,
+                const std::uint8_t* skip = nullptr, Stream stream = nullptr) const;
+
+ private:
+  struct Tables;
+  std::shared_ptr<const thalweg::Soap> host_;
+  std::unique_ptr<Tables> tables_;
+};
+
 /// Lower triangle of k(x_i, x_j) + (noise + jitter) on the diagonal; features (n, D), out (n, n) row-major.
 void gram(const Kernel& kernel, std::size_t n, std::size_t features, const double* feature_vectors, double jitter,
           double* out, Stream stream = nullptr);
@@ -311,5 +378,52 @@ struct BuildResult {
 BuildResult random_structures(const StructureView& frame, std::span<const std::int32_t> placed,
                               const BuildSettings& settings, std::size_t count, Key key, std::uint64_t first_row,
                               Stream stream = nullptr);
+
+// ---- Q-maps ---------------------------------------------------------------------------------------------------------
+
+/// Twin of thalweg::QDelta for all states at once.
+class QDelta {
+ public:
+  ~QDelta();
+  QDelta(QDelta&&) noexcept;
+  QDelta& operator=(QDelta&&) noexcept;
+  struct Impl;
+
+ private:
+  friend class QState;
+  explicit QDelta(std::unique_ptr<Impl> made);
+  std::unique_ptr<Impl> impl;
+};
+
+/// Twin of thalweg::QState for n states side by side, each with as many atoms: a step is a launch per layer for all of
+/// them. Values only, by sums over the changed boxes. Each state holds the activations of all hidden layers, float32.
+class QState {
+ public:
+  /// states: 1 to 65535.
+  QState(std::shared_ptr<const QMap> map, std::size_t states, Stream stream = nullptr);
+  ~QState();
+  std::size_t states() const;
+  std::size_t placed() const;  // atoms of each state
+
+  /// One more atom in each state: atoms (n), on the host. Waits for the device. Throws Error for a species or voxel
+  /// that does not exist.
+  void place(std::span<const Placed> atoms, Stream stream = nullptr);
+  /// Takes the last atom of every state back, exactly. Throws Error if none is placed.
+  void undo(Stream stream = nullptr);
+  /// undo(), but returns the change, for apply().
+  QDelta retract(Stream stream = nullptr);
+  /// The change that placing an atom in each state would make, for apply().
+  QDelta expand(std::span<const Placed> atoms, Stream stream = nullptr);
+  /// Places the atoms of a change that expand() or retract() gave for the atoms placed now; no arithmetic. Throws Error
+  /// for a change of other states.
+  void apply(QDelta delta, Stream stream = nullptr);
+
+  /// out (n, species, count): Q at voxels (n, count), both on the device; NaN where a voxel does not exist.
+  void q(const std::int64_t* voxels, std::size_t count, float* out, Stream stream = nullptr) const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
 
 }  // namespace thalweg::cuda

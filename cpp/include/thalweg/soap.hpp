@@ -23,6 +23,8 @@
 
 namespace thalweg {
 
+struct SoapBasis;  // private to the core: soap_tables.hpp
+
 /// Neighbours count up to reach() = r_cut + sigma sqrt(2 ln 1000), where their Gaussians have faded at r_cut.
 enum class SoapCutoff {
   smooth,  // those beyond r_cut count with a weight that falls to zero at reach() with two continuous derivatives
@@ -83,6 +85,7 @@ class Soap {
   struct Layout;  // defined in soap.cpp
 
  private:
+  friend const SoapBasis& soap_basis(const Soap& soap);
   std::unique_ptr<const Layout> layout_;
 };
 

@@ -10,6 +10,8 @@ import typing
 import numpy
 import numpy.typing
 
+from . import cuda as cuda
+
 __all__: list[str] = [
     "ComplementaryEnergy",
     "Emt",
@@ -41,6 +43,7 @@ __all__: list[str] = [
     "adam_step",
     "closest_contacts",
     "covalent_radius",
+    "cuda",
     "default_threads",
     "evaluate",
     "force_isa",
