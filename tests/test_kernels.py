@@ -109,6 +109,19 @@ def test_landscapes_and_pairs():
     i, j, d, r = kernels.neighbor_pairs(a.positions, np.zeros((3, 3)), [False] * 3, 4.0)
     assert (i, j) == (0, 1) and np.array_equal(d, [[0, 0, 3.1]]) and r == pytest.approx(3.1)
 
+    following = kernels.NeighborList(4.0, skin=1.0)
+    for lift in (0.0, 0.2, 0.4, 1.2):
+        moved = a.positions + lift * np.eye(3)[[2, 2]] * [[0], [1]]
+        for mine, new in zip(
+            following.update(moved, np.zeros((3, 3)), False),
+            kernels.neighbor_pairs(moved, np.zeros((3, 3)), False, 4.0),
+            strict=True,
+        ):
+            assert np.array_equal(mine, new)
+    assert following.rebuilds == 2
+    with pytest.raises(ConfigurationError, match="cutoff must be above 0"):
+        kernels.NeighborList(0.0)
+
 
 def test_errors_say_what_came():
     a = slab()

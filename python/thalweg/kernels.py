@@ -38,6 +38,7 @@ from thalweg.descriptors import SOAP, Fingerprint, LocalDensity, Result, on_host
 from thalweg.errors import ConfigurationError
 
 __all__ = [
+    "NeighborList",
     "evaluate",
     "fingerprint",
     "fingerprint_gradient",
@@ -160,6 +161,32 @@ def neighbor_pairs(
     positions = _array("positions", positions, np.float64, 2)
     batch = _structures(positions, np.ones(len(positions), np.int32), cell, pbc, None, device)
     return _core.neighbor_pairs(batch, cutoff)
+
+
+class NeighborList:
+    """`neighbor_pairs` of a structure that moves: pairs are looked for anew only when an atom has moved by more than
+    skin / 2 [angstrom] since the last time, or the cell or the number of atoms has changed; else only distances are.
+    """
+
+    def __init__(self, cutoff: float, *, skin: float = 0.5):
+        if not (cutoff > 0 and skin >= 0 and np.isfinite(cutoff + skin)):
+            raise ConfigurationError(
+                f"cutoff must be above 0 and skin not negative [angstrom], got {cutoff} and {skin}"
+            )
+        self._list = _core.NeighborList(cutoff, skin)
+
+    def update(
+        self, positions: Any, cell: Any, pbc: Any
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32], Floats, Floats]:
+        """i, j, d, r as of `neighbor_pairs`, in new arrays."""
+        positions = _array("positions", positions, np.float64, 2)
+        batch = _structures(positions, np.ones(len(positions), np.int32), cell, pbc, None, "cpu")
+        return self._list.update(batch)
+
+    @property
+    def rebuilds(self) -> int:
+        """How often pairs were looked for anew."""
+        return self._list.rebuilds
 
 
 # ---- Gaussian process --------------------------------------------------------------------------------------------
