@@ -703,10 +703,10 @@ std::vector<float> QMap::batch(std::span<const std::int64_t> offsets, std::span<
     return out;
   }
   // Enough states to fill the registers, few enough to stay in the cache. A map of 46 x 46 between walls with three
-  // species and 15 x 15 kernels: tiles of 40 x 54 cells, 33 transforms there and 33 back of 120,000 operations each, and
-  // 260 complex products in every cell: 12 million operations, 0.4 ms on a core whose peak does them in 0.1. Halves of
-  // the channels as real and imaginary parts instead of tiles need two thirds of them, but took as long: their spectra
-  // must be taken apart and put together at every frequency.
+  // species and 15 x 15 kernels: tiles of 40 x 54 cells, 33 transforms there and 33 back of 120,000 operations each,
+  // and 260 complex products in every cell: 12 million operations, 0.4 ms on a core whose peak does them in 0.1. Halves
+  // of the channels as real and imaginary parts instead of tiles need two thirds of them, but took as long: their
+  // spectra must be taken apart and put together at every frequency.
   const LayerFft& plan = *m.whole[1];
   const int64_t fill = std::max(1, 80 / (plan.half_subs * m.layers[1].inputs)),
                 fit = std::max<int64_t>(1, (1 << 15) / plan.cells()), group = std::min(fill, fit);
