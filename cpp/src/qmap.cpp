@@ -80,16 +80,37 @@ void repeat_images(const Grid& grid, const Layout& layout, const QBox& box, floa
       std::copy_n(row + layout.from[k], layout.channels, row + layout.to[k]);
 }
 
+// Working memory that threads take and give back: new memory costs more than what a small grid needs it for.
+class Scratches {
+ public:
+  std::unique_ptr<Scratch> take() {
+    const std::lock_guard<std::mutex> lock(guard_);
+    if (free_.empty()) return std::make_unique<Scratch>();
+    std::unique_ptr<Scratch> out = std::move(free_.back());
+    free_.pop_back();
+    return out;
+  }
+  void give(std::unique_ptr<Scratch> scratch) {
+    const std::lock_guard<std::mutex> lock(guard_);
+    free_.push_back(std::move(scratch));
+  }
+
+ private:
+  std::mutex guard_;
+  std::vector<std::unique_ptr<Scratch>> free_;
+};
+
 // Runs work(first, last) on `threads` threads over groups of a fixed size: shares never depend on the thread count.
 template <class Work>
-void in_groups(int64_t n, int64_t group, int threads, Work work) {
+void in_groups(int64_t n, int64_t group, int threads, Scratches& scratches, Work work) {
   std::atomic<int64_t> next{0};
   std::exception_ptr error;
   std::mutex guard;
   const auto loop = [&] {
     try {
-      Scratch scratch;
-      for (int64_t first; (first = next.fetch_add(group)) < n;) work(first, std::min(n, first + group), scratch);
+      std::unique_ptr<Scratch> scratch = scratches.take();
+      for (int64_t first; (first = next.fetch_add(group)) < n;) work(first, std::min(n, first + group), *scratch);
+      scratches.give(std::move(scratch));
     } catch (...) {
       const std::lock_guard<std::mutex> lock(guard);
       if (!error) error = std::current_exception();
@@ -117,6 +138,26 @@ int64_t power(int64_t k, int dimension) { return dimension == 2 ? k * k : k * k 
 
 void check_dimension(std::int32_t dimension) {
   if (dimension != 2 && dimension != 3) throw Error("dimension must be 2 or 3, but it is " + text(dimension));
+}
+
+// Without the rim of values below 1e-8 of the largest, as in training: a Gaussian's window is mostly that.
+QRepresentation cropped(const QRepresentation& whole, int dimension) {
+  QRepresentation out = whole;
+  const int w = whole.width, half = w / 2, volume = static_cast<int>(power(w, dimension));
+  const auto distance = [&](int at) {  // from the middle, along the farthest direction
+    int most = std::max(std::abs(at % w - half), std::abs(at / w % w - half));
+    return dimension == 2 ? most : std::max(most, std::abs(at / w / w - half));
+  };
+  float largest = 0;
+  for (const float v : whole.kernel) largest = std::max(largest, std::abs(v));
+  int used = 0;
+  for (std::size_t k = 0; k < whole.kernel.size(); ++k)
+    if (std::abs(whole.kernel[k]) > 1e-8f * largest) used = std::max(used, distance(static_cast<int>(k) % volume));
+  out.width = 2 * used + 1;
+  out.kernel.clear();
+  for (std::size_t k = 0; k < whole.kernel.size(); ++k)
+    if (distance(static_cast<int>(k) % volume) <= used) out.kernel.push_back(whole.kernel[k]);
+  return out;
 }
 
 void expect_size(const std::string& what, const std::string& shape, int64_t wanted, std::size_t came) {
@@ -226,11 +267,13 @@ struct QMap::Impl {
   const QmapKernels& kernels = qmap_kernels();
   Grid grid;
   std::vector<Layer> layers;
-  Three width{1, 1, 1};  // of the representation
-  std::uint64_t id = 0;  // no other map of this process has it
+  QRepresentation representation;  // without the rim that is nearly zero
+  Three width{1, 1, 1};            // of it
+  std::uint64_t id = 0;            // no other map of this process has it
 
-  std::vector<std::unique_ptr<LayerFft>> local, whole;  // per layer from the second on; null: not possible
-  std::vector<QBox> largest;                            // unfolded boxes that one atom changes, at the origin
+  // Per layer, null: not possible. Local ones, of what one atom changes, from the second layer on.
+  std::vector<std::unique_ptr<LayerFft>> local, whole;
+  std::vector<QBox> largest;  // unfolded boxes that one atom changes, at the origin
 
   // Activations of the hidden layers without atoms: values[l] on a smaller grid, to which index leads.
   struct Empty {
@@ -246,10 +289,12 @@ struct QMap::Impl {
                  channels;
     }
   };
-  mutable std::once_flag packed_made, stamps_made, empty_made, gather_made;
+  mutable std::once_flag packed_made, stamps_made, empty_made, start_made, gather_made;
   mutable std::vector<PackedLayer> packed;
   mutable std::vector<std::vector<float>> stamps;  // per species: change of layer 1 far from walls, (box, outputs)
   mutable Empty empty;
+  mutable std::vector<float> start;  // pre-activations of layer 1 without atoms (voxels, outputs)
+  mutable Scratches scratches;
   mutable Floats gather_weights;
   int gather_padded = 0;
   Layout gather_layout;
@@ -282,7 +327,7 @@ struct QMap::Impl {
   // Adds to out (the stamp's box, layer 1's outputs) what the atom's part of the input [first, last) makes of it;
   // coordinates count from the atom's voxel.
   void add_stamp(int s, const Three& first, const Three& last, float* out) const {
-    const QRepresentation& r = network->representation();
+    const QRepresentation& r = representation;
     const Layer& layer = layers[0];
     const PackedLayer& w = packed_layers()[0];
     const QBox& box = largest[0];
@@ -328,21 +373,26 @@ struct QMap::Impl {
     for (int a = 0; a < 3; ++a) box.first[a] += at[a];
     return grid.fold(box);
   }
+  // Whether open walls cut off a part of the atom's input, and what they leave: [first, last) from the atom's voxel.
+  bool clip(const Placed& atom, Three& first, Three& last) const {
+    const Three at = position(atom.voxel);
+    bool clipped = false;
+    for (int a = 0; a < 3; ++a) {
+      first[a] = -(width[a] / 2);
+      last[a] = width[a] / 2 + 1;
+      if (grid.periodic[a]) continue;
+      if (at[a] + first[a] < 0) first[a] = -at[a], clipped = true;
+      if (at[a] + last[a] > grid.n[a]) last[a] = grid.n[a] - at[a], clipped = true;
+    }
+    return clipped;
+  }
   void add_atom(const Placed& atom, const QBox& box, float* out, Floats& clipped) const {
     const Three at = position(atom.voxel);
     const QBox& unfolded = largest[0];
     const int outputs = layers[0].outputs;
     Three first, last;
-    bool whole_stamp = true;
-    for (int a = 0; a < 3; ++a) {
-      first[a] = -(width[a] / 2);
-      last[a] = width[a] / 2 + 1;
-      if (grid.periodic[a]) continue;
-      if (at[a] + first[a] < 0) first[a] = -at[a], whole_stamp = false;
-      if (at[a] + last[a] > grid.n[a]) last[a] = grid.n[a] - at[a], whole_stamp = false;
-    }
     const float* stamp;
-    if (whole_stamp) {
+    if (!clip(atom, first, last)) {
       stamp = full_stamps()[static_cast<std::size_t>(atom.species)].data();
     } else {
       float* own = clipped.need(unfolded.voxels() * outputs);
@@ -371,8 +421,29 @@ struct QMap::Impl {
     }
   }
 
+  // Adds the atom to the input (voxels, channels).
+  void splat(const Placed& atom, float* input) const {
+    const Three at = position(atom.voxel);
+    const QBox all = grid.whole();
+    const int channels = representation.channels;
+    const int64_t volume = product_of(width);
+    for (int z = 0, k = 0; z < width[0]; ++z)
+      for (int y = 0; y < width[1]; ++y)
+        for (int x = 0; x < width[2]; ++x, ++k) {
+          const int iz = grid.index(all, 0, at[0] + z - width[0] / 2),
+                    iy = grid.index(all, 1, at[1] + y - width[1] / 2),
+                    ix = grid.index(all, 2, at[2] + x - width[2] / 2);
+          if (iz < 0 || iy < 0 || ix < 0) continue;
+          float* to = input + ((int64_t{iz} * grid.n[1] + iy) * grid.n[2] + ix) * channels;
+          for (int c = 0; c < channels; ++c)
+            to[c] += representation.kernel[static_cast<std::size_t>(
+                (int64_t{c} * representation.species + atom.species) * volume + k)];
+        }
+  }
+
   std::vector<float> dense(std::span<const Placed> placed) const;
   const Empty& empty_state() const;
+  const std::vector<float>& start_of_layer_1() const;
 
   bool grid_fft_possible() const {
     return std::all_of(whole.begin() + 1, whole.end(), [](const auto& plan) { return plan != nullptr; });
@@ -404,24 +475,13 @@ static void finish(const QmapKernels& kernels, int64_t voxels, int species, floa
 }
 
 std::vector<float> QMap::Impl::dense(std::span<const Placed> placed) const {
-  const QRepresentation& r = network->representation();
+  const QRepresentation& r = representation;
   const QBox all = grid.whole();
   std::vector<float> input(static_cast<std::size_t>(grid.voxels() * r.channels));
   for (int64_t v = 0; v < grid.voxels(); ++v) std::copy(r.bias.begin(), r.bias.end(), input.begin() + v * r.channels);
-  const int64_t volume = product_of(width);
   for (const Placed& atom : placed) {
     check(atom);
-    const Three at = position(atom.voxel);
-    for (int64_t k = 0; k < volume; ++k) {
-      const int z = grid.index(all, 0, at[0] + static_cast<int>(k / width[2] / width[1]) - width[0] / 2),
-                y = grid.index(all, 1, at[1] + static_cast<int>(k / width[2] % width[1]) - width[1] / 2),
-                x = grid.index(all, 2, at[2] + static_cast<int>(k % width[2]) - width[2] / 2);
-      if (z < 0 || y < 0 || x < 0) continue;
-      const int64_t voxel = (int64_t{z} * grid.n[1] + y) * grid.n[2] + x;
-      for (int c = 0; c < r.channels; ++c)
-        input[static_cast<std::size_t>(voxel * r.channels + c)] +=
-            r.kernel[static_cast<std::size_t>((int64_t{c} * r.species + atom.species) * volume + k)];
-    }
+    splat(atom, input.data());
   }
   std::vector<float> out = std::move(input);
   Scratch scratch;
@@ -466,7 +526,7 @@ const QMap::Impl::Empty& QMap::Impl::empty_state() const {
       }
     }
     empty.grid = small;
-    const QRepresentation& r = network->representation();
+    const QRepresentation& r = representation;
     std::vector<float> in(static_cast<std::size_t>(small.voxels() * r.channels));
     for (int64_t v = 0; v < small.voxels(); ++v) std::copy(r.bias.begin(), r.bias.end(), in.begin() + v * r.channels);
     Scratch scratch;
@@ -490,6 +550,21 @@ const QMap::Impl::Empty& QMap::Impl::empty_state() const {
     }
   });
   return empty;
+}
+
+// From the activations leaky ReLU is undone.
+const std::vector<float>& QMap::Impl::start_of_layer_1() const {
+  std::call_once(start_made, [&] {
+    const Empty& activations = empty_state();
+    const int channels = layers[0].outputs;
+    start.reserve(static_cast<std::size_t>(grid.voxels() * channels));
+    for (int64_t v = 0; v < grid.voxels(); ++v) {
+      const Three at = position(v);
+      const float* a = activations.at(0, channels, at[0], at[1], at[2]);
+      for (int c = 0; c < channels; ++c) start.push_back(a[c] > 0 ? a[c] : a[c] * 100.0f);
+    }
+  });
+  return start;
 }
 
 void QMap::Impl::grid_pass(int states, float* const* first, float* const* spare, float* const* q,
@@ -578,7 +653,8 @@ QMap::QMap(std::shared_ptr<const QNetwork> network, std::span<const std::int64_t
     layer.bias = given.bias.data();
     m.layers.push_back(layer);
   }
-  m.width = along(m.network->representation().width, 1);
+  m.representation = cropped(m.network->representation(), static_cast<int>(dimension));
+  m.width = along(m.representation.width, 1);
   QBox box;
   for (int a = 0; a < 3; ++a) {
     box.first[a] = -(m.width[a] / 2);
@@ -588,7 +664,7 @@ QMap::QMap(std::shared_ptr<const QNetwork> network, std::span<const std::int64_t
     Three count;
     for (int a = 0; a < 3; ++a) count[a] = std::min(box.count[a], m.grid.n[a]);
     m.local.push_back(m.largest.empty() ? nullptr : plan_fft(layer, m.grid, count, false));
-    m.whole.push_back(m.largest.empty() ? nullptr : plan_fft(layer, m.grid, m.grid.n, true));
+    m.whole.push_back(plan_fft(layer, m.grid, m.grid.n, true));
     box = Grid::grown(box, layer.reach());
     m.largest.push_back(box);
   }
@@ -619,43 +695,60 @@ std::vector<float> QMap::batch(std::span<const std::int64_t> offsets, std::span<
   const auto atoms = [&](int64_t i) {
     return placed.subspan(static_cast<std::size_t>(offsets[i]), static_cast<std::size_t>(offsets[i + 1] - offsets[i]));
   };
-  if (!m.grid_fft_possible()) {
-    in_groups(n, 1, threads, [&](int64_t first, int64_t, Scratch&) {
+  if (m.whole[0] == nullptr || !m.grid_fft_possible()) {
+    in_groups(n, 1, threads, m.scratches, [&](int64_t first, int64_t, Scratch&) {
       const std::vector<float> q = m.dense(atoms(first));
       std::copy(q.begin(), q.end(), out.begin() + first * map);
     });
     return out;
   }
-  // Enough states to fill the registers, few enough to stay in the cache.
+  // Enough states to fill the registers, few enough to stay in the cache. A map of 46 x 46 between walls with three
+  // species and 15 x 15 kernels: tiles of 40 x 54 cells, 33 transforms there and 33 back of 120,000 operations each,
+  // and 260 complex products in every cell: 12 million operations, 0.4 ms on a core whose peak does them in 0.1. Halves
+  // of the channels as real and imaginary parts instead of tiles need two thirds of them, but took as long: their
+  // spectra must be taken apart and put together at every frequency.
   const LayerFft& plan = *m.whole[1];
   const int64_t fill = std::max(1, 80 / (plan.half_subs * m.layers[1].inputs)),
                 fit = std::max<int64_t>(1, (1 << 15) / plan.cells()), group = std::min(fill, fit);
   int most = 0;
   for (const Layer& layer : m.layers) most = std::max(most, layer.outputs);
-  // Pre-activations without atoms, from which leaky ReLU is undone: every state adds a stamp per atom to them.
-  const Impl::Empty& empty = m.empty_state();
   const int channels = m.layers[0].outputs;
-  std::vector<float> start(static_cast<std::size_t>(voxels * channels));
-  for (int64_t v = 0; v < voxels; ++v) {
-    const Three at = m.position(v);
-    const float* a = empty.at(0, channels, at[0], at[1], at[2]);
-    for (int c = 0; c < channels; ++c)
-      start[static_cast<std::size_t>(v * channels + c)] = a[c] > 0 ? a[c] : a[c] * 100.0f;
-  }
-  in_groups(n, group, threads, [&](int64_t first, int64_t last, Scratch& scratch) {
+  const std::vector<float>& start = m.start_of_layer_1();
+  in_groups(n, group, threads, m.scratches, [&](int64_t first, int64_t last, Scratch& scratch) {
     const int states = static_cast<int>(last - first);
     const int64_t size = voxels * most;
     float* memory = scratch.box[0].need(2 * group * size);
     std::vector<float*> in, spare, q;
+    bool clipped = false;
     const QBox all = m.grid.whole();
     for (int s = 0; s < states; ++s) {
       in.push_back(memory + 2 * s * size);
       spare.push_back(in.back() + size);
       q.push_back(out.data() + (first + s) * map);
       std::copy(start.begin(), start.end(), in[s]);
-      for (const Placed& atom : atoms(first + s)) m.add_atom(atom, all, in[s], scratch.box[1]);
-      m.kernels.leaky(voxels * channels, in[s]);
+      std::fill_n(spare[s], voxels * m.representation.channels, 0.0f);
+      for (const Placed& atom : atoms(first + s)) {
+        Three begin, end;
+        if (m.clip(atom, begin, end)) {
+          m.splat(atom, spare[s]);
+          clipped = true;
+        } else {
+          m.add_atom(atom, all, in[s], scratch.box[1]);
+        }
+      }
     }
+    // Stamps that walls cut off are made anew for each atom; a transform of their image costs less. To a state without
+    // such atoms it adds zeros.
+    if (clipped) {
+      std::vector<float*> sums;
+      for (int s = 0; s < states; ++s) sums.push_back(scratch.box[1].need(group * size) + s * size);
+      convolve_fft(*m.whole[0], m.layers[0], m.grid, m.kernels, scratch, states, spare.data(), all, sums.data(), all,
+                   [&](int s, int z, int y, const float* row) {
+                     float* to = in[s] + (int64_t{z} * m.grid.n[1] + y) * m.grid.n[2] * channels;
+                     for (int k = 0; k < m.grid.n[2] * channels; ++k) to[k] += row[k];
+                   });
+    }
+    for (float* values : in) m.kernels.leaky(voxels * channels, values);
     m.grid_pass(states, in.data(), spare.data(), q.data(), scratch);
   });
   return out;

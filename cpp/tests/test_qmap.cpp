@@ -198,6 +198,38 @@ TEST(every_method_is_dense) {
   }
 }
 
+TEST(the_rim_of_a_gaussian_is_left_out) {
+  // Windows of 25 x 25 and 15 x 15 hold the same Gaussian but for values below 1e-8; atoms lie near walls and inside.
+  const auto with_window = [](int width) {
+    const auto net = network(2, {5, 3, 5, 3}, {1, 1, 1, 1}, 2, width);
+    QRepresentation r = net->representation();
+    for (int c = 0, k = 0; c < 4; ++c)
+      for (int y = -width / 2; y <= width / 2; ++y)
+        for (int x = -width / 2; x <= width / 2; ++x, ++k)
+          r.kernel[static_cast<std::size_t>(k)] =
+              c % 3 == 0 ? static_cast<float>(std::exp(-(x * x + y * y) / (2 * 1.25 * 1.25))) : 0.0f;
+    return std::make_shared<const QNetwork>(2, net->layers(), r);
+  };
+  const Shape shape = {31, 28};
+  const Flags open = {0, 0};
+  const std::vector<Placed> placed = {{0, 14 * 28 + 13}, {1, 3 * 28 + 26}, {0, 30 * 28}};
+  const auto wide = with_window(25);
+  const auto map = std::make_shared<QMap>(wide, shape, open),
+             narrow = std::make_shared<QMap>(with_window(15), shape, open);
+  const auto exact = naive(*wide, shape, open, placed);
+  const std::vector<std::int64_t> offsets = {0, 3};
+  const Case c{"Gaussian", 2, {}, {}, 2, 25, shape, open};
+  expect(c, "dense", difference(map->dense(placed), exact));
+  expect(c, "batch", difference(map->batch(offsets, placed, 1), exact));
+  for (const QMethod method : kMethods) {
+    QState state(map, method), other(narrow, method);
+    for (const Placed& atom : placed) state.place(atom.species, atom.voxel);
+    expect(c, "incremental", difference(state.q(), exact));
+    state.undo();
+    CHECK(state.expand(1, 400).bytes() == other.expand(1, 400).bytes());
+  }
+}
+
 TEST(chosen_voxels) {
   const Case& c = kCases[12];
   const auto map = std::make_shared<QMap>(network(c), c.shape, c.periodic);

@@ -862,13 +862,60 @@ QMAPS: list[tuple[str, str, tuple[int, ...], bool, float]] = [
 ]
 
 
+def _core_network(network: Any, grid: Sequence[int], periodic: Sequence[bool]) -> tuple[_core.QNetwork, Any, Any]:
+    """The network in the compiled core, its weights and its biases."""
+    from thalweg.networks import Trainer
+
+    arrays = Trainer(network, grid, periodic, threads=1).weights()
+    kernels = arrays["kernels"]
+    images = np.zeros((len(kernels), len(kernels), *kernels.shape[1:]), np.float32)
+    images[np.arange(len(kernels)), np.arange(len(kernels))] = kernels
+    weights, biases = ([arrays[f"{kind}{k}"] for k in (1, 2, 3, 4)] for kind in "wb")
+    compiled = _core.QNetwork(
+        weights, biases, dilations=list(network.dilations), representation=images, representation_bias=arrays["shift"]
+    )
+    return compiled, weights, biases
+
+
+def _build_maps(table: Table) -> None:
+    """The Q-maps of an ASLA-PA episode on the grid of aniline: two builds of 14 atoms and eight rebuilds of their last five,
+    in step; the network's tables are made anew, as after training."""
+    from thalweg.networks import Gaussian, QNetwork
+
+    name, grid, atoms = "Q-maps of an episode, aniline 46 x 46", (46, 46), 14
+    if not table.wants(name):
+        return
+    network = QNetwork.preset("thesis-2d", Gaussian(3, 2), initial="uniform", seed=1)
+    compiled = _core_network(network, grid, (False, False))[0]
+    rng = np.random.default_rng(0)
+    builds = []
+    for i in range(10):
+        sites = np.clip(rng.normal(23, 7.5, (atoms, 2)).astype(int), 0, 45) @ [46, 1]
+        builds.append((rng.integers(0, 3, atoms), sites, 0 if i < 2 else atoms - 5))
+    steps = [
+        [(species[: begin + k], sites[: begin + k]) for species, sites, begin in builds if begin + k < atoms]
+        for k in range(atoms)
+    ]
+
+    def ours():
+        begin = time.process_time()
+        q_map = _core.QMap(compiled, grid, (False, False))
+        for states in steps:
+            offsets = np.cumsum([0] + [len(species) for species, _ in states])
+            q_map.batch(offsets, *(np.concatenate(part) for part in zip(*states, strict=True)), threads=1)
+        return time.process_time() - begin
+
+    a, _ = _turns(ours, None, 7)
+    _milli(table, name, a, None, note=f"{sum(map(len, steps))} maps")
+
+
 def _q_maps(table: Table, *, against_torch: bool) -> None:
     """The Q-map after one more atom: in two dimensions everywhere, in three on the shell of 22,000 voxels around nine
     atoms. PyTorch's side: the whole pass over the images, channels last; dilated nets as the phases of their lattice, side
     by side in one batch without dilation, which is its fastest way."""
     import torch
 
-    from thalweg.networks import Gaussian, QNetwork, Trainer
+    from thalweg.networks import Gaussian, QNetwork
 
     torch.set_num_threads(1)
     for label, preset, grid, wraps, ratio in QMAPS:
@@ -878,17 +925,7 @@ def _q_maps(table: Table, *, against_torch: bool) -> None:
         dimension, species = len(grid), 1 if len(grid) == 2 else 2
         periodic = (wraps,) * dimension
         network = QNetwork.preset(preset, Gaussian(species, dimension), initial="uniform", seed=1)
-        arrays = Trainer(network, grid, periodic, threads=1).weights()
-        images = np.zeros((species, species, *arrays["kernels"].shape[1:]), np.float32)
-        images[np.arange(species), np.arange(species)] = arrays["kernels"]
-        weights, biases = ([arrays[f"{kind}{k}"] for k in (1, 2, 3, 4)] for kind in "wb")
-        compiled = _core.QNetwork(
-            weights,
-            biases,
-            dilations=list(network.dilations),
-            representation=images,
-            representation_bias=arrays["shift"],
-        )
+        compiled, weights, biases = _core_network(network, grid, periodic)
         state = _core.QState(_core.QMap(compiled, list(grid), list(periodic)))
         rng = np.random.default_rng(1)
         middle = np.array(grid) // 2
@@ -1066,6 +1103,7 @@ def kernels(
             if has_torch and against in (None, "torch"):
                 _steps(table, against_torch=against == "torch")
                 _q_maps(table, against_torch=against == "torch")
+                _build_maps(table)
             if against is None:
                 _own(table)
     finally:

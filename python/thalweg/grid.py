@@ -287,18 +287,25 @@ class Grid:
         no closer than c1 to those before it, or, if there is none, to the nearest free one (thesis 5.2)."""
         positions, numbers = np.asarray(positions, float), np.asarray(numbers)
         kinds = np.searchsorted(self.species, numbers)
-        ratio, rows = self.empty.copy(), []
+        rows: list[tuple[int, int]] = []
+        placed, radii = np.zeros((0, 3)), np.zeros(0)
+        ratio, narrowed = self.empty.copy(), 0  # made only as far as an atom finds its voxel taken
         for atom in range(len(numbers)) if order is None else order:
             s = int(kinds[atom])
             voxel, room = self.nearest(positions[atom]), np.broadcast_to(self.room[s], self.voxels)
-            if ratio[s, voxel] < self.problem.c1 or not room[voxel]:
+            away = self.distances(placed, self.place(np.array([(s, voxel)]))[0]) / (radii + self.radii[s])
+            if min(self.empty[s, voxel], away.min(initial=np.inf)) < self.problem.c1 or not room[voxel]:
+                for k in range(narrowed, len(rows)):
+                    self.narrow(ratio, placed[k], float(radii[k]))
+                narrowed = len(rows)
                 distance = self._distances(positions[atom], s)
                 free = room & (ratio[s] >= self.problem.c1)
                 if not free.any():
                     free = room & (ratio[s] > 0)
                 voxel = int(np.argmin(np.where(free, distance, np.inf)))
             rows.append((s, voxel))
-            self.narrow(ratio, self.place(np.array([rows[-1]]))[0], float(self.radii[s]))
+            placed = np.concatenate([placed, self.place(np.array([rows[-1]]))])
+            radii = np.append(radii, self.radii[s])
         return np.array(rows, np.int32).reshape(-1, 2)
 
     # ---- rotated and mirrored copies -----------------------------------------------------------------
