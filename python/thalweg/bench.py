@@ -749,11 +749,11 @@ def _iteration(table: Table, peer: Peer | None) -> None:
         asked: list[float] = []
         steps: list[float] = []
         for seed in range(5):
-            # as AGOX: two evaluations per iteration, n = 36 to 44; no polish, no permutations
+            # as AGOX: two evaluations per iteration, n = 36 to 44; no polish, no permutations, energies alone learned
             search = recipes.gofee(
                 problem, EMT(), seed=seed, prior=prior, noise=noise, threads=1, permute=0, polish="none",
                 polish_last=0, true_steps=1, random={0: 10, 5: 3}, rattle={0: 0, 5: 7}, surrogate_steps={0: 0, 2: 100},
-                hops=0,
+                hops=0, use_forces=False,
             )  # fmt: skip
             own: list[float] = []
             data = None
