@@ -103,6 +103,8 @@ QDelta& QDelta::operator=(QDelta&&) noexcept = default;
 struct QState::Impl {};
 QState::QState(std::shared_ptr<const QMap>, std::size_t, Stream) { unavailable(); }
 QState::~QState() = default;
+QState::QState(QState&&) noexcept = default;
+QState& QState::operator=(QState&&) noexcept = default;
 std::size_t QState::states() const { unavailable(); }
 std::size_t QState::placed() const { unavailable(); }
 void QState::place(std::span<const Placed>, Stream) { unavailable(); }

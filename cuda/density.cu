@@ -60,10 +60,11 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     density_gradient(Rows rows, View v, NeighborView list, const std::int32_t* species, const double* weights,
                      double scale, double* gradient) {
+  THALWEG_DYNAMIC_SHARED(double, scratch);  // kWarps
   const unsigned row = blockIdx.x;
   if (rows.skips(row)) return;
   const std::int64_t first = rows.offsets[row], last = rows.offsets[row + 1];
-  if (!list.usable[row]) {
+  if (without_features(rows, list, scratch)) {
     for (std::int64_t k = 3 * first + threadIdx.x; k < 3 * last; k += kThreads) gradient[k] = not_a_number();
     return;
   }
@@ -107,6 +108,7 @@ struct LocalDensity::Workspace::State {
   const std::int64_t* offsets;
   NeighborList list;
   Array<std::int32_t> species;
+  bool ready = false;
 };
 
 LocalDensity::LocalDensity(std::shared_ptr<const thalweg::LocalDensity> host, Stream stream) : host_(std::move(host)) {
@@ -123,9 +125,11 @@ LocalDensity::Workspace::~Workspace() = default;
 void LocalDensity::values(const double* positions, double* features, Workspace& workspace, const std::uint8_t* skip,
                           Stream stream) const {
   Workspace::State& s = *workspace.state;
-  if (s.structures == 0) return;
+  s.ready = false;
   const Rows rows{s.offsets, skip};
-  s.list.update(rows, positions, stream);
+  if (s.structures > 0) s.list.update(rows, positions, stream);
+  s.ready = true;
+  if (s.structures == 0) return;
   THALWEG_LAUNCH(density_values, static_cast<unsigned>(s.structures), kThreads,
                  kWarps * sizeof(double) + kThreads * sizeof(Share), native(stream), rows, tables_->view, s.list.view(),
                  s.species.data(), features);
@@ -135,9 +139,11 @@ void LocalDensity::values(const double* positions, double* features, Workspace& 
 void LocalDensity::contract(const double* weights, double scale, double* gradient, Workspace& workspace,
                             const std::uint8_t* skip, Stream stream) const {
   Workspace::State& s = *workspace.state;
+  if (!s.ready) throw Error("contract() needs values() of the same batch and workspace first");
   if (s.structures == 0) return;
-  THALWEG_LAUNCH(density_gradient, static_cast<unsigned>(s.structures), kThreads, 0, native(stream),
-                 Rows{s.offsets, skip}, tables_->view, s.list.view(), s.species.data(), weights, scale, gradient);
+  THALWEG_LAUNCH(density_gradient, static_cast<unsigned>(s.structures), kThreads, kWarps * sizeof(double),
+                 native(stream), Rows{s.offsets, skip}, tables_->view, s.list.view(), s.species.data(), weights, scale,
+                 gradient);
   check_launch("forces of a local density");
 }
 

@@ -250,10 +250,11 @@ __global__ void __launch_bounds__(kThreads)
     gather_gradient(Rows rows, View v, NeighborView pairs, NeighborView near, const std::int32_t* species,
                     const double* volumes, const double* weights, const double* pull, std::size_t plane, double scale,
                     double* gradient) {
+  THALWEG_DYNAMIC_SHARED(double, scratch);  // kWarps
   const unsigned row = blockIdx.x;
   if (rows.skips(row)) return;
   const std::int64_t first = rows.offsets[row], last = rows.offsets[row + 1];
-  if (!pairs.usable[row]) {
+  if (without_features(rows, pairs, scratch)) {
     for (std::int64_t k = 3 * first + threadIdx.x; k < 3 * last; k += kThreads) gradient[k] = not_a_number();
     return;
   }
@@ -353,6 +354,7 @@ struct Fingerprint::Workspace::State {
   NeighborList pairs, near;
   Array<std::int32_t> species;
   Array<double> volumes, histograms, pull;
+  bool ready = false;
 };
 
 Fingerprint::Fingerprint(std::shared_ptr<const thalweg::Fingerprint> host, Stream stream) : host_(std::move(host)) {
@@ -370,11 +372,15 @@ Fingerprint::Workspace::~Workspace() = default;
 void Fingerprint::values(const double* positions, double* features, Workspace& workspace, const std::uint8_t* skip,
                          Stream stream) const {
   Workspace::State& s = *workspace.state;
-  if (s.structures == 0) return;
   const View& v = tables_->view;
   const Rows rows{s.offsets, skip};
-  s.pairs.update(rows, positions, stream);
-  if (v.angular_blocks > 0) s.near.update(rows, positions, stream);
+  s.ready = false;
+  if (s.structures > 0) {
+    s.pairs.update(rows, positions, stream);
+    if (v.angular_blocks > 0) s.near.update(rows, positions, stream);
+  }
+  s.ready = true;
+  if (s.structures == 0) return;
   double* histograms = s.histograms.need(s.structures * kWarps * static_cast<std::size_t>(v.histogram));
   THALWEG_LAUNCH(fingerprint_values, static_cast<unsigned>(s.structures), kThreads,
                  kWarps * sizeof(double) + kThreads * sizeof(Sample), native(stream), rows, v, s.pairs.view(),
@@ -385,6 +391,7 @@ void Fingerprint::values(const double* positions, double* features, Workspace& w
 void Fingerprint::contract(const double* weights, double scale, double* gradient, Workspace& workspace,
                            const std::uint8_t* skip, Stream stream) const {
   Workspace::State& s = *workspace.state;
+  if (!s.ready) throw Error("contract() needs values() of the same batch and workspace first");
   if (s.structures == 0) return;
   const View& v = tables_->view;
   const Rows rows{s.offsets, skip};
@@ -395,8 +402,8 @@ void Fingerprint::contract(const double* weights, double scale, double* gradient
   if (v.angular_blocks > 0)
     THALWEG_LAUNCH(pull_edges, blocks, kThreads, 0, native(stream), rows, v, near, s.species.data(), s.volumes.data(),
                    weights, pull, plane);
-  THALWEG_LAUNCH(gather_gradient, blocks, kThreads, 0, native(stream), rows, v, s.pairs.view(), near, s.species.data(),
-                 s.volumes.data(), weights, pull, plane, scale, gradient);
+  THALWEG_LAUNCH(gather_gradient, blocks, kThreads, kWarps * sizeof(double), native(stream), rows, v, s.pairs.view(),
+                 near, s.species.data(), s.volumes.data(), weights, pull, plane, scale, gradient);
   check_launch("forces of a fingerprint");
 }
 

@@ -3,7 +3,8 @@
 //
 //   activations[l]  (n, voxels, outputs)  what is kept of each hidden layer
 //   boxes           (layers, n)           [0]: what the atom changes of the input, [l]: of hidden layer l
-//   change[l]       (n, most[l], outputs) by how much, in the box; most: voxels of the largest box
+//   change[l]       (n, most[l], outputs) by how much, in the box, but of the last hidden layer, which nobody asks for;
+//                                         most: voxels of the largest box
 //   saved[l]        (n, most[l], outputs) what the box held before: the change that undo() puts back
 //   weights[l]      (taps, inputs, outputs)
 //
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(kThreads)
                             std::int64_t{at[2]} * layer.outputs + o];
   const float before = held, after = leaky((before > 0 ? before : kUnleak * before) + by);
   held = after;
-  change[state * most * layer.outputs + item] = after - before;
+  if (change != nullptr) change[state * most * layer.outputs + item] = after - before;
   saved[state * most * layer.outputs + item] = before;
 }
 
@@ -242,7 +243,7 @@ struct QState::Impl {
       for (std::size_t k = 1; k < n; ++k) copy_on_device(out + k * size, out, size * sizeof(float), stream);
       in = out;
     }
-    for (std::size_t l = 0; l <= hidden(); ++l)
+    for (std::size_t l = 0; l < hidden(); ++l)
       change.emplace_back(n * static_cast<std::size_t>(most[l] * channels_of(l)));
     copy_to_host(nullptr, nullptr, 0, stream);  // until the copies are done
   }
@@ -288,7 +289,7 @@ struct QState::Impl {
       float* saved = step->saved.emplace_back(n * static_cast<std::size_t>(most[l + 1] * layers[l].outputs)).data();
       THALWEG_LAUNCH(change_layer, threads_for(l + 1), kThreads, 0, native(stream), grid, all, layers[l],
                      of_layer + l * n, of_layer + (l + 1) * n, change[l].data(), most[l], most[l + 1],
-                     activations[l].data(), change[l + 1].data(), saved);
+                     activations[l].data(), l + 1 < hidden() ? change[l + 1].data() : nullptr, saved);
     }
     check_launch("placing an atom on a Q-map");
     copy_to_host(nullptr, nullptr, 0, stream);  // until the copies are done
@@ -336,6 +337,8 @@ QState::QState(std::shared_ptr<const QMap> map, std::size_t states, Stream strea
   impl_ = std::make_unique<Impl>(std::move(map), states, stream);
 }
 QState::~QState() = default;
+QState::QState(QState&&) noexcept = default;
+QState& QState::operator=(QState&&) noexcept = default;
 
 std::size_t QState::states() const { return impl_->n; }
 std::size_t QState::placed() const { return impl_->steps.size(); }
@@ -355,6 +358,7 @@ QDelta QState::expand(std::span<const thalweg::Placed> atoms, Stream stream) {
   return retract(stream);
 }
 void QState::apply(QDelta delta, Stream stream) {
+  if (!delta.impl) throw Error("this change was used already; expand the present states");
   const QDelta::Impl& d = *delta.impl;
   if (d.map != impl_->map || d.parent != impl_->history.back() || d.atoms.size() != impl_->n)
     throw Error("this change belongs to states with other atoms placed or of another map; expand the present ones");

@@ -18,12 +18,13 @@
 // stride is odd: neither threads that fill a column (one neighbour each) nor those that read along a row meet in a
 // bank. Parts lie beyond what the next species begins to write while they are still summed: that saves a barrier.
 //
-// What limits it: shared memory. The width shrinks from 32 to 4 neighbours to stay within kShared, of which six blocks
-// fit on an H100 and four on an A100 (n_max 6, l_max 4: 32 neighbours, 16 kB for values and 20 kB for forces; n_max 8,
-// l_max 6: 30 kB, and 16 neighbours for forces). Registers come second, 40 and 80 a thread (nvcc 13.0, -Xptxas -v): no
-// thread keeps an array, each runs up the degrees l of one m with the last two polynomials at hand. Sums over
-// neighbours cost a multiplication per term and neighbour, from two reads of shared memory; to keep several sums of one
-// harmonic in a thread would halve these, and waits for a device to measure on.
+// What limits it: shared memory. The width shrinks from 32 to 4 neighbours to stay within kShared where it can (n_max
+// 16, l_max 12 takes 45 of the 48 kB that a launch may have), of which six blocks fit on an H100 and four on an A100
+// (n_max 6, l_max 4: 32 neighbours, 16 kB for values and 20 kB for forces; n_max 8, l_max 6: 30 kB, and 16 neighbours
+// for forces). Registers come second, 40 and 80 a thread (nvcc 13.0, -Xptxas -v): no thread keeps an array, each runs
+// up the degrees l of one m with the last two polynomials at hand. Sums over neighbours cost a multiplication per term
+// and neighbour, from two reads of shared memory; to keep several sums of one harmonic in a thread would halve these,
+// and waits for a device to measure on.
 #include <cmath>
 
 #include "neighbors.cuh"
@@ -32,7 +33,7 @@
 namespace thalweg::cuda {
 namespace {
 
-constexpr std::size_t kShared = 32 * 1024;
+constexpr std::size_t kShared = 32 * 1024, kMostShared = 48 * 1024;
 constexpr int kGeometry = 6;
 
 /// The two channels and the degree of a feature.
@@ -359,7 +360,8 @@ Tile tile_for(const View& v, int columns, int parts, int least) {
   for (;; tile.width /= 2) {
     tile.parts = std::max((tile.stride + kGeometry) * tile.width, least);
     tile.bytes = static_cast<std::size_t>(v.terms + tile.parts + parts * tile.width) * sizeof(double);
-    if (tile.bytes <= kShared || tile.width == 4) return tile;
+    if (tile.bytes <= kShared || (tile.width == 4 && tile.bytes <= kMostShared)) return tile;
+    if (tile.width == 4) throw Error("n_max and l_max of this SOAP need more shared memory than a device lends");
   }
 }
 
@@ -460,7 +462,7 @@ Soap::Workspace::~Workspace() = default;
 void Soap::values(const double* positions, double* features, Workspace& workspace, const std::uint8_t* skip,
                   Stream stream) const {
   Workspace::State& s = *workspace.state;
-  s.ready = true;
+  s.ready = s.structures == 0;
   if (s.structures == 0) return;
   const View& v = tables_->view;
   const Rows rows{s.offsets, skip};
@@ -481,6 +483,7 @@ void Soap::values(const double* positions, double* features, Workspace& workspac
     THALWEG_LAUNCH(average, static_cast<unsigned>(s.structures), kThreads, 0, native(stream), rows, v.size,
                    kind == SoapAverage::mean, each, features);
   check_launch("SOAP");
+  s.ready = true;
 }
 
 void Soap::contract(const double* weights, double scale, double* gradient, Workspace& workspace,

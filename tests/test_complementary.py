@@ -277,14 +277,18 @@ def test_the_population_follows_a_descent_to_its_end():
     )
     accepted, carry = settled(element, {}, [6.0, 5.0], -1, data[:0])
     assert accepted == [False, True] and not carry["complete"] and carry["energy"].tolist() == [5.0]
-    accepted, carry = settled(element, carry, [5.0005], -1, data[:1])
-    assert accepted == [False] and not carry["complete"], "a copy"
+    accepted, few = settled(element, carry, [5.0005], -1, data[:1])
+    assert accepted == [False] and few["complete"] and few["energy"].tolist() == [5.0], (
+        "a copy, but there may be no other"
+    )
     accepted, carry = settled(element, carry, [4.0], -1, data[:1])
     assert carry["complete"] and carry["energy"].tolist() == [4.0, 5.0] and not carry["descending"]
     accepted, carry = settled(element, carry, [3.5, 3.0], 0, data[:2])  # below its parent, whose energy is 5
     assert accepted == [False, True] and carry["descending"] and carry["energy"].tolist() == [4.0, 5.0, 3.0]
     accepted, carry = settled(element, carry, [1.0], 2, data[:3])
     assert accepted == [True] and carry["energy"].tolist() == [4.0, 5.0, 1.0], "the last one takes its place"
+    accepted, both = settled(element, carry, [2.0], 1, data[:3])  # another ticket's descent, from a parent at 4
+    assert accepted == [True] and both["energy"].tolist() == [1.0, 4.0, 2.0], "the first one's lowest is kept"
     there = carry
     for energies in ([1.5], [1.0 - 5e-4], [np.nan], []):  # higher, no lower by what counts, failed, no candidate
         accepted, carry = settled(element, there, energies, 3, data)

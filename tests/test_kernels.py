@@ -119,7 +119,7 @@ def test_landscapes_and_pairs():
         ):
             assert np.array_equal(mine, new)
     assert following.rebuilds == 2
-    with pytest.raises(ConfigurationError, match="cutoff must be above 0"):
+    with pytest.raises(ConfigurationError, match="cutoff of a neighbour list must be positive"):
         kernels.NeighborList(0.0)
 
 

@@ -33,8 +33,8 @@ class Fixed:
         return {}
 
 
-def data_of(count):
-    with recipes.random_search(PROBLEM, EMT(), seed=4, steps=3) as search:
+def data_of(count, steps=0):
+    with recipes.random_search(PROBLEM, EMT(), seed=4, steps=steps) as search:
         search.run(count, evaluations=count)
         return search.data
 
@@ -111,15 +111,26 @@ def test_senseless_settings():
         ChosenModel({"gp": GPR(), "local": LocalGPR()}, growth=1.0)
 
 
-def test_local_is_chosen_where_forces_say_more():
-    # few structures, a landscape of atoms' surroundings: the global model has seen a handful of energies only
+def test_points_of_a_relaxation_are_no_candidates_and_no_candidates_no_error():
+    data = data_of(20, steps=3)  # four points of each structure
+    starts = np.flatnonzero(np.append(True, np.diff(data.columns["ticket"]) > 0))
+    assert 5 <= len(starts) < 10
+    model = ChosenModel({"one": Fixed(0.0), "other": Fixed(0.0)}, enough=0.0)
+    told = data.columns["energy"][starts[-2:]]
+    assert model.errors(data) == dict.fromkeys(("one", "other"), pytest.approx(np.median(np.abs(told))))
+    failed = data.with_columns(status=np.ones(20, np.uint8))
+    assert model.errors(failed) == dict.fromkeys(("one", "other"), np.inf)
+    assert model.fit(failed).chosen == "one"
+
+
+def test_real_models_are_compared_by_the_rule():
     data = example_search(PROBLEM, steps=1).data
     batch = data_of(16)
-    model = ChosenModel({"global": GPR(prior=None), "local": LocalGPR(prior=None)})
+    model = ChosenModel({"global": GPR(prior=None), "local": LocalGPR(prior=None)}, enough=0.0)
     errors = model.errors(batch)
     assert set(errors) == {"global", "local"} and all(np.isfinite(list(errors.values())))
     fitted = model.fit(batch)
-    assert fitted.chosen == "global" or errors["local"] <= 1.5 * errors["global"]
+    assert (fitted.chosen == "local") == (errors["local"] <= 1.5 * min(errors.values()))
     energy, sigma = fitted.predict(data)
     assert np.isfinite(energy).all() and np.all(sigma > 0)
     assert isinstance(fitted.landscape(1.0), _core.Landscape)

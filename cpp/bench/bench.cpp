@@ -427,7 +427,8 @@ Structures nickel_aluminium() {
   return out;
 }
 
-/// r_cut 7 A, n_max 3, l_max 2, sigma 0.5 A. Targets: a fifth of featomic's derivative, KERNELS' figures.
+/// r_cut 7 A, n_max 3, l_max 2, sigma 0.5 A. Targets: what dscribe's values and a fifth of
+/// featomic's derivative took on an AVX2 machine.
 void soaps(Bench& bench) {
   const Structures structures[] = {rutile(), slab_with_nickel(1), nickel_aluminium()};
   const std::string names[] = {"Ti8O16", "Au60Ni6 slab", "NiAl 200"};
@@ -593,7 +594,8 @@ Structures aniline() {
   return out;
 }
 
-/// Energy and forces by the mean of a Gaussian process of 500 rattled copies. Targets: KERNELS' prototype.
+/// Energy and forces by the mean of a Gaussian process of 500 rattled copies. Targets: what an early prototype took
+/// (AVX2).
 void fingerprint_and_mean(Bench& bench) {
   constexpr std::size_t n = 500, batch = 64;
   const std::string names[] = {"C6H7N", "Ti8O16", "Au60Ni6 slab", "NiAl 200"};

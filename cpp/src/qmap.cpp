@@ -710,7 +710,7 @@ std::vector<float> QMap::batch(std::span<const std::int64_t> offsets, std::span<
   const LayerFft& plan = *m.whole[1];
   const int64_t fill = std::max(1, 80 / (plan.half_subs * m.layers[1].inputs)),
                 fit = std::max<int64_t>(1, (1 << 15) / plan.cells()), group = std::min(fill, fit);
-  int most = 0;
+  int most = m.representation.channels;  // the image of atoms near walls lies where maps of layers will
   for (const Layer& layer : m.layers) most = std::max(most, layer.outputs);
   const int channels = m.layers[0].outputs;
   const std::vector<float>& start = m.start_of_layer_1();

@@ -366,6 +366,12 @@ TEST(local_densities_agree) {
   density.values(batch.view().positions, features.data(), workspace);
   const std::vector<double> found = features.download();
   CHECK(std::isnan(found[0]) && std::isnan(found[5 * 3 - 1]) && std::isfinite(found[5 * 3]));
+  cuda::Array<double> gradient(3 * touching.numbers.size());
+  density.contract(features.data(), 1.0, gradient.data(), workspace);
+  const std::vector<double> slopes = gradient.download();
+  CHECK(std::isnan(slopes[0]) && std::isnan(slopes[3 * 5 - 1]) && std::isfinite(slopes[3 * 5]));
+  cuda::LocalDensity::Workspace fresh(density, batch.view());
+  THROWS(density.contract(features.data(), 1.0, gradient.data(), fresh), "contract() needs values()");
   const Structures other = ragged({22, 1}, 2.2);
   THROWS(cuda::LocalDensity::Workspace(density, cuda::Batch(other.view()).view()),
          "structure 0 of the batch: this local density was not made for atomic number 1");

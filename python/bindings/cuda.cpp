@@ -67,9 +67,10 @@ DeviceArray to_device(const py::array& array) {
   const char kind = array.dtype().kind();
   if (kind == 'f') return as(double{}, double{});
   if (kind == 'b') return as(std::uint8_t{}, bool{});
-  if ((kind == 'i' || kind == 'u') && array.dtype().itemsize() == 4) return as(std::int32_t{}, std::int32_t{});
-  if (kind == 'i' || kind == 'u') return as(std::int64_t{}, std::int64_t{});
-  throw Error("arrays for the device must hold floats, integers or booleans");
+  const py::ssize_t size = array.dtype().itemsize();
+  if (kind == 'i' && size == 4) return as(std::int32_t{}, std::int32_t{});
+  if (kind == 'i' || (kind == 'u' && size <= 4)) return as(std::int64_t{}, std::int64_t{});
+  throw Error("arrays for the device must hold floats, booleans or integers that int64 can hold");
 }
 
 // ---- arguments ----------------------------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ py::object to_host(const py::object& array) {
   if (!on_device(array))
     throw Error("only an array on the device (with __cuda_array_interface__) can be copied from it");
   const Face face(array, "the array");
-  for (const char* type : {kType<double>, kType<std::int32_t>, kType<std::int64_t>, kType<std::uint8_t>})
+  for (const char* type : {kType<double>, kType<std::int32_t>, kType<std::int64_t>, kType<std::uint8_t>, "|u1"})
     if (face.type == type) {
       py::array out(py::dtype(face.type), face.shape);
       device::copy_to_host(out.mutable_data(), face.data, static_cast<std::size_t>(out.nbytes()));

@@ -1058,9 +1058,9 @@ def kernels(
     """Prints what the parts of a search cost, one row per figure, and writes them to `json_file`.
 
     against : None, "agox", "torch", "dscribe", "featomic" or "vesin": the same work by a peer, in turns, with the ratio;
-        by PyTorch only the training steps of Q-networks, which need the extra `asla`, by dscribe and featomic only SOAP, by
-        vesin only neighbours. How
-        AGOX is called: its compiled (Cython) fingerprint and prior, one `calculate` for LCB energy and forces, features
+        by PyTorch only the training steps and maps of Q-networks, which need the extra `asla`, by dscribe and featomic
+        only SOAP, by vesin only neighbours. How AGOX
+        is called: its compiled (Cython) fingerprint and prior, one `calculate` for LCB energy and forces, features
         kept in its candidates' caches before a fit, `remote_relax` and generators in one process without Ray.
     long : n = 2000, too
     Returns 0, or 1 if values differ. Raises ThalwegError if AGOX cannot be asked.

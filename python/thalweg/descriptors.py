@@ -291,20 +291,37 @@ def wants_device(device: str) -> bool:
     return device == "cuda"
 
 
+def device_face(array: Any) -> dict[str, Any] | None:
+    """What an array on a device says of itself (`__cuda_array_interface__`); None for any other."""
+    try:
+        return getattr(array, "__cuda_array_interface__", None)
+    except RuntimeError as problem:  # a tensor that needs gradients; JAX before 2024, on the CPU too
+        if hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] == 1:  # kDLCPU
+            return None
+        raise ConfigurationError(f"an array on a device cannot be read: {problem}") from problem
+
+
 def on_host(array: Any) -> NDArray[Any]:
     """A small array to decide by, copied where it lies on a device."""
-    return _core.cuda.to_host(array) if hasattr(array, "__cuda_array_interface__") else np.asarray(array)
+    return np.asarray(array) if device_face(array) is None else _core.cuda.to_host(array)
 
 
 def _values(bind_to: Callable[[BatchLike], Any], batch: BatchLike, threads: int, device: str) -> Result:
     if wants_device(device):
         return _core.cuda.values(bind_to(batch), batch)
+    _check_host(batch)
     return bind_to(batch).values(batch, threads)
+
+
+def _check_host(batch: BatchLike) -> None:
+    if device_face(batch.positions) is not None:
+        raise ConfigurationError("the batch lies on a device: give device='cuda', or copy it")
 
 
 def _contract(bind_to: Callable[[BatchLike], Any], batch: BatchLike, weights: Any, threads: int, device: str) -> Result:
     if wants_device(device):
         return _core.cuda.contract(bind_to(batch), batch, weights)
+    _check_host(batch)
     return bind_to(batch).contract(batch, weights, threads)
 
 

@@ -408,7 +408,8 @@ class AcceptLower:
 
     A candidate whose lowest point lies below its parent is accepted, and the search goes on from it (`Population`). One
     that does not ends this descent: what was accepted last joins the population, whose highest member leaves. Candidates
-    without a parent join it at once; the first `size` of them are its beginning.
+    without a parent join it at once; when `size` of them have come it is complete, with fewer members where some are
+    copies.
 
     Parameters
     ----------
@@ -427,31 +428,36 @@ class AcceptLower:
     name: str = "AcceptLower"
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ConfigurationError(f"the size of {self.name} must be at least 1, got {self.size!r}")
+        if not (self.size >= 1 and self.same >= 0):
+            raise ConfigurationError(
+                f"{self.name} needs a size of at least 1 and same >= 0 eV, got {self.size!r} and {self.same!r}"
+            )
 
     def __call__(self, batch: Batch, ctx: Context) -> Batch:
         accepted = np.zeros(len(batch), bool)
         row, energy = _lowest_point(batch, ctx, self.c2)
         kept = ctx.carry.get(self.name)
+        begun = 0 if kept is None else int(kept["begun"])
         # ticket, point, energy; while a descent lasts, its lowest structure stands behind the members
         members = [] if kept is None else list(zip(kept["ticket"], kept["point"], kept["energy"], strict=True))
         descended = [members.pop()] if kept is not None and kept["descending"] else []
         parent = int(batch.columns["parent"][row]) if row >= 0 and "parent" in batch.columns else -1
         candidate = [] if row < 0 else [(batch.columns["ticket"][row], batch.columns["point"][row], energy)]
         descending = parent >= 0 and energy < ctx.problem.objective(ctx.data[parent])[0] - self.same
+        # With several tickets in flight another descent may end, or go on, while this one's lowest stands last.
+        goes_on = descending and bool(descended) and int(ctx.data.columns["ticket"][parent]) == int(descended[0][0])
+        for one in ([] if goes_on else descended) + (candidate if parent < 0 else []):
+            if all(abs(one[2] - member[2]) > self.same for member in members):
+                members = sorted([*members, one], key=lambda member: member[2])[: self.size]
         if descending:
-            members += candidate
-        else:
-            for one in descended + (candidate if parent < 0 else []):
-                if all(abs(one[2] - member[2]) > self.same for member in members):
-                    members = sorted([*members, one], key=lambda member: member[2])[: self.size]
+            members = [*members, *candidate]
         if row >= 0:
+            begun += parent < 0
             accepted[row] = candidate[0] in members
         ticket, point, energies = np.array(members, float).reshape(-1, 3).T
         ctx.keep(
             ticket=ticket.astype(int), point=point.astype(int), energy=energies, descending=np.array(descending),
-            complete=np.array((kept is not None and bool(kept["complete"])) or len(members) >= self.size),
+            begun=np.array(begun), complete=np.array(bool(members) and begun >= self.size),
         )  # fmt: skip
         return batch.with_columns(accepted=accepted)
 

@@ -273,13 +273,19 @@ class ComplementaryEnergy:
     def __post_init__(self) -> None:
         check_schedule(self.count, f"the count of {self.name}")
         bounds = self.role_models if isinstance(self.role_models, (tuple, list)) else ()
-        if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1]:
+        whole = all(isinstance(bound, (int, np.integer)) and not isinstance(bound, bool) for bound in bounds)
+        if len(bounds) != 2 or not whole or not 1 <= bounds[0] <= bounds[1]:
             raise ConfigurationError(
                 f"role_models of {self.name} must be (low, high), 1 <= low <= high, got {self.role_models!r}"
             )
         if self.attractors not in ("models", "clusters"):
             raise ConfigurationError(
                 f"attractors of {self.name} must be 'models' or 'clusters', got {self.attractors!r}"
+            )
+        if not (self.tries >= 1 and self.steps >= 1 and self.c1 >= 0):
+            raise ConfigurationError(
+                f"{self.name} needs tries and steps of at least 1 and c1 >= 0, got {self.tries!r}, {self.steps!r} and "
+                f"{self.c1!r}"
             )
         if not (self.distinct >= 0 and self.softening > 0):
             raise ConfigurationError(
@@ -361,9 +367,10 @@ class ComplementaryEnergy:
         species = len(np.unique(ctx.problem.placed_numbers))
         elsewhere = density.values(others, ctx.threads).reshape(-1, 2, *features.shape[1:])[rows]
         pool = np.full((len(rows), max(self.role_models[1], species), density.size), np.nan)
+        scale = np.append(np.ones(density.size - 1), 1e3)  # no cluster of two species, whichever their numbers
         for row, (own, two, number) in enumerate(zip(features, elsewhere, many, strict=True)):
             atoms = np.concatenate([own[members], *two[:, members]])
-            centres, _ = clusters(atoms, max(number, species))
+            centres = clusters(atoms * scale, max(number, species))[0] / scale
             pool[row, : len(centres)] = centres
         return pool
 

@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thalweg import _core
-from thalweg.descriptors import SOAP, Fingerprint, LocalDensity, Result, on_host, wants_device
+from thalweg.descriptors import SOAP, Fingerprint, LocalDensity, Result, device_face, on_host, wants_device
 from thalweg.errors import ConfigurationError
 
 __all__ = [
@@ -165,14 +165,10 @@ def neighbor_pairs(
 
 class NeighborList:
     """`neighbor_pairs` of a structure that moves: pairs are looked for anew only when an atom has moved by more than
-    skin / 2 [angstrom] since the last time, or the cell or the number of atoms has changed; else only distances are.
+    skin / 2 [angstrom] since the last time, or cell, pbc or the number of atoms have changed; else only distances are.
     """
 
     def __init__(self, cutoff: float, *, skin: float = 0.5):
-        if not (cutoff > 0 and skin >= 0 and np.isfinite(cutoff + skin)):
-            raise ConfigurationError(
-                f"cutoff must be above 0 and skin not negative [angstrom], got {cutoff} and {skin}"
-            )
         self._list = _core.NeighborList(cutoff, skin)
 
     def update(
@@ -202,23 +198,24 @@ def gpr_fit(
     Kernel: amplitude (weight_long exp(-d^2 / 2 length_long^2) + weight_short exp(-d^2 / 2 length_short^2)) [eV^2]; noise:
     a variance [eV^2]. optimise: maximise the marginal likelihood from there.
     """
+    if optimise:
+        _no_twin("optimise=True", device)
     on_device = wants_device(device)
     features = _array("features", features, np.float64, 2, device)
     targets = on_host(_array("targets", targets, np.float64, 1, device))
-    if features.shape[0] != len(targets):
-        raise ConfigurationError(f"targets must have shape ({features.shape[0]},), one for each row of features, got "
+    rows, length = _shape(features)
+    if rows != len(targets):
+        raise ConfigurationError(f"targets must have shape ({rows},), one for each row of features, got "
                                  f"{targets.shape}")  # fmt: skip
     kernel = _core.Kernel(
         amplitude=amplitude, length_long=length_long, length_short=length_short,
         weight_long=weight_long, weight_short=weight_short, noise=noise,
     )  # fmt: skip
     if on_device:
-        if optimise:
-            _no_twin("optimise=True", device)
-        on_gpu = _core.cuda.Gpr(features.shape[1], kernel)
+        on_gpu = _core.cuda.Gpr(length, kernel)
         on_gpu.fit(features, targets)
         return on_gpu
-    gpr = _core.Gpr(features.shape[1], kernel)
+    gpr = _core.Gpr(length, kernel)
     gpr.fit(features, targets, threads=threads or _core.default_threads())
     if optimise:
         gpr.optimise()
@@ -291,7 +288,7 @@ def _structures(
 ) -> _Structures:
     wants_device(device)
     positions = _array("positions", positions, np.float64, 2, device)
-    m = positions.shape[0]
+    m = _shape(positions)[0]
     _expect("positions", positions, (m, 3))
     numbers = _array("numbers", numbers, np.int32, 1, device)
     _expect("numbers", numbers, (m,))
@@ -300,7 +297,9 @@ def _structures(
         len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != m or np.any(np.diff(offsets) < 0)
     ):
         raise ConfigurationError(f"offsets must rise from 0 to {m}, the number of atoms, got {offsets}")
-    n = offsets.shape[0] - 1
+    n = _shape(offsets)[0] - 1
+    if n < 0:
+        raise ConfigurationError("offsets must hold one number more than there are structures, got none")
     cells = _array("cells", cells, np.float64, None, device)
     pbc = _array("pbc", pbc, np.bool_, None, device)
     if isinstance(cells, np.ndarray) and cells.shape == (3, 3):
@@ -316,12 +315,13 @@ def _structures(
 
 def _array(name: str, value: Any, dtype: Any, dimensions: int | None, device: str = "cpu") -> Any:
     """A NumPy array in C order, without a copy where dtype and order are right already; or what lies on the device."""
-    if hasattr(value, "__cuda_array_interface__"):
+    face = device_face(value)
+    if face is not None:
         if device == "cpu":
             raise ConfigurationError(f"{name} must lie in the memory of the CPU, got {type(value).__name__} on a device; "
                                      "copy it, or give device='cuda'")  # fmt: skip
-        if dimensions is not None and len(value.shape) != dimensions:
-            raise ConfigurationError(f"{name} must have {dimensions} dimension(s), got shape {tuple(value.shape)}")
+        if dimensions is not None and len(face["shape"]) != dimensions:
+            raise ConfigurationError(f"{name} must have {dimensions} dimension(s), got shape {tuple(face['shape'])}")
         return value  # the core checks its type
     if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack_device__"):
         if value.__dlpack_device__()[0] != _CPU:
@@ -343,8 +343,13 @@ def _array(name: str, value: Any, dtype: Any, dimensions: int | None, device: st
 
 
 def _expect(name: str, array: Any, shape: tuple[int, ...]) -> None:
-    if tuple(array.shape) != shape:
-        raise ConfigurationError(f"{name} must have shape {shape}, got {tuple(array.shape)}")
+    if _shape(array) != shape:
+        raise ConfigurationError(f"{name} must have shape {shape}, got {_shape(array)}")
+
+
+def _shape(array: Any) -> tuple[int, ...]:
+    face = device_face(array)
+    return tuple(array.shape if face is None else face["shape"])
 
 
 def _no_twin(what: str, device: str) -> None:

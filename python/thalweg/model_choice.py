@@ -24,7 +24,7 @@ class ChosenModel:
 
     Every time the candidates evaluated so far have grown by the factor `growth`, each model learns all that was known before
     the last quarter of them and tells the energies of that quarter: the test is the one that a search sets. Points of a
-    polish are no test: they lie so close to what is known that any model can tell them. Which model is used
+    relaxation or polish are no test: they lie so close to what is known that any model can tell them. Which model is used
     follows from the data alone, so a search that is killed and resumed makes the same choices.
 
     Parameters
@@ -87,6 +87,8 @@ class ChosenModel:
         return int(np.flatnonzero(errors <= (1 + self.margin) * errors.min())[-1])
 
     def _error(self, model: Any, data: Batch, candidates: Array) -> float:
+        if not len(candidates):
+            return np.inf
         held_out = candidates[-max(2, len(candidates) // 4) :]
         before = data[: int(held_out[0])]
         told = model.fit(before).predict(data.take(held_out), threads=1)[0]
@@ -123,8 +125,11 @@ class FittedChoice:
 
 
 def _candidates(data: Batch) -> Array:
-    """(k,) rising rows that have an energy, without those of a polish."""
+    """(k,) rising rows that have an energy: the first point of each candidate, nothing of a relaxation or a polish."""
     if "energy" not in data.columns:
         return np.zeros(0, np.int64)
-    origin = np.asarray(data.columns.get("origin", np.zeros(len(data), "U1")))
-    return np.flatnonzero(data.ok & (origin != "polish")).astype(np.int64)
+    first = np.asarray(data.columns.get("origin", np.zeros(len(data), "U1"))) != "polish"
+    if len(data) and {"ticket", "candidate"} <= set(data.columns):
+        which = np.stack([data.columns["ticket"], data.columns["candidate"]])
+        first[1:] &= np.any(which[:, 1:] != which[:, :-1], axis=0)
+    return np.flatnonzero(data.ok & first).astype(np.int64)

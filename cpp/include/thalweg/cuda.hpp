@@ -402,6 +402,8 @@ class QState {
   /// states: 1 to 65535.
   QState(std::shared_ptr<const QMap> map, std::size_t states, Stream stream = nullptr);
   ~QState();
+  QState(QState&&) noexcept;
+  QState& operator=(QState&&) noexcept;
   std::size_t states() const;
   std::size_t placed() const;  // atoms of each state
 
