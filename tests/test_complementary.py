@@ -225,6 +225,19 @@ def test_only_placed_atoms_move_and_nothing_comes_too_close(options):
     assert len(ComplementaryEnergy(8, c1=3.0)(context(element, problem, sample))) == 0
 
 
+def test_every_species_has_a_cluster():
+    """Copper and nickel are neighbours in the periodic table, and the densities differ by more than their numbers."""
+    problem = Problem("Cu4Ni4", cell=14.0)
+    rng = np.random.default_rng(4)
+    apart = np.concatenate([rng.uniform(4, 6, (7, 3)), [[9.5, 9.5, 9.5]]])  # one nickel atom far from the rest
+    sample = problem.batch(np.stack([apart, apart + rng.normal(0, 0.1, apart.shape)]))
+    element = ComplementaryEnergy(4, role_models=(2, 2), attractors="clusters", few=False)
+    density = element.descriptor.bind(problem.numbers)
+    wanted, moving = element._attractors(context(element, problem, sample), density, sample, np.arange(2))
+    assert np.isfinite(wanted).all() and moving.all()
+    np.testing.assert_array_equal(wanted[..., -1], np.broadcast_to(problem.numbers, (2, 8)))
+
+
 def test_role_models_differ_and_are_of_the_atom_s_own_species():
     features = np.array([[[0.0, 1.0, 7], [0.005, 1.0, 7], [0.5, 1.0, 7], [0.0, 1.0, 8]]])
     draw = np.array([[0.9, 0.1, 0.2, 0.3]])  # the second has the least, but is a copy of the first
@@ -243,6 +256,11 @@ def test_settings_that_make_no_sense_are_refused():
         {"role_models": (3, 2)},
         {"role_models": (0, 2)},
         {"role_models": 3},
+        {"role_models": (2, "4")},
+        {"role_models": (1.5, 2.5)},
+        {"tries": 0},
+        {"steps": 0},
+        {"c1": float("nan")},
         {"attractors": "magic"},
         {"softening": 0.0},
     ):

@@ -23,10 +23,11 @@ std::size_t power(std::size_t k, int dimension) { return dimension == 2 ? k * k 
 
 /// A net with weights of He's size, so that no layer's values vanish or saturate the tanh.
 std::shared_ptr<const QNetwork> network(int dimension, const Ints& kernels, const Ints& dilations, int species,
-                                        int width, int channels = 10, std::uint64_t seed = 1) {
+                                        int width, int channels = 10, std::uint64_t seed = 1, int images = 0) {
   Random random(Key{seed, 2}, 0);
   std::vector<QLayer> layers;
-  int inputs = species;
+  if (images == 0) images = species;
+  int inputs = images;
   for (std::size_t l = 0; l < kernels.size(); ++l) {
     QLayer layer;
     layer.inputs = inputs;
@@ -43,11 +44,13 @@ std::shared_ptr<const QNetwork> network(int dimension, const Ints& kernels, cons
     layers.push_back(std::move(layer));
   }
   QRepresentation r;
-  r.channels = r.species = species;
+  r.channels = images;
+  r.species = species;
   r.width = width;
-  r.kernel.resize(static_cast<std::size_t>(species) * species * power(static_cast<std::size_t>(width), dimension));
+  r.kernel.resize(static_cast<std::size_t>(images) * static_cast<std::size_t>(species) *
+                  power(static_cast<std::size_t>(width), dimension));
   for (float& k : r.kernel) k = static_cast<float>(random.uniform(-0.2, 1.0));
-  for (int c = 0; c < species; ++c) r.bias.push_back(-0.1f * static_cast<float>(c + 1));
+  for (int c = 0; c < images; ++c) r.bias.push_back(-0.1f * static_cast<float>(c + 1));
   return std::make_shared<QNetwork>(dimension, std::move(layers), std::move(r));
 }
 
@@ -133,6 +136,7 @@ struct Case {
   Shape shape;
   Flags periodic;
   int channels = 10;
+  int images = 0;  // channels of the representation; 0: one for each species
 };
 
 // Directions that are even, odd, prime; periodic, open, mixed; shorter than a kernel; not divisible by the dilation.
@@ -152,10 +156,11 @@ const Case kCases[] = {
     {"3D mixed, d = 2", 3, {3, 5, 3, 3}, {2, 2, 2, 2}, 2, 5, {10, 12, 9}, {1, 1, 0}},
     {"3D mixed, d = 3", 3, {3, 3, 3, 3}, {3, 3, 3, 3}, 1, 3, {9, 13, 14}, {0, 1, 1}},
     {"3D thin", 3, {5, 3, 5, 3}, {1, 1, 1, 1}, 2, 3, {3, 30, 6}, {1, 0, 1}},
+    {"2D more images than channels", 2, {3, 5, 3}, {1, 1, 1}, 2, 5, {14, 13}, {0, 0}, 3, 7},
 };
 
 std::shared_ptr<const QNetwork> network(const Case& c) {
-  return network(c.dimension, c.kernels, c.dilations, c.species, c.width, c.channels);
+  return network(c.dimension, c.kernels, c.dilations, c.species, c.width, c.channels, 1, c.images);
 }
 
 void expect(const Case& c, const char* what, double difference) {

@@ -366,7 +366,8 @@ TEST(local_densities_agree) {
   density.values(batch.view().positions, features.data(), workspace);
   const std::vector<double> found = features.download();
   CHECK(std::isnan(found[0]) && std::isnan(found[5 * 3 - 1]) && std::isfinite(found[5 * 3]));
-  cuda::Array<double> gradient(3 * touching.numbers.size());
+  const std::vector<double> zeros(3 * touching.numbers.size());
+  cuda::Array<double> gradient{std::span<const double>(zeros)};
   density.contract(features.data(), 1.0, gradient.data(), workspace);
   const std::vector<double> slopes = gradient.download();
   CHECK(std::isnan(slopes[0]) && std::isnan(slopes[3 * 5 - 1]) && std::isfinite(slopes[3 * 5]));
