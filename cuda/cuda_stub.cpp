@@ -7,8 +7,8 @@ namespace {
 [[noreturn]] void unavailable() {
   throw BackendUnavailable(
       "this build of thalweg has no CUDA kernels; with nvcc at hand (13.0 is tried) build it with "
-      "cmake -DTHALWEG_CUDA=ON (Python: pip install . -Ccmake.define.THALWEG_CUDA=ON), or use the CPU functions of the "
-      "same names");
+      "cmake -DTHALWEG_CUDA=ON (Python: pip install . --config-settings=cmake.define.THALWEG_CUDA=ON), or use the CPU "
+      "functions of the same names");
 }
 
 }  // namespace
