@@ -1,6 +1,6 @@
-// What one thread of this machine can do at most, measured: fused multiply-adds and bytes read per second from an array
-// of 32 MB, the size of what a Gaussian process of thousands of points reads;
-// and the least work of a kernel, from which follows the least time that it could take (its roofline).
+// What one thread of this machine can do at most, measured: fused multiply-adds, and bytes read per second from an
+// array of 32 MB, the size of what a Gaussian process of thousands of points reads. And the least work of a kernel,
+// from which follows the least time that it could take (its roofline).
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,8 @@
 
 namespace thalweg_bench {
 
-/// The least that a call must do: arithmetic in double and single precision (a multiply-add is two), and bytes that
-/// cannot be in a cache. 0 everywhere: not counted.
+/// The least that a call must do: arithmetic in double and single precision (a multiply-add is two), and bytes of large
+/// arrays. 0 everywhere: not counted.
 struct Work {
   double flops64 = 0, flops32 = 0, bytes = 0;
 };

@@ -459,6 +459,9 @@ def _neighbors(table: Table, against: str | None) -> None:
     from thalweg.records import Batch
 
     for label, atoms in _crystals():
+        names = [f"{what}, {label}" for what in ("neighbour pairs", "neighbour pairs of a moving structure")]
+        if not any(table.wants(name) for name in names):
+            continue
         batch = Batch.from_ase(atoms)
         shifted, following = _Shifting(batch), _core.NeighborList(6.8)
         theirs: Callable[[], float] | None = None
@@ -475,13 +478,14 @@ def _neighbors(table: Table, against: str | None) -> None:
                 - len(_core.neighbor_pairs(batch, 6.8)[0]))), 0.5,
             )  # fmt: skip
             theirs = partial(cpu_seconds, ask)
-        for what, call, target in (
-            ("neighbour pairs", lambda: _core.neighbor_pairs(shifted(), 6.8), None),  # noqa: B023
-            ("neighbour pairs of a moving structure", lambda: following.update(shifted()), 10),  # noqa: B023
-        ):
-            if table.wants(f"{what}, {label}"):
+        calls = (
+            lambda: _core.neighbor_pairs(shifted(), 6.8),  # noqa: B023
+            lambda: following.update(shifted()),  # noqa: B023
+        )
+        for name, call, target in zip(names, calls, (None, 10), strict=True):
+            if table.wants(name):
                 ours, peers = _turns(partial(cpu_seconds, call), theirs, ROUNDS)
-                _milli(table, f"{what}, {label}", ours, peers, target=target if against else None)
+                _milli(table, name, ours, peers, target=target if against else None)
 
 
 def _milli(table: Table, name: str, ours: float, theirs: float | None, **options: Any) -> None:
@@ -1059,9 +1063,9 @@ def kernels(
 
     against : None, "agox", "torch", "dscribe", "featomic" or "vesin": the same work by a peer, in turns, with the ratio;
         by PyTorch only the training steps and maps of Q-networks, which need the extra `asla`, by dscribe and featomic
-        only SOAP, by vesin only neighbours. How AGOX
-        is called: its compiled (Cython) fingerprint and prior, one `calculate` for LCB energy and forces, features
-        kept in its candidates' caches before a fit, `remote_relax` and generators in one process without Ray.
+        only SOAP, by vesin only neighbours. How AGOX is called: its compiled (Cython) fingerprint and prior, one
+        `calculate` for LCB energy and forces, features kept in its candidates' caches before a fit, `remote_relax` and
+        generators in one process without Ray.
     long : n = 2000, too
     Returns 0, or 1 if values differ. Raises ThalwegError if AGOX cannot be asked.
     """

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["SOAP", "Fingerprint", "LocalDensity"]
 
 Floats = NDArray[np.float64]
+DLPACK_CPU = 1  # kDLCPU
 Result = Any  # Floats, or a _core.cuda.DeviceArray if device="cuda"
 
 
@@ -296,7 +297,7 @@ def device_face(array: Any) -> dict[str, Any] | None:
     try:
         return getattr(array, "__cuda_array_interface__", None)
     except RuntimeError as problem:  # a tensor that needs gradients; JAX before 2024, on the CPU too
-        if hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] == 1:  # kDLCPU
+        if hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] == DLPACK_CPU:
             return None
         raise ConfigurationError(f"an array on a device cannot be read: {problem}") from problem
 

@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thalweg import _core
-from thalweg.descriptors import SOAP, Fingerprint, LocalDensity, Result, device_face, on_host, wants_device
+from thalweg.descriptors import DLPACK_CPU, SOAP, Fingerprint, LocalDensity, Result, device_face, on_host, wants_device
 from thalweg.errors import ConfigurationError
 
 __all__ = [
@@ -56,7 +56,6 @@ __all__ = [
 ]
 
 Floats = NDArray[np.float64]
-_CPU = 1  # kDLCPU
 _LANDSCAPES = {"emt": _core.Emt, "lj": _core.LennardJones}
 
 
@@ -293,13 +292,11 @@ def _structures(
     numbers = _array("numbers", numbers, np.int32, 1, device)
     _expect("numbers", numbers, (m,))
     offsets = np.array([0, m], np.int64) if offsets is None else _array("offsets", offsets, np.int64, 1, device)
-    if isinstance(offsets, np.ndarray) and (
-        len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != m or np.any(np.diff(offsets) < 0)
+    if _shape(offsets)[0] < 1 or (
+        isinstance(offsets, np.ndarray) and (offsets[0] != 0 or offsets[-1] != m or np.any(np.diff(offsets) < 0))
     ):
         raise ConfigurationError(f"offsets must rise from 0 to {m}, the number of atoms, got {offsets}")
     n = _shape(offsets)[0] - 1
-    if n < 0:
-        raise ConfigurationError("offsets must hold one number more than there are structures, got none")
     cells = _array("cells", cells, np.float64, None, device)
     pbc = _array("pbc", pbc, np.bool_, None, device)
     if isinstance(cells, np.ndarray) and cells.shape == (3, 3):
@@ -324,7 +321,7 @@ def _array(name: str, value: Any, dtype: Any, dimensions: int | None, device: st
             raise ConfigurationError(f"{name} must have {dimensions} dimension(s), got shape {tuple(face['shape'])}")
         return value  # the core checks its type
     if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack_device__"):
-        if value.__dlpack_device__()[0] != _CPU:
+        if value.__dlpack_device__()[0] != DLPACK_CPU:
             raise ConfigurationError(f"{name} must lie in the memory of the CPU, got {type(value).__name__} on device "
                                      f"{value.__dlpack_device__()}")  # fmt: skip
         try:

@@ -80,10 +80,12 @@ class ChosenModel:
         return {name: self._error(model, data, candidates) for name, model in self.models.items()}
 
     def _better(self, data: Batch, candidates: Array) -> int:
-        errors = np.array([self._error(model, data, candidates) for model in self.models.values()])
+        first, *others = self.models.values()
+        error = self._error(first, data, candidates)
         free = np.count_nonzero(~data[int(candidates[0])].fixed.all(axis=1))
-        if errors[0] <= self.enough * free:
+        if error <= self.enough * free:  # the others need not be fitted
             return 0
+        errors = np.array([error, *(self._error(model, data, candidates) for model in others)])
         return int(np.flatnonzero(errors <= (1 + self.margin) * errors.min())[-1])
 
     def _error(self, model: Any, data: Batch, candidates: Array) -> float:
