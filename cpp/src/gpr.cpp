@@ -14,6 +14,8 @@ namespace {
 
 constexpr double kSmallestVariance = 1e-12;  // of the kernel's total: below, 1 - v.v is rounding noise
 constexpr double kSmallestPivot = 1e-15;     // of the kernel's total
+constexpr std::size_t kTogether = 16;        // points that the kernels of linalg.hpp take at once, or a multiple of it
+constexpr std::size_t kNearBytes = 1 << 18;  // of features that stay in the nearest caches
 constexpr double kLargestJitter = 1e-6;
 constexpr double kLargestWeightRatio = 1e4;
 
@@ -779,24 +781,37 @@ void GprTile::predict(const Gpr& gpr, int lanes, double kappa, Wanted wanted) {
   const bool solve_sigma = wanted.sigma || wanted.gradient_sigma || (wanted.gradient && kappa != 0);
   const KernelTerms terms = terms_of(gpr.kernel_);
 
-  tile.squared_distances(n, dimension_, x, features_, solved_);
-  tile.evaluate(n, terms, weights, solved_, sloped ? slope_ : nullptr, mean_);
+  std::fill_n(mean_, lanes, 0.0);
+  std::fill_n(gradient_, dimension_ * static_cast<std::size_t>(lanes), 0.0);
+  // Where nothing has to be solved in between, a few points at a time go all the way while they are near.
+  const std::size_t near = kNearBytes / (dimension_ * sizeof(double)) / kTogether * kTogether;
+  const std::size_t block = solve_sigma ? n : std::max(near, kTogether);
+  const double zeros[8] = {};
+  for (std::size_t i = 0; i < n; i += block) {
+    const std::size_t count = std::min(block, n - i), at = i * static_cast<std::size_t>(lanes);
+    double* slope = sloped ? slope_ + at : nullptr;
+    tile.squared_distances(count, dimension_, x + i * dimension_, features_, solved_ + at);
+    tile.evaluate(count, terms, weights + i, solved_ + at, slope, mean_);
+    if (!sloped || solve_sigma) continue;
+    tile.combine(count, weights + i, zeros, nullptr, slope, combined_ + at);
+    tile.gradient(count, dimension_, x + i * dimension_, features_, combined_ + at, gradient_);
+  }
   for (int lane = 0; lane < lanes; ++lane) mean_[lane] += gpr.mean_;
+  if (!solve_sigma) return;
 
   double inverse_sigma[8] = {};
-  if (solve_sigma) {
-    tile.forward(n, factor, gpr.stride_, solved_, norm_);
-    for (int lane = 0; lane < lanes; ++lane) {
-      const double variance = terms.amplitude - norm_[lane], floor = kSmallestVariance * terms.amplitude;
-      sigma_[lane] = std::sqrt(std::max(variance, floor));
-      inverse_sigma[lane] = variance > floor ? 1 / sigma_[lane] : 0.0;
-    }
-    if (sloped) tile.backward(n, factor, gpr.stride_, solved_);
+  tile.forward(n, factor, gpr.stride_, solved_, norm_);
+  for (int lane = 0; lane < lanes; ++lane) {
+    const double variance = terms.amplitude - norm_[lane], floor = kSmallestVariance * terms.amplitude;
+    sigma_[lane] = std::sqrt(std::max(variance, floor));
+    inverse_sigma[lane] = variance > floor ? 1 / sigma_[lane] : 0.0;
   }
+  if (sloped) tile.backward(n, factor, gpr.stride_, solved_);
   // dk_i/df = slope_i (x_i - f), so d sigma/df = -1/sigma sum_i u_i dk_i/df with u = (K + noise)^-1 k.
   if (wanted.gradient_sigma) {
     for (int lane = 0; lane < lanes; ++lane) coefficient_[lane] = -inverse_sigma[lane];
     tile.combine(n, nullptr, coefficient_, solved_, slope_, combined_);
+    std::fill_n(gradient_sigma_, dimension_ * static_cast<std::size_t>(lanes), 0.0);
     tile.gradient(n, dimension_, x, features_, combined_, gradient_sigma_);
   }
   if (wanted.gradient) {
@@ -883,8 +898,10 @@ void GprTile::predict_with_slopes(const Gpr& gpr, int lanes, double kappa, Wante
         }
         combined_[at] = slope_[at] * on_slope + bend_[at] * on_bend;
       }
+    std::fill_n(out, dimension * width, 0.0);
     tile.gradient(n, dimension, x, features_, combined_, out);
     const auto add = [&](std::size_t count, const double* vectors, const double* factors) {
+      std::fill_n(part_, dimension * width, 0.0);
       tile.gradient(count, dimension, vectors, zero_, factors, part_);
       for (std::size_t k = 0; k < dimension * width; ++k) out[k] += part_[k];
     };

@@ -42,7 +42,7 @@ struct TileKernels {
   /// out[i][lane] = |x_i - f_lane|^2 with x (n, dimension), f [dimension][lanes]. By differences: exact zero for equal
   /// points, symmetric, and free of the cancellation of |x|^2 + |f|^2 - 2 x.f.
   void (*squared_distances)(std::size_t n, std::size_t dimension, const double* x, const double* f, double* out);
-  /// In place d2 -> k(d2), and slope = -2 dk/d(d2), mean[lane] = sum_i weights_i k_i. slope may be null.
+  /// In place d2 -> k(d2), and slope = -2 dk/d(d2), mean[lane] += sum_i weights_i k_i. slope may be null.
   void (*evaluate)(std::size_t n, const KernelTerms& terms, const double* weights, double* k, double* slope,
                    double* mean);
   /// v <- L^-1 v, and norm[lane] = |v|^2.
@@ -52,7 +52,7 @@ struct TileKernels {
   /// out[i][lane] = slope[i][lane] (weights_i + coefficient[lane] u[i][lane]); weights or u may be null (zero).
   void (*combine)(std::size_t n, const double* weights, const double* coefficient, const double* u, const double* slope,
                   double* out);
-  /// out[d][lane] = sum_i g[i][lane] (x_id - f[d][lane]).
+  /// out[d][lane] += sum_i g[i][lane] (x_id - f[d][lane]).
   void (*gradient)(std::size_t n, std::size_t dimension, const double* x, const double* f, const double* g,
                    double* out);
   /// out[i][lane] = x_i . f_lane.

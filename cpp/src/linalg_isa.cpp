@@ -403,7 +403,9 @@ struct Tile {
     const double long_slope = -2 * t.long_rate * t.amplitude * (1 - t.short_fraction);
     const double short_slope = -2 * t.short_rate * t.amplitude * t.short_fraction;
     const double total_slope = long_slope + short_slope, slope_fraction = short_slope / total_slope;
-    T acc[parts] = {};
+    T acc[parts];
+#pragma GCC unroll 4
+    for (int v = 0; v < parts; ++v) acc[v] = V::load(mean + v * width);
     for (std::size_t i = 0; i < n; ++i)
 #pragma GCC unroll 4
       for (int v = 0; v < parts; ++v) {
@@ -567,7 +569,6 @@ struct Tile {
   }
   static void gradient(std::size_t n, std::size_t dimension, const double* x, const double* f, const double* g,
                        double* out) {
-    for (std::size_t k = 0; k < dimension * lanes; ++k) out[k] = 0;
     std::size_t i = 0;
     for (; i + rows <= n; i += rows) gradient_of<rows>(dimension, x + i * dimension, f, g + i * lanes, out);
     for (; i < n; ++i) gradient_of<1>(dimension, x + i * dimension, f, g + i * lanes, out);
@@ -586,19 +587,19 @@ using TurnType = TurnVector::Type;
 
 // out[c][r] = x[r * row + c]
 THALWEG_INLINE void turned(const double* x, std::size_t row, TurnType* out) {
-  TurnType in[kTurn];
-#pragma GCC unroll 4
-  for (std::size_t r = 0; r < kTurn; ++r) in[r] = TurnVector::load(x + r * row);
 #if defined(__AVX__)
-  const TurnType a = __builtin_shufflevector(in[0], in[1], 0, 4, 2, 6);
-  const TurnType b = __builtin_shufflevector(in[0], in[1], 1, 5, 3, 7);
-  const TurnType c = __builtin_shufflevector(in[2], in[3], 0, 4, 2, 6);
-  const TurnType d = __builtin_shufflevector(in[2], in[3], 1, 5, 3, 7);
-  out[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
-  out[1] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
-  out[2] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
-  out[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+  // Halves of rows 0 and 2, and of 1 and 3, meet while they are loaded: what is left are four shuffles, not eight.
+  using Half = Vector<2>;
+#pragma GCC unroll 2
+  for (std::size_t h = 0; h < 2; ++h) {
+    const double* here = x + 2 * h;
+    const TurnType even = __builtin_shufflevector(Half::load(here), Half::load(here + 2 * row), 0, 1, 2, 3);
+    const TurnType odd = __builtin_shufflevector(Half::load(here + row), Half::load(here + 3 * row), 0, 1, 2, 3);
+    out[2 * h] = __builtin_shufflevector(even, odd, 0, 4, 2, 6);
+    out[2 * h + 1] = __builtin_shufflevector(even, odd, 1, 5, 3, 7);
+  }
 #else
+  const TurnType in[kTurn] = {TurnVector::load(x), TurnVector::load(x + row)};
   out[0] = __builtin_shufflevector(in[0], in[1], 0, 2);
   out[1] = __builtin_shufflevector(in[0], in[1], 1, 3);
 #endif
@@ -687,7 +688,7 @@ struct Single {
       store_part(k + i, (difference * t.short_fraction + e_long) * t.amplitude, count);
       if (slope != nullptr) store_part(slope + i, (difference * slope_fraction + e_long) * total_slope, count);
     });
-    double acc = 0;
+    double acc = *mean;
     for (std::size_t i = 0; i < n; ++i) acc = multiply_add(acc, k[i], weights[i]);
     *mean = acc;
   }
@@ -764,7 +765,6 @@ struct Single {
 
   static void gradient(std::size_t n, std::size_t dimension, const double* x, const double* f, const double* g,
                        double* out) {
-    for (std::size_t d = 0; d < dimension; ++d) out[d] = 0;
     constexpr std::size_t block = 8;
     std::size_t i = 0;
     for (; i + block <= n; i += block) {

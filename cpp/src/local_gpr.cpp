@@ -591,6 +591,7 @@ void LocalPredictor::gradient_of(const double* coefficients, double* out) {
     for (std::size_t k = 0; k < m; ++k) species_coefficients_[k] = coefficients[place[k]];
     const TileKernels& kernels = tile_of(tile.lanes);
     kernels.combine(m, species_coefficients_.data(), ones, nullptr, &slope_[tile.kernel], &combined_[tile.kernel]);
+    std::fill_n(tile_gradient_.data(), width * dimension_, 0.0);
     kernels.gradient(m, dimension_, gpr_.points_[tile.species].data(), &tile_features_[tile.features],
                      &combined_[tile.kernel], tile_gradient_.data());
     for (std::size_t lane = 0; lane < tile.count; ++lane) {
@@ -629,7 +630,7 @@ bool LocalPredictor::predict(const StructureView& structure, Environments::Works
       for (std::size_t d = 0; d < dimension_; ++d) f[d * width + lane] = q[d];
     }
     const TileKernels& kernels = tile_of(tile.lanes);
-    double means[kLargestTile];
+    double means[kLargestTile] = {};
     double* k = &kernel_[tile.kernel];
     kernels.squared_distances(points, dimension_, gpr_.points_[tile.species].data(), f, k);
     kernels.evaluate(points, terms_, gpr_.species_weights_[tile.species].data(), k,
