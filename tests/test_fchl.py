@@ -254,7 +254,7 @@ def test_senseless_settings(settings, words):
 
 def test_bad_input():
     atoms, other = cluster(), cluster()
-    with pytest.raises(ConfigurationError, match="made for Ag.*atomic number 29"):
+    with pytest.raises(ConfigurationError, match=r"made for Ag.*atomic number 29"):
         FCHL19(species=["Ag"]).values(batch_of(atoms))
     with pytest.raises(ConfigurationError, match="Did you mean 'Ag'"):
         FCHL19(species=["ag"])
