@@ -315,7 +315,8 @@ void Fchl19::jacobian(std::size_t center, double* out, Workspace& workspace) con
                 " was asked for");
   const std::size_t D = basis.size, n = state.n;
   std::fill_n(out, 3 * n * D, 0.0);
-  kernels.jacobian(basis, state.near(center, basis.species), state.atom.data(), out, layout.of_pairs);
+  kernels.jacobian(basis, state.near(center, basis.species), state.atom.data(), out, layout.of_pairs,
+                   state.scratch.need(kernels.scratch(basis)));
   double* slope = state.of_pair.data() + basis.padded_pairs;
   for (std::size_t p = 0; p < state.neighbors.size(); ++p) {
     const auto i = static_cast<std::size_t>(state.neighbors.i()[p]),

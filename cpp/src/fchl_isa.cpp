@@ -154,7 +154,7 @@ template <class Work, class Done>
     }
 }
 
-std::size_t scratch(const Fchl19Basis& basis) { return basis.n_triplets * basis.n_angles * kLanes; }
+std::size_t scratch(const Fchl19Basis& basis) { return basis.n_triplets * basis.n_angles * kFchlLanes; }
 
 void triplets(const Fchl19Basis& basis, const Fchl19Neighbors& n, double* features, double* sums) {
   const std::size_t radial = basis.n_triplets, angles = basis.n_angles, block = radial * angles;
@@ -220,10 +220,16 @@ void pull(const Fchl19Basis& basis, const Fchl19Neighbors& n, const double* weig
 }
 
 void jacobian(const Fchl19Basis& basis, const Fchl19Neighbors& n, const std::int32_t* atom, double* out,
-              std::size_t first_column) {
-  const std::size_t radial = basis.n_triplets, angles = basis.n_angles, D = basis.size;
+              std::size_t first_column, double* scratch) {
+  const std::size_t radial = basis.n_triplets, angles = basis.n_angles, block = radial * angles, D = basis.size;
   const Real lanes = lane_numbers();
   Real g[kFchlMostRadial], a[kFchlMostAngles], d_a[kFchlMostAngles];
+  double* __restrict value = scratch, * __restrict d_mean = value + block, * __restrict d_angle = d_mean + block;
+  const auto add = [&](std::int32_t moved, std::size_t axis, std::size_t column, double by_value, double by_mean,
+                       double by_angle) {
+    double* __restrict row = out + (3 * static_cast<std::size_t>(moved) + axis) * D + first_column + column;
+    for (std::size_t f = 0; f < block; ++f) row[f] += by_value * value[f] + by_mean * d_mean[f] + by_angle * d_angle[f];
+  };
   for_each_triangle(
       basis, n,
       [&](std::size_t column, std::size_t j, std::size_t k) {
@@ -232,23 +238,21 @@ void jacobian(const Fchl19Basis& basis, const Fchl19Neighbors& n, const std::int
         fourier<true>(basis, t.cosine, t.sine, a, d_a);
         for (std::size_t lane = 0; lane < kLanes; ++lane) {
           if (k + lane <= j || n.f[k + lane] == 0.0) continue;
+          for (std::size_t l = 0; l < radial; ++l) {
+            const double G = g[l][lane], place = basis.step * static_cast<double>(l + 1);
+            const double d_G = -2.0 * basis.eta_triplets * (t.mean[lane] - place) * G;
+            for (std::size_t m = 0; m < angles; ++m) {
+              value[l * angles + m] = G * a[m][lane];
+              d_mean[l * angles + m] = d_G * a[m][lane];
+              d_angle[l * angles + m] = G * d_a[m][lane];
+            }
+          }
           const double from[3] = {n.x[j], n.y[j], n.z[j]}, to[3] = {n.x[k + lane], n.y[k + lane], n.z[k + lane]};
           for (std::size_t axis = 0; axis < 3; ++axis) {
-            const double at_j[3] = {t.u0[lane] * from[axis] + t.w0[lane] * to[axis], t.u1[lane] * from[axis],
-                                    t.u2[lane] * from[axis] + t.w2[lane] * to[axis]};
-            const double at_k[3] = {t.v0[lane] * to[axis] + t.w0[lane] * from[axis], t.v1[lane] * to[axis],
-                                    t.v2[lane] * to[axis] + t.w2[lane] * from[axis]};
-            double* row_j = out + (3 * static_cast<std::size_t>(atom[j]) + axis) * D + first_column + column;
-            double* row_k = out + (3 * static_cast<std::size_t>(atom[k + lane]) + axis) * D + first_column + column;
-            for (std::size_t l = 0; l < radial; ++l) {
-              const double G = g[l][lane];
-              const double d_G =
-                  -2.0 * basis.eta_triplets * (t.mean[lane] - basis.step * static_cast<double>(l + 1)) * G;
-              for (std::size_t m = 0; m < angles; ++m) {
-                row_j[l * angles + m] += (G * at_j[0] + d_G * at_j[1]) * a[m][lane] + G * at_j[2] * d_a[m][lane];
-                row_k[l * angles + m] += (G * at_k[0] + d_G * at_k[1]) * a[m][lane] + G * at_k[2] * d_a[m][lane];
-              }
-            }
+            add(atom[j], axis, column, t.u0[lane] * from[axis] + t.w0[lane] * to[axis], t.u1[lane] * from[axis],
+                t.u2[lane] * from[axis] + t.w2[lane] * to[axis]);
+            add(atom[k + lane], axis, column, t.v0[lane] * to[axis] + t.w0[lane] * from[axis], t.v1[lane] * to[axis],
+                t.v2[lane] * to[axis] + t.w2[lane] * from[axis]);
           }
         }
       },

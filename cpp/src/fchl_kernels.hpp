@@ -37,7 +37,7 @@ struct Fchl19Neighbors {
 };
 
 struct Fchl19Kernels {
-  /// Length of the scratch that triplets() takes.
+  /// Length of the scratch that triplets() and jacobian() take.
   std::size_t (*scratch)(const Fchl19Basis&);
   /// value, slope (padded_pairs): what a pair at distance r adds to both ends' features, and the derivative over r.
   void (*pair)(const Fchl19Basis&, double r, double* value, double* slope);
@@ -47,7 +47,7 @@ struct Fchl19Kernels {
   void (*pull)(const Fchl19Basis&, const Fchl19Neighbors&, const double* weights, double* gx, double* gy, double* gz);
   /// Adds d(triplets)/d(neighbour) to rows of D numbers at out + (3 atom + axis) D, from `column` on.
   void (*jacobian)(const Fchl19Basis&, const Fchl19Neighbors&, const std::int32_t* atom, double* out,
-                   std::size_t column);
+                   std::size_t column, double* scratch);
 };
 
 }  // namespace thalweg
