@@ -54,7 +54,7 @@ Fchl19::Fchl19(const Fchl19Settings& settings, std::span<const std::int32_t> spe
   Layout& l = *layout;
   const Fchl19Settings& s = settings;
   const auto expect_length = [](const char* name, double value) {
-    expect_setting(value > 0 && value < 1e3, name, "above 0 and below 1000 angstrom", value);
+    expect_setting(value > 0 && value < 100, name, "above 0 and below 100 angstrom", value);
   };
   expect_length("cutoff_pairs", s.cutoff_pairs);
   expect_length("cutoff_triplets", s.cutoff_triplets);
