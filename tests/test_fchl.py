@@ -242,6 +242,7 @@ def test_create_and_derivatives_take_atoms():
 
 @pytest.mark.parametrize("settings, words", [
     ({"cutoff_pairs": 0.0}, "cutoff_pairs must be above 0"), ({"cutoff_triplets": np.nan}, "cutoff_triplets"),
+    ({"cutoff_triplets": 100.0}, "below 100 angstrom"),
     ({"n_pairs": 0}, "n_pairs must be 1 to 128"), ({"n_triplets": 129}, "n_triplets"), ({"n_fourier": 9}, "n_fourier"),
     ({"eta_pairs": 0.0}, "eta_pairs"), ({"eta_triplets": -1.0}, "eta_triplets"), ({"zeta": -1.0}, "zeta"),
     ({"decay_pairs": -0.1}, "decay_pairs"), ({"decay_triplets": 30.0}, "decay_triplets"),
