@@ -70,12 +70,12 @@ def clusters(count: int, template: Atoms | None = None) -> list[Atoms]:
 @with_agox
 def test_descriptors_have_the_values_and_shapes_of_agox(environment):
     from agox.models.descriptors import Fingerprint
-    from thalweg.agox_adapter import FingerprintDescriptor, SOAPDescriptor
+    from thalweg.agox_adapter import FCHL19Descriptor, FingerprintDescriptor, SOAPDescriptor
 
     atoms = clusters(1)[0]
     ours, theirs = FingerprintDescriptor(environment), Fingerprint(environment=environment)
     assert np.abs(ours.get_features(atoms) - theirs.get_features(atoms)).max() < 1e-10
-    for descriptor, centres in ((ours, 1), (SOAPDescriptor(environment), 8)):
+    for descriptor, centres in ((ours, 1), (SOAPDescriptor(environment), 8), (FCHL19Descriptor(environment), 8)):
         features, gradient = descriptor.get_features(atoms), descriptor.get_feature_gradient(atoms)
         assert features.shape[0] == descriptor.get_number_of_centers(atoms) == centres
         assert gradient.shape == (centres, 8, 3, features.shape[1])

@@ -128,7 +128,13 @@ def test_kept_results_of_agox_are_whole():
 
 
 @pytest.mark.parametrize(
-    ("peer", "row"), [("dscribe", "SOAP values, C6H7N"), ("featomic", "SOAP values, C6H7N"), ("vesin", "pairs, C6H7N")]
+    ("peer", "row"),
+    [
+        ("dscribe", "SOAP values, C6H7N"),
+        ("featomic", "SOAP values, C6H7N"),
+        ("qmllib", "FCHL19 values, C6H7N"),
+        ("vesin", "pairs, C6H7N"),
+    ],
 )
 def test_peers_from_pypi(capsys, monkeypatch, peer, row):
     """Values are compared before times; without the peer the command says what is missing."""

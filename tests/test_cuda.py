@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from thalweg import Batch, _core, kernels
-from thalweg.descriptors import SOAP, Fingerprint, LocalDensity
+from thalweg.descriptors import FCHL19, SOAP, Fingerprint, LocalDensity
 from thalweg.errors import BackendUnavailable, ConfigurationError
 
 cuda = _core.cuda
@@ -54,9 +54,16 @@ def test_a_build_without_cuda_says_how_to_get_it():
 def test_what_has_no_twin_says_so():
     b = batch()
     arrays = (b.positions, b.numbers, b.cells, b.pbc)
-    for name in ("fingerprint_jacobian", "soap_jacobian", "local_density_jacobian"):
+    for name in ("fingerprint_jacobian", "soap_jacobian", "local_density_jacobian", "fchl19", "fchl19_jacobian"):
         with pytest.raises(ConfigurationError, match=f"{name} has no twin on a device"):
             getattr(kernels, name)(*arrays, b.offsets, device="cuda")
+    for call in (
+        lambda: FCHL19().values(b, device="cuda"),
+        lambda: FCHL19().contract(b, np.zeros((16, 168)), device="cuda"),
+        lambda: kernels.fchl19_gradient(*arrays, np.zeros((16, 168)), b.offsets, device="cuda"),
+    ):
+        with pytest.raises(ConfigurationError, match=r"(?i)fchl19\w* has no twin on a device"):
+            call()
     with pytest.raises(ConfigurationError, match="neighbor_pairs has no twin"):
         kernels.neighbor_pairs(b.positions, b.cells[0], False, 4.0, device="cuda")
 

@@ -7,13 +7,14 @@ import pytest
 from ase import Atoms
 from test_descriptors import batch_of, close, slab
 from thalweg import _core, kernels
-from thalweg.descriptors import SOAP, Fingerprint, LocalDensity
+from thalweg.descriptors import FCHL19, SOAP, Fingerprint, LocalDensity
 from thalweg.errors import ConfigurationError
 
 SMALL = {"r_cut": 3.5, "n_max": 4, "l_max": 3}
 FAMILIES = {
     "fingerprint": (Fingerprint(), {}),
     "soap": (SOAP(**SMALL), SMALL),
+    "fchl19": (FCHL19(cutoff_triplets=4.0), {"cutoff_triplets": 4.0}),
     "local_density": (LocalDensity(decay=1.5), {"decay": 1.5}),
 }
 

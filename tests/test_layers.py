@@ -53,6 +53,7 @@ CPP = {
     "neighbors.hpp": {"core.hpp"},
     "fingerprint.hpp": {"core.hpp"},
     "soap.hpp": {"core.hpp"},
+    "fchl.hpp": {"core.hpp"},
     "density.hpp": {"core.hpp", "neighbors.hpp"},
     "complementary.hpp": {"core.hpp", "density.hpp", "landscape.hpp"},
     "gpr.hpp": {"core.hpp"},

@@ -1,4 +1,4 @@
-"""SOAP and the local density: against plain NumPy, against dscribe, derivatives, laws, bad input."""
+"""SOAP, FCHL19 and the local density: against plain NumPy, against dscribe, derivatives, laws, bad input."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ from ase.constraints import FixScaled
 from scipy.special import sph_harm_y
 from test_descriptors import batch_of, close, cluster, skewed, slab
 from thalweg import _core
-from thalweg.descriptors import SOAP, LocalDensity
+from thalweg.descriptors import FCHL19, SOAP, LocalDensity
 from thalweg.errors import ConfigurationError
 
 # Widest first: long range, several shells of images; high degrees; n_max = 1 and l_max = 0 are corners of their own.
 SETTINGS = [SOAP(4.0, 3, 2, 1.0), SOAP(3.5, 5, 4, 0.4), SOAP(3.0, 4, 7, 0.5), SOAP(2.5, 1, 0, 0.9)]
 DENSITY = LocalDensity(decay=1.3, cutoff=5.0)
+# As published but for the cutoffs; narrow Gaussians, one at a time from an exponential; triplets reach farther than pairs.
+FCHL = {
+    "published": FCHL19(6.0, 4.5),
+    "narrow": FCHL19(4.0, 4.0, 5, 11, 3, eta_pairs=1.1, eta_triplets=300.0, zeta=0.4, weight_triplets=-2.0),
+    "wide": FCHL19(3.0, 5.0, 9, 1, 2, eta_triplets=0.05, zeta=0.7, decay_pairs=0.0, decay_triplets=3.0),
+}
 
 
 def environments(atoms: Atoms, reach: float):
@@ -79,11 +85,48 @@ def numpy_density(atoms: Atoms, s: LocalDensity) -> np.ndarray:
     return np.array(rows)
 
 
+def numpy_fchl19(atoms: Atoms, s: FCHL19) -> np.ndarray:
+    """The formulas of fchl.hpp, angles and logarithms as they stand there."""
+    species, rows = sorted(set(atoms.numbers)), []
+
+    def cut(r, cutoff):
+        return np.where(r < cutoff, (np.cos(pi * r / cutoff) + 1) / 2, 0.0)
+
+    for numbers, d in environments(atoms, max(s.cutoff_pairs, s.cutoff_triplets)):
+        r = np.linalg.norm(d, axis=1)
+        numbers, d, r = numbers[r > 1e-9], d[r > 1e-9], r[r > 1e-9]
+        grid = np.linspace(0, s.cutoff_pairs, s.n_pairs + 1)[1:, None]
+        variance = np.log(1 + s.eta_pairs / r**2)
+        mu = np.log(r / np.sqrt(1 + s.eta_pairs / r**2))
+        pairs = np.exp(-((np.log(grid) - mu) ** 2) / (2 * variance)) / (grid * np.sqrt(2 * pi * variance))
+        pairs *= cut(r, s.cutoff_pairs) / r**s.decay_pairs
+        row = [pairs[:, numbers == z].sum(1) for z in species]
+
+        a, b = np.triu_indices(len(r), 1)
+        a, b = a[near := (r[a] < s.cutoff_triplets) & (r[b] < s.cutoff_triplets)], b[near]
+        c = np.linalg.norm(d[b] - d[a], axis=1)
+        at_center = np.sum(d[a] * d[b], 1) / (r[a] * r[b])
+        at_a, at_b = ((sign * np.sum(d[at] * (d[a] - d[b]), 1)) / (r[at] * c) for at, sign in ((a, 1), (b, -1)))
+        theta = np.arctan2(np.linalg.norm(np.cross(d[a], d[b]), axis=1), np.sum(d[a] * d[b], 1))
+        grid = np.linspace(0, s.cutoff_triplets, s.n_triplets + 1)[1:, None]
+        radial = sqrt(s.eta_triplets / pi) * np.exp(-s.eta_triplets * ((r[a] + r[b]) / 2 - grid) ** 2)
+        radial *= s.weight_triplets * (1 + 3 * at_center * at_a * at_b) / (r[a] * r[b] * c) ** s.decay_triplets
+        radial *= cut(r[a], s.cutoff_triplets) * cut(r[b], s.cutoff_triplets)
+        angular = [2 * np.exp(-((s.zeta * o) ** 2) / 2) * wave(o * theta)
+                   for o in range(1, 2 * s.n_fourier, 2) for wave in (np.cos, np.sin)]  # fmt: skip
+        for k, z in enumerate(species):
+            for y in species[k:]:
+                here = ((numbers[a] == z) & (numbers[b] == y)) | ((numbers[a] == y) & (numbers[b] == z))
+                row.append((radial[:, here] @ np.array(angular)[:, here].T).ravel())
+        rows.append(np.concatenate(row))
+    return np.array(rows)
+
+
 @dataclass(frozen=True)
 class Case:
     """One descriptor in one setting, with its oracle and how well each is known."""
 
-    descriptor: SOAP | LocalDensity
+    descriptor: SOAP | FCHL19 | LocalDensity
     oracle: Callable
     tolerance: float  # of values, relative to the largest; the oracle's double precision S^-1/2 loses digits
     slope: float = 1e-8  # of derivatives, relative to the largest
@@ -95,6 +138,7 @@ CASES = {
         for s in SETTINGS
         for cutoff in ("smooth", "hard")
     },
+    **{f"fchl19-{name}": Case(s, numpy_fchl19, 1e-12) for name, s in FCHL.items()},
     "density": Case(DENSITY, numpy_density, 1e-13),
 }
 STRUCTURES = {"cluster": cluster, "slab": slab, "skewed": skewed}

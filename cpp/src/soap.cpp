@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "buffer.hpp"
+#include "centers.hpp"
 #include "isa.hpp"
 #include "soap_tables.hpp"
 #include "spare.hpp"
@@ -286,19 +287,9 @@ void find_neighbors(const Soap::Layout& layout, const StructureView& structure, 
 template <class Work>
 void for_each_center(const SoapBasis& basis, State& state, int threads, const Work& work) {
   const std::size_t length = (soap_kernels().scratch(basis) + 15) / 8 * 8;
-  const auto wanted =
-      static_cast<int>(std::clamp<std::size_t>(state.n, 1, static_cast<std::size_t>(std::max(threads, 1))));
-  double* scratch = state.scratch.need(length * static_cast<std::size_t>(wanted));
-  const auto n = static_cast<std::int64_t>(state.n);
-  if (wanted == 1) {
-    for (std::int64_t center = 0; center < n; ++center) work(static_cast<std::size_t>(center), scratch);
-    return;
-  }
-  // Each thread takes one stretch of centres with a scratch of its own; nothing in here throws.
-#pragma omp parallel for num_threads(wanted) schedule(static, 1)
-  for (int part = 0; part < wanted; ++part)
-    for (std::int64_t center = n * part / wanted; center < n * (part + 1) / wanted; ++center)
-      work(static_cast<std::size_t>(center), scratch + length * static_cast<std::size_t>(part));
+  double* scratch = state.scratch.need(length * static_cast<std::size_t>(center_parts(state.n, threads)));
+  thalweg::for_each_center(state.n, threads,
+                           [&](std::size_t center, std::size_t part) { work(center, scratch + length * part); });
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include "common.hpp"
 #include "thalweg/complementary.hpp"
 #include "thalweg/density.hpp"
+#include "thalweg/fchl.hpp"
 #include "thalweg/fingerprint.hpp"
 #include "thalweg/soap.hpp"
 
@@ -103,7 +104,7 @@ py::array_t<double> contract(const Fingerprint& self, const py::object& batch, c
   return out;
 }
 
-// ---- descriptors of atoms: SOAP and the local density ------------------------------------------------------------
+// ---- descriptors of atoms: SOAP, FCHL19, the local density -------------------------------------------------------
 
 /// Where the features of each structure begin, in rows; one more entry for the end.
 template <class Descriptor>
@@ -262,6 +263,25 @@ void bind_descriptors(py::module_& m) {
            py::arg("average") = "off")
       .def_property_readonly("reach", &Soap::reach, "Distance up to which neighbours count, angstrom.");
   bind_atom_descriptor(of_soap);
+
+  const Fchl19Settings fchl;
+  py::class_<Fchl19, std::shared_ptr<Fchl19>> of_fchl(m, "Fchl19", "FCHL19 of each atom; see thalweg.descriptors.");
+  of_fchl.def(py::init([](const Array<std::int32_t>& species, double cutoff_pairs, double cutoff_triplets, int n_pairs,
+                          int n_triplets, int n_fourier, double eta_pairs, double eta_triplets, double zeta,
+                          double decay_pairs, double decay_triplets, double weight_triplets) {
+                expect_shape(species, "species", {-1});
+                return std::make_shared<Fchl19>(
+                    Fchl19Settings{cutoff_pairs, cutoff_triplets, n_pairs, n_triplets, n_fourier, eta_pairs,
+                                   eta_triplets, zeta, decay_pairs, decay_triplets, weight_triplets},
+                    span(species));
+              }),
+              py::arg("species"), py::kw_only(), py::arg("cutoff_pairs") = fchl.cutoff_pairs,
+              py::arg("cutoff_triplets") = fchl.cutoff_triplets, py::arg("n_pairs") = fchl.n_pairs,
+              py::arg("n_triplets") = fchl.n_triplets, py::arg("n_fourier") = fchl.n_fourier,
+              py::arg("eta_pairs") = fchl.eta_pairs, py::arg("eta_triplets") = fchl.eta_triplets,
+              py::arg("zeta") = fchl.zeta, py::arg("decay_pairs") = fchl.decay_pairs,
+              py::arg("decay_triplets") = fchl.decay_triplets, py::arg("weight_triplets") = fchl.weight_triplets);
+  bind_atom_descriptor(of_fchl);
 
   const DensitySettings density;
   py::class_<LocalDensity, std::shared_ptr<LocalDensity>> of_density(

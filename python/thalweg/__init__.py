@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from thalweg import recipes
     from thalweg.agent import Agent, Build, Policy, Rebuild, Snap
     from thalweg.callbacks import Print, StopAfter, StopAt
-    from thalweg.descriptors import SOAP, Fingerprint, LocalDensity
+    from thalweg.descriptors import FCHL19, SOAP, Fingerprint, LocalDensity
     from thalweg.errors import BackendUnavailable, ConfigurationError, Stop, StoreError, ThalwegError
     from thalweg.evaluate import AcceptLower, Duplicate, Evaluate, Metropolis
     from thalweg.generators import AlongForces, ComplementaryEnergy, FirstOf, OneOf, Permute, Random, Rattle, Unchosen
@@ -54,7 +54,7 @@ _WHERE = {
     for module, names in {
         "agent": "Agent Build Policy Rebuild Snap",
         "callbacks": "Print StopAfter StopAt",
-        "descriptors": "SOAP Fingerprint LocalDensity",
+        "descriptors": "FCHL19 SOAP Fingerprint LocalDensity",
         "errors": "BackendUnavailable ConfigurationError Stop StoreError ThalwegError",
         "evaluate": "AcceptLower Duplicate Evaluate Metropolis",
         "grid": "Grid GridSettings",

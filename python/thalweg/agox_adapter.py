@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from thalweg import _core
-from thalweg.descriptors import SOAP, Fingerprint
+from thalweg.descriptors import FCHL19, SOAP, Fingerprint
 from thalweg.errors import BackendUnavailable, ConfigurationError
 from thalweg.models import GPR
 from thalweg.records import Batch
@@ -37,7 +37,7 @@ except ImportError as error:
         "pip install thalweg agox==3.11.1 'ase==3.27.0' 'numpy<2.4'"
     ) from error
 
-__all__ = ["FingerprintDescriptor", "GPRModel", "RelaxPostprocess", "SOAPDescriptor"]
+__all__ = ["FCHL19Descriptor", "FingerprintDescriptor", "GPRModel", "RelaxPostprocess", "SOAPDescriptor"]
 
 Array = np.ndarray
 
@@ -72,28 +72,16 @@ class FingerprintDescriptor(DescriptorBaseClass):
         return self.descriptor.jacobian(_batch(atoms), 1)[None]
 
 
-class SOAPDescriptor(DescriptorBaseClass):
-    """SOAP of every atom as a local descriptor, for AGOX's `SparseGPR`: each atom is a centre.
+class _AtomDescriptor(DescriptorBaseClass):
+    """Features of every atom as a local descriptor, for AGOX's `SparseGPR`: each atom is a centre."""
 
-    environment : AGOX's; its species are those of the descriptor, unless that names its own
-    descriptor : default: r_cut 4, n_max 3, l_max 2, sigma 1, as AGOX's `SOAP()`; but neighbours are not weighted, as in
-        `SOAP(weight=False)`, and fade smoothly beyond r_cut (cutoff="hard": its values)
-    """
-
-    name = "ThalwegSOAP"
     descriptor_type = "local"
 
-    def __init__(self, environment: Any, descriptor: SOAP | None = None, **module: Any):
+    def __init__(self, environment: Any, descriptor: Any, **module: Any):
         super().__init__(environment=environment, **module)
-        found = descriptor if descriptor is not None else SOAP(4.0, 3, 2, 1.0)
-        if found.average != "off":
-            raise ConfigurationError(
-                f"a local descriptor has features of each atom: average='off', got {found.average!r}"
-            )
-        if found.species is None:
-            settings = {**vars(found), "species": [int(number) for number in environment.get_all_types()]}
-            found = SOAP(**settings)
-        self.descriptor = found
+        if descriptor.species is None:
+            descriptor = replace(descriptor, species=[int(number) for number in environment.get_all_types()])
+        self.descriptor = descriptor
 
     def get_number_of_centers(self, atoms: Atoms) -> int:
         """The number of atoms."""
@@ -106,6 +94,38 @@ class SOAPDescriptor(DescriptorBaseClass):
     def create_feature_gradient(self, atoms: Atoms) -> Array:
         """(atoms, atoms, 3, D) [1/angstrom]: of each centre, for each atom that moves."""
         return self.descriptor.jacobian(_batch(atoms), 1)[0]
+
+
+class SOAPDescriptor(_AtomDescriptor):
+    """SOAP of every atom as a local descriptor, for AGOX's `SparseGPR`: each atom is a centre.
+
+    environment : AGOX's; its species are those of the descriptor, unless that names its own
+    descriptor : default: r_cut 4, n_max 3, l_max 2, sigma 1, as AGOX's `SOAP()`; but neighbours are not weighted, as in
+        `SOAP(weight=False)`, and fade smoothly beyond r_cut (cutoff="hard": its values)
+    """
+
+    name = "ThalwegSOAP"
+
+    def __init__(self, environment: Any, descriptor: SOAP | None = None, **module: Any):
+        found = descriptor if descriptor is not None else SOAP(4.0, 3, 2, 1.0)
+        if found.average != "off":
+            raise ConfigurationError(
+                f"a local descriptor has features of each atom: average='off', got {found.average!r}"
+            )
+        super().__init__(environment, found, **module)
+
+
+class FCHL19Descriptor(_AtomDescriptor):
+    """FCHL19 of every atom as a local descriptor, for AGOX's `SparseGPR`: each atom is a centre.
+
+    environment : AGOX's; its species are those of the descriptor, unless that names its own
+    descriptor : default `FCHL19()`
+    """
+
+    name = "ThalwegFCHL19"
+
+    def __init__(self, environment: Any, descriptor: FCHL19 | None = None, **module: Any):
+        super().__init__(environment, descriptor if descriptor is not None else FCHL19(), **module)
 
 
 # ---- model -------------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ MINIMUM, TOLERANCE = 7.8049, 0.001
 # (long, short) lengths and noise of AGOX's defaults; amplitude and lengths as a fit to EMT clusters gives them
 KERNEL = {"amplitude": 5000.0, "length_long": 20.0, "length_short": 5.0, "noise": 0.01}
 ROUNDS = 5
+PYPI_PEERS = ("dscribe", "featomic", "qmllib", "vesin")  # each installed beside thalweg by its own name
 
 
 # ---- AGOX ------------------------------------------------------------------------------------------------------
@@ -452,6 +453,44 @@ def _featomic() -> Any:
         density={"type": "Gaussian", "width": 0.5},
         basis={"type": "TensorProduct", "max_angular": 2, "radial": {"type": "Gto", "max_radial": 2}},  # n = 0, 1, 2
     )
+
+
+def _fchls(table: Table, against: str | None) -> None:
+    """FCHL19 as published. qmllib knows molecules only; all it has for forces is the Jacobian."""
+    from thalweg.descriptors import FCHL19
+    from thalweg.records import Batch
+
+    for label, atoms in _crystals():
+        names = [f"FCHL19 {what}, {label}" for what in ("values", "values and forces", "Jacobian")]
+        if not any(table.wants(name) for name in names) or (against == "qmllib" and atoms.pbc.any()):
+            continue
+        batch = Batch.from_ase(atoms)
+        bound = FCHL19().bind(batch.numbers)
+        shifted, values = _Shifting(batch), bound.values(batch, 1)
+        weights = np.random.default_rng(0).normal(size=values.shape)
+        calls: list[Callable[[], Any]] = [
+            lambda: bound.values(shifted(), 1),  # noqa: B023 used within the loop
+            lambda: bound.contract(shifted(), weights, 1),  # noqa: B023
+            lambda: bound.jacobian(shifted(), 1),  # noqa: B023
+        ]
+        theirs: list[Callable[[], float] | None] = [None] * 3
+        if against == "qmllib":
+            from qmllib.representations import generate_fchl19
+
+            elements = sorted({int(number) for number in atoms.numbers})
+            peer = partial(generate_fchl19, atoms.numbers, atoms.positions, elements=elements)
+            for what, ours, other in (
+                (names[0], values, peer()),
+                (names[2], bound.jacobian(batch, 1)[0], peer(gradients=True)[1].transpose(0, 2, 3, 1)),
+            ):
+                table.check(f"{what}, of the largest", float(np.abs(ours - other).max() / np.abs(other).max()), 1e-10)
+            slopes = partial(cpu_seconds, partial(peer, gradients=True))
+            theirs = [partial(cpu_seconds, peer), slopes, slopes]
+        for k, name in enumerate(names):
+            # What is large has a Jacobian of a gigabyte.
+            if table.wants(name) and (k < 2 or len(atoms) <= 24):
+                ours, peers = _turns(partial(cpu_seconds, calls[k]), theirs[k], ROUNDS)
+                _milli(table, name, ours, peers)
 
 
 def _neighbors(table: Table, against: str | None) -> None:
@@ -1061,15 +1100,15 @@ def kernels(
 ) -> int:
     """Prints what the parts of a search cost, one row per figure, and writes them to `json_file`.
 
-    against : None, "agox", "torch", "dscribe", "featomic" or "vesin": the same work by a peer, in turns, with the ratio;
-        by PyTorch only the training steps and maps of Q-networks, which need the extra `asla`, by dscribe and featomic
-        only SOAP, by vesin only neighbours. How AGOX is called: its compiled (Cython) fingerprint and prior, one
-        `calculate` for LCB energy and forces, features kept in its candidates' caches before a fit, `remote_relax` and
-        generators in one process without Ray.
+    against : None, "agox", "torch", "dscribe", "featomic", "qmllib" or "vesin": the same work by a peer, in turns, with
+        the ratio; by PyTorch only the training steps and maps of Q-networks, which need the extra `asla`, by dscribe and
+        featomic only SOAP, by qmllib only FCHL19 of a molecule, by vesin only neighbours. How AGOX is called: its compiled
+        (Cython) fingerprint and prior, one `calculate` for LCB energy and forces, features kept in its candidates' caches
+        before a fit, `remote_relax` and generators in one process without Ray.
     long : n = 2000, too
     Returns 0, or 1 if values differ. Raises ThalwegError if AGOX cannot be asked.
     """
-    _check_against(against, ("agox", "torch", "dscribe", "featomic", "vesin"))
+    _check_against(against, ("agox", "torch", *PYPI_PEERS))
     arguments = ["kernels", "--filter", filter, *(["--long"] if long else [])]
     arguments += ["--against", against] if against else []
     arguments += ["--json", str(json_file)] if json_file else []
@@ -1082,7 +1121,7 @@ def kernels(
     has_torch = importlib.util.find_spec("torch") is not None
     if against == "torch" and not has_torch:
         raise ConfigurationError("--against torch needs PyTorch: pip install 'thalweg[asla]'")
-    if against in ("dscribe", "featomic", "vesin"):
+    if against in PYPI_PEERS:
         if importlib.util.find_spec(against) is None:
             raise ConfigurationError(f"--against {against} needs {against}: pip install {against}")
         versions[against] = importlib.metadata.version(against)
@@ -1095,6 +1134,8 @@ def kernels(
     try:
         if against in (None, "dscribe", "featomic"):
             _soaps(table, against)
+        if against in (None, "qmllib"):
+            _fchls(table, against)
         if against in (None, "vesin"):
             _neighbors(table, against)
         if against in (None, "agox"):

@@ -315,7 +315,9 @@ app.add_typer(bench, name="bench")
 Against = Annotated[str | None, typer.Option("--against", metavar="agox", help="A peer that does the same work.")]
 AgainstKernels = Annotated[
     str | None,
-    typer.Option("--against", metavar="PEER", help="agox, torch, dscribe, featomic or vesin: does the same work."),
+    typer.Option(
+        "--against", metavar="PEER", help="agox, torch, dscribe, featomic, qmllib or vesin: does the same work."
+    ),
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")]
 AgoxPython = Annotated[

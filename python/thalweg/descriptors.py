@@ -1,18 +1,20 @@
 """Descriptors: structures in, feature vectors and their derivatives out.
 
 Everything here takes a batch: any object with the arrays of `thalweg.records.Batch`
-(`positions`, `numbers`, `offsets`, `cells`, `pbc`, `fixed`). `Fingerprint` and `SOAP` also have dscribe's `create`,
-`derivatives` and `get_number_of_features`, which take ASE's Atoms.
+(`positions`, `numbers`, `offsets`, `cells`, `pbc`, `fixed`). `Fingerprint`, `SOAP` and `FCHL19` also have dscribe's `create`
+and `derivatives`, which take ASE's Atoms, the last two `get_number_of_features`, too.
 
 `values` and `contract` take `device="cuda"` (docs/cuda.md): the arrays of the batch, and weights, may then lie on the
 device (CuPy, PyTorch, anything with `__cuda_array_interface__`), read there without a copy, or be NumPy's, which are
 copied there. The result stays there: a `_core.cuda.DeviceArray`, which CuPy and PyTorch take without a copy and whose
 `to_host()` is a NumPy array. There, a structure that the CPU refuses for its positions (not finite, atoms on one point)
-has NaN. Raises BackendUnavailable where this installation has no kernels for devices, or no device answers.
+has NaN. Raises BackendUnavailable where this installation has no kernels for devices, or no device answers. `FCHL19` has
+no twin there and raises ConfigurationError.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
 from functools import lru_cache
@@ -28,7 +30,7 @@ from thalweg.errors import ConfigurationError, nearest
 if TYPE_CHECKING:
     from thalweg.records import Batch
 
-__all__ = ["SOAP", "Fingerprint", "LocalDensity"]
+__all__ = ["FCHL19", "SOAP", "Fingerprint", "LocalDensity"]
 
 Floats = NDArray[np.float64]
 DLPACK_CPU = 1  # kDLCPU
@@ -198,11 +200,7 @@ class SOAP:
 
     def get_number_of_features(self) -> int:
         """D. Raises ConfigurationError if `species` is None: then it depends on the batch."""
-        if self.species is None:
-            raise ConfigurationError(
-                "without species the number of features depends on the structures; give species=..."
-            )
-        return self.bind().size
+        return _size(self)
 
     def create(self, system: Any, *, threads: int = 0) -> Floats | list[Floats]:
         """As dscribe's: features (atoms, D), or (D,) averaged, of ASE's Atoms.
@@ -236,6 +234,101 @@ class SOAP:
 
     def _squeezed(self, features: Floats) -> Floats:
         return features if self.average == "off" else features[0]
+
+
+@dataclass(frozen=True)
+class FCHL19:
+    """FCHL19 of every atom: how many neighbours there are at which distance, and which triangles they make with it.
+
+    Christensen, Bratholm, Faber, von Lilienfeld, J. Chem. Phys. 152, 044107 (2020). For each species log-normal functions
+    of the distance; for each pair of species Gaussians of the mean distance times cosine and sine of the angle, with the
+    weight of Axilrod, Teller and Muto; `thalweg/fchl.hpp` has the formulas. Any mixture of periodic and open directions,
+    images of the atom itself are neighbours. For molecules the values are those of qmllib's `generate_fchl19`
+    (docs/backend.md has a table of all settings).
+
+    Order of features: for each species (rising atomic numbers), for k = 1 .. n_pairs; then for each pair of species
+    s <= t, for l = 1 .. n_triplets, for each order, cosine and sine.
+
+    The sine has no derivative where three atoms are on a line (a molecule such as CO2, an ideal crystal): there, within
+    1e-6 of the line, the mean over all directions is taken, zero.
+
+    Parameters
+    ----------
+    cutoff_pairs, cutoff_triplets : float
+        Where neighbours have faded [angstrom]. The cost grows with the sixth power of the second one.
+    n_pairs, n_triplets : int
+        Functions of distances, evenly spaced up to the cutoff: 1 to 128.
+    n_fourier : int
+        Angular functions of orders 1, 3, ..., 2 n_fourier - 1: 1 to 8.
+    eta_pairs, eta_triplets : float
+        Widths: of log-normal functions [angstrom^2], of Gaussians [1/angstrom^2].
+    zeta : float
+        Order o counts with exp(-(zeta o)^2 / 2).
+    decay_pairs, decay_triplets, weight_triplets : float
+        Exponents of the distances, and the weight of triplets.
+    species : sequence of symbols or atomic numbers, or None
+        Species that may occur; they fix what the features are. None: those of the batch at hand.
+    """
+
+    cutoff_pairs: float = 8.0
+    cutoff_triplets: float = 8.0
+    n_pairs: int = 24
+    n_triplets: int = 20
+    n_fourier: int = 1
+    _: KW_ONLY
+    eta_pairs: float = 0.32
+    eta_triplets: float = 2.7
+    zeta: float = math.pi
+    decay_pairs: float = 1.8
+    decay_triplets: float = 0.57
+    weight_triplets: float = 13.4
+    species: Sequence[str | int] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "species", _numbers_of(self.species))
+
+    def bind(self, numbers: ArrayLike = ()) -> _core.Fchl19:
+        """The compiled descriptor; cached. numbers: (k,) atomic numbers that may occur, used where `species` is None.
+
+        Raises ConfigurationError if a setting makes no sense.
+        """
+        settings = {name: value for name, value in vars(self).items() if name != "species"}
+        return _bind_fchl19(_species(self.species, numbers), tuple(settings.items()))
+
+    def values(self, batch: BatchLike, threads: int = 0, device: str = "cpu") -> Floats:
+        """Features (m, D). Raises ConfigurationError for a species that is not covered, and for atoms on one point."""
+        no_twin("FCHL19", device)
+        return _values(self._bind_to, batch, threads, device)
+
+    def contract(self, batch: BatchLike, weights: Floats, threads: int = 0, device: str = "cpu") -> Floats:
+        """d(weights . features)/dx, (m, 3), for weights (m, D): no Jacobian is made."""
+        no_twin("FCHL19", device)
+        return _contract(self._bind_to, batch, weights, threads, device)
+
+    def jacobian(self, batch: BatchLike, threads: int = 0) -> list[Floats]:
+        """Of each structure (n_i, n_i, 3, D): d(features of an atom)/d(position of an atom), 1/angstrom."""
+        return self._bind_to(batch).jacobian(batch, threads)
+
+    def get_number_of_features(self) -> int:
+        """D. Raises ConfigurationError if `species` is None: then it depends on the batch."""
+        return _size(self)
+
+    def create(self, system: Any, *, threads: int = 0) -> Floats | list[Floats]:
+        """Features (atoms, D) of ASE's Atoms; of a list of structures (n, atoms, D), or a list where shapes differ."""
+        return _of_systems(system, lambda batch: self.values(batch, threads))
+
+    def derivatives(
+        self, system: Any, *, return_descriptor: bool = True, threads: int = 0
+    ) -> Floats | list[Floats] | tuple[Any, Any]:
+        """Derivatives (centres, atoms, 3, D) [1/angstrom]; with return_descriptor also what `create` gives.
+
+        Centres move with their atoms. Of a list of structures (n, centres, atoms, 3, D), or a list where shapes differ.
+        """
+        found = _of_systems(system, lambda batch: self.jacobian(batch, threads)[0])
+        return (found, self.create(system, threads=threads)) if return_descriptor else found
+
+    def _bind_to(self, batch: BatchLike) -> _core.Fchl19:
+        return self.bind(on_host(batch.numbers) if self.species is None else ())
 
 
 @dataclass(frozen=True)
@@ -290,6 +383,12 @@ def wants_device(device: str) -> bool:
     if device == "cuda":
         _core.cuda.require()
     return device == "cuda"
+
+
+def no_twin(what: str, device: str) -> None:
+    """Raises ConfigurationError for device="cuda"."""
+    if device == "cuda":
+        raise ConfigurationError(f"{what} has no twin on a device: leave device='cpu' (docs/cuda.md says what has)")
 
 
 def device_face(array: Any) -> dict[str, Any] | None:
@@ -373,6 +472,12 @@ def _numbers_of(species: Sequence[str | int] | None) -> tuple[int, ...] | None:
     return tuple(sorted({NUMBERS[name] if isinstance(name, str) else int(name) for name in species}))
 
 
+def _size(descriptor: SOAP | FCHL19) -> int:
+    if descriptor.species is None:
+        raise ConfigurationError("without species the number of features depends on the structures; give species=...")
+    return descriptor.bind().size
+
+
 def _species(species: Any, numbers: ArrayLike) -> tuple[int, ...]:
     found = species if species is not None else np.unique(np.asarray(numbers))
     if len(found) == 0:
@@ -383,3 +488,8 @@ def _species(species: Any, numbers: ArrayLike) -> tuple[int, ...]:
 @lru_cache(maxsize=64)
 def _bind_soap(species: tuple[int, ...], settings: tuple[tuple[str, Any], ...]) -> _core.Soap:
     return _core.Soap(np.array(species, np.int32), **dict(settings))
+
+
+@lru_cache(maxsize=64)
+def _bind_fchl19(species: tuple[int, ...], settings: tuple[tuple[str, Any], ...]) -> _core.Fchl19:
+    return _core.Fchl19(np.array(species, np.int32), **dict(settings))

@@ -21,7 +21,7 @@ it. What is wrong raises ConfigurationError (a ValueError): what was expected, w
 `device="cuda"` (docs/cuda.md): each array may also lie on the device (CuPy, PyTorch, anything with
 `__cuda_array_interface__`; float64 positions, int32 numbers, int64 offsets, bool pbc, full shapes), where it is read without
 a copy. Results are `_core.cuda.DeviceArray`s: CuPy and PyTorch take them without a copy, `to_host()` makes NumPy's.
-Jacobians, pairs and `optimise` have no twin there and raise ConfigurationError. Raises BackendUnavailable where this
+Jacobians, pairs, `optimise` and FCHL19 have no twin there and raise ConfigurationError. Raises BackendUnavailable where this
 installation has no kernels for devices (with the way to get them), or where no device answers.
 """
 
@@ -34,12 +34,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thalweg import _core
-from thalweg.descriptors import DLPACK_CPU, SOAP, Fingerprint, LocalDensity, Result, device_face, on_host, wants_device
+from thalweg.descriptors import (
+    DLPACK_CPU,
+    FCHL19,
+    SOAP,
+    Fingerprint,
+    LocalDensity,
+    Result,
+    device_face,
+    no_twin,
+    on_host,
+    wants_device,
+)
 from thalweg.errors import ConfigurationError
 
 __all__ = [
     "NeighborList",
     "evaluate",
+    "fchl19",
+    "fchl19_gradient",
+    "fchl19_jacobian",
     "fingerprint",
     "fingerprint_gradient",
     "fingerprint_jacobian",
@@ -87,7 +101,7 @@ def fingerprint_jacobian(
     threads: int = 0, device: str = "cpu", **settings: Any,
 ) -> Floats:  # fmt: skip
     """d fingerprint/dx (m, 3, D) [1/angstrom]."""
-    _no_twin("fingerprint_jacobian", device)
+    no_twin("fingerprint_jacobian", device)
     batch = _structures(positions, numbers, cells, pbc, offsets, device)
     return _settings(Fingerprint, settings).jacobian(batch, threads)
 
@@ -115,8 +129,36 @@ def soap_jacobian(
     threads: int = 0, device: str = "cpu", **settings: Any,
 ) -> list[Floats]:  # fmt: skip
     """Of each structure d(SOAP of an atom)/d(position of an atom) (n_i, n_i, 3, D) [1/angstrom]."""
-    _no_twin("soap_jacobian", device)
+    no_twin("soap_jacobian", device)
     return _settings(SOAP, settings).jacobian(_structures(positions, numbers, cells, pbc, offsets, device), threads)
+
+
+def fchl19(
+    positions: Any, numbers: Any, cells: Any, pbc: Any, offsets: Any = None, *,
+    threads: int = 0, device: str = "cpu", **settings: Any,
+) -> Floats:  # fmt: skip
+    """FCHL19 of every atom (m, D); settings: those of `descriptors.FCHL19`."""
+    no_twin("fchl19", device)
+    return _settings(FCHL19, settings).values(_structures(positions, numbers, cells, pbc, offsets, device), threads)
+
+
+def fchl19_gradient(
+    positions: Any, numbers: Any, cells: Any, pbc: Any, weights: Any, offsets: Any = None, *,
+    threads: int = 0, device: str = "cpu", **settings: Any,
+) -> Floats:  # fmt: skip
+    """d(weights . FCHL19)/dx (m, 3) [1/angstrom] for weights (m, D), without the Jacobian."""
+    no_twin("fchl19_gradient", device)
+    batch = _structures(positions, numbers, cells, pbc, offsets, device)
+    return _settings(FCHL19, settings).contract(batch, _array("weights", weights, np.float64, 2), threads)
+
+
+def fchl19_jacobian(
+    positions: Any, numbers: Any, cells: Any, pbc: Any, offsets: Any = None, *,
+    threads: int = 0, device: str = "cpu", **settings: Any,
+) -> list[Floats]:  # fmt: skip
+    """Of each structure d(FCHL19 of an atom)/d(position of an atom) (n_i, n_i, 3, D) [1/angstrom]."""
+    no_twin("fchl19_jacobian", device)
+    return _settings(FCHL19, settings).jacobian(_structures(positions, numbers, cells, pbc, offsets, device), threads)
 
 
 def local_density(
@@ -144,7 +186,7 @@ def local_density_jacobian(
     threads: int = 0, device: str = "cpu", **settings: Any,
 ) -> list[Floats]:  # fmt: skip
     """Of each structure d(local density of an atom)/d(position of an atom) (n_i, n_i, 3, D) [1/angstrom]."""
-    _no_twin("local_density_jacobian", device)
+    no_twin("local_density_jacobian", device)
     batch = _structures(positions, numbers, cells, pbc, offsets, device)
     return _settings(LocalDensity, settings).jacobian(batch, threads)
 
@@ -156,7 +198,7 @@ def neighbor_pairs(
 
     i (p,), j (p,), d (p, 3) = r_j + image - r_i and its length r (p,), in angstrom.
     """
-    _no_twin("neighbor_pairs", device)
+    no_twin("neighbor_pairs", device)
     positions = _array("positions", positions, np.float64, 2)
     batch = _structures(positions, np.ones(len(positions), np.int32), cell, pbc, None, device)
     return _core.neighbor_pairs(batch, cutoff)
@@ -198,7 +240,7 @@ def gpr_fit(
     a variance [eV^2]. optimise: maximise the marginal likelihood from there.
     """
     if optimise:
-        _no_twin("optimise=True", device)
+        no_twin("optimise=True", device)
     on_device = wants_device(device)
     features = _array("features", features, np.float64, 2, device)
     targets = on_host(_array("targets", targets, np.float64, 1, device))
@@ -347,11 +389,6 @@ def _expect(name: str, array: Any, shape: tuple[int, ...]) -> None:
 def _shape(array: Any) -> tuple[int, ...]:
     face = device_face(array)
     return tuple(array.shape if face is None else face["shape"])
-
-
-def _no_twin(what: str, device: str) -> None:
-    if device == "cuda":
-        raise ConfigurationError(f"{what} has no twin on a device: leave device='cpu' (docs/cuda.md says what has)")
 
 
 def _settings(kind: Any, settings: dict[str, Any]) -> Any:

@@ -16,6 +16,7 @@ __all__: list[str] = [
     "ComplementaryEnergy",
     "Emt",
     "Environments",
+    "Fchl19",
     "Fingerprint",
     "Gpr",
     "Kernel",
@@ -258,6 +259,49 @@ class Fingerprint:
     def size(self) -> int:
         """
         Length of the feature vector.
+        """
+
+class Fchl19:
+    """
+    FCHL19 of each atom; see thalweg.descriptors.
+    """
+    def __init__(
+        self,
+        species: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        *,
+        cutoff_pairs: float = 8.0,
+        cutoff_triplets: float = 8.0,
+        n_pairs: int = 24,
+        n_triplets: int = 20,
+        n_fourier: int = 1,
+        eta_pairs: float = 0.32,
+        eta_triplets: float = 2.7,
+        zeta: float = 3.141592653589793,
+        decay_pairs: float = 1.8,
+        decay_triplets: float = 0.57,
+        weight_triplets: float = 13.4,
+    ) -> None: ...
+    def contract(
+        self,
+        batch: typing.Any,
+        weights: typing.Annotated[numpy.typing.ArrayLike, numpy.float64],
+        threads: int = 0,
+    ) -> numpy.typing.NDArray[numpy.float64]:
+        """
+        d(weights . features)/dx (m, 3) for weights (rows, size), without the Jacobian.
+        """
+    def jacobian(self, batch: typing.Any, threads: int = 0) -> list:
+        """
+        Of each structure d(features of its atoms)/d(positions of its atoms) (n, n, 3, size), 1/angstrom.
+        """
+    def values(self, batch: typing.Any, threads: int = 0) -> numpy.typing.NDArray[numpy.float64]:
+        """
+        Features (rows, size).
+        """
+    @property
+    def size(self) -> int:
+        """
+        Features of one row.
         """
 
 class LocalDensity:
