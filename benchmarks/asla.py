@@ -76,6 +76,8 @@ ARMS: dict[str, dict] = {
     "asla-pa, continuous": {"postprocess": "surrogate", "acquisition": "lcb", "evaluate_on_grid": False},
     "rebuild": REBUILD,
     "rebuild, continuous": {**REBUILD, "evaluate_on_grid": False},
+    "rebuild, continuous, one life": {**REBUILD, "evaluate_on_grid": False, "lifetime": 0},
+    "rebuild, continuous, uniform policy": {**REBUILD, "evaluate_on_grid": False, "policy": "uniform"},
     "rebuild, prior of wells": {**REBUILD, "prior": "fitted"},
     "relaxed in the true potential": {"postprocess": "true"},
     "transfer": {"transfer_from": "smaller"},
