@@ -48,9 +48,9 @@ struct Complex {
   V re, im;
 };
 
-template <bool v>
-struct Constant {
-  static constexpr bool value = v;
+template <int v>
+struct Index {
+  static constexpr int value = v;
 };
 
 // ---- transforms -------------------------------------------------------------------------------------------------
@@ -87,7 +87,8 @@ struct Roots<13> {
 
 template <int radix>
 THALWEG_INLINE void butterfly(Complex* a) {
-  if constexpr (radix == 2) {
+  if constexpr (radix == 1) {
+  } else if constexpr (radix == 2) {
     const Complex t = a[1];
     a[1] = {a[0].re - t.re, a[0].im - t.im};
     a[0] = {a[0].re + t.re, a[0].im + t.im};
@@ -120,6 +121,41 @@ THALWEG_INLINE void butterfly(Complex* a) {
     a[4] = {u1r - w1i, u1i + w1r};
     a[2] = {u2r + w2i, u2i - w2r};
     a[3] = {u2r - w2i, u2i + w2r};
+  } else if constexpr (radix == 6) {
+    Complex even[3] = {a[0], a[2], a[4]}, odd[3] = {a[3], a[5], a[1]};
+    butterfly<3>(even);
+    butterfly<3>(odd);
+#pragma GCC unroll 3
+    for (int k = 0; k < 3; ++k) {
+      const Complex sum{even[k].re + odd[k].re, even[k].im + odd[k].im};
+      const Complex difference{even[k].re - odd[k].re, even[k].im - odd[k].im};
+      a[4 * k % 6] = sum;
+      a[(4 * k + 3) % 6] = difference;
+    }
+  } else if constexpr (radix == 9) {
+    constexpr float cosine[5] = {1, 0.76604444311897801f, 0.17364817766693036f, 0, -0.93969262078590843f};
+    constexpr float sine[5] = {0, 0.64278760968653936f, 0.98480775301220802f, 0, 0.34202014332566871f};
+    Complex b[3][3];
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) {
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) b[j][i] = a[3 * i + j];
+      butterfly<3>(b[j]);
+    }
+#pragma GCC unroll 3
+    for (int k = 0; k < 3; ++k) {
+      Complex c[3] = {b[0][k], b[1][k], b[2][k]};
+      if (k > 0) {
+#pragma GCC unroll 3
+        for (int j = 1; j < 3; ++j) {
+          const V wr = spread(cosine[j * k]), wi = spread(sine[j * k]);
+          c[j] = {b[j][k].re * wr + b[j][k].im * wi, b[j][k].im * wr - b[j][k].re * wi};
+        }
+      }
+      butterfly<3>(c);
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) a[k + 3 * i] = c[i];
+    }
   } else {
     // An odd prime: sums and differences of the points k and radix - k give the frequencies j and radix - j.
     constexpr int half = radix / 2;
@@ -232,15 +268,98 @@ THALWEG_INLINE void stage_of(int radix, int n, int s, const float* twiddles, con
   }
 }
 
+// Lengths a b with coprime factors need no twiddles (Good, J. R. Stat. Soc. B 20, 361 (1958)): point b i + a j and
+// frequency k = p mod a = q mod b separate into a DFT over j to q, then one over i to p.
+template <int a, int b>
+struct Coprime {
+  static constexpr int n = a * b;
+  static constexpr int point(int i, int j) { return (b * i + a * j) % n; }
+  static constexpr int frequency(int p, int q) {
+    int k = p;
+    while (k % b != q) k += a;
+    return k;
+  }
+};
+
+template <int count, class Body>
+THALWEG_INLINE void each(Body body) {
+  if constexpr (count > 0) {
+    each<count - 1>(body);
+    body(Index<count - 1>());
+  }
+}
+
+template <int a, int b>
+__attribute__((noinline)) void coprime_line(const In& in, const Out& out, float* scratch) {
+  using Map = Coprime<a, b>;
+  alignas(64) static constexpr float zeros[kCell] = {};
+  if (in.next != 0)
+    for (int k = 0; k < in.count; ++k)
+      for (int part = 0; part < kCell; part += 16) __builtin_prefetch(in.p + k * in.stride + in.next + part);
+  if (out.next != 0)
+    for (int k = 0; k < out.count; ++k)
+      for (int part = 0; part < kCell; part += 16) __builtin_prefetch(out.p + k * out.stride + out.next + part, 1);
+  for (int part = 0; part < kImaginary; part += kWidth) {
+    each<a>([&](auto i) __attribute__((always_inline)) {
+      Complex x[b];
+      each<b>([&](auto j) __attribute__((always_inline)) {
+        constexpr int k = Map::point(i.value, j.value);
+        const float* p = k < in.count ? in.p + k * in.stride + part : zeros;
+        x[j.value] = {load(p + in.re), load(p + in.im)};
+      });
+      butterfly<b>(x);
+      each<b>([&](auto q) __attribute__((always_inline)) {
+        float* p = scratch + (q.value * a + i.value) * 2 * kWidth;
+        store(p, x[q.value].re);
+        store(p + kWidth, x[q.value].im);
+      });
+    });
+    each<b>([&](auto q) __attribute__((always_inline)) {
+      Complex x[a];
+      each<a>([&](auto i) __attribute__((always_inline)) {
+        const float* p = scratch + (q.value * a + i.value) * 2 * kWidth;
+        x[i.value] = {load(p), load(p + kWidth)};
+      });
+      butterfly<a>(x);
+      each<a>([&](auto p) __attribute__((always_inline)) {
+        constexpr int k = Map::frequency(p.value, q.value);
+        if (k >= out.count) return;
+        float* y = out.p + k * out.stride + part;
+        store(y + out.re, x[p.value].re);
+        store(y + out.im, x[p.value].im);
+      });
+    });
+  }
+}
+
 // in.count points (the rest of n is zero) to the first out.count frequencies. The inverse is the forward transform with
 // real and imaginary parts swapped on both sides. scratch: 2 n cells.
 __attribute__((noinline)) void line(const Fft& fft, In in, Out out, float* scratch) {
-  if (fft.n == 1) {
-    for (int k = 0; k < kImaginary; k += kWidth) {
-      store(out.p + out.re + k, load(in.p + in.re + k));
-      store(out.p + out.im + k, load(in.p + in.im + k));
-    }
-    return;
+  switch (fft.n) {  // of the thesis' networks
+    case 13:
+      return coprime_line<13, 1>(in, out, scratch);
+    case 18:
+      return coprime_line<2, 9>(in, out, scratch);
+    case 20:
+      return coprime_line<4, 5>(in, out, scratch);
+    case 21:
+      return coprime_line<3, 7>(in, out, scratch);
+    case 30:
+      return coprime_line<6, 5>(in, out, scratch);
+    case 36:
+      return coprime_line<4, 9>(in, out, scratch);
+    case 42:
+      return coprime_line<6, 7>(in, out, scratch);
+    case 45:
+      return coprime_line<5, 9>(in, out, scratch);
+    case 1:
+      for (int k = 0; k < kImaginary; k += kWidth) {
+        store(out.p + out.re + k, load(in.p + in.re + k));
+        store(out.p + out.im + k, load(in.p + in.im + k));
+      }
+      return;
+    default:
+      break;
   }
   float* buffers[2] = {scratch, scratch + 2 * kWidth * fft.n};
   for (int part = 0; part < kImaginary; part += kWidth) {
@@ -541,8 +660,8 @@ THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, int firs
       }
     }
   };
-  side(a_f, rows, Constant<false>());
-  side(a_g, rows + 8 * kRow, Constant<true>());
+  side(a_f, rows, Index<0>());
+  side(a_g, rows + 8 * kRow, Index<1>());
 #pragma GCC unroll 8
   for (int c = 0; c < channels; ++c) {
     float* s = sums + (first + c) * kSums;
