@@ -93,6 +93,8 @@ struct Plan {
            static_cast<std::size_t>(transform.size[2]);
   }
 
+  std::size_t floats(std::size_t cells) const { return cells * static_cast<std::size_t>(transform.plane); }
+
   void make(int dimension, const int* size) {
     transform.dimension = dimension;
     for (int d = 0; d < 3; ++d) {
@@ -126,6 +128,10 @@ struct Plan {
             pair.push_back(g);
           }
         }
+    // Channel pairs at a distance that spreads them over the sets of a cache.
+    constexpr std::size_t kSpread = 32;  // cells: a page
+    transform.plane =
+        static_cast<std::ptrdiff_t>(((frequencies() + kSpread - 1) / kSpread * kSpread + 7) * kCell);
     transform.pairs = static_cast<int>(pair.size() / 2);
     transform.pair = pair.data();
   }
@@ -382,14 +388,14 @@ void QTraining::Impl::prepare_weights(const QNetworkWeights& weights, bool first
     const Transform& t = plan[layer].transform;
     const float* w = weights.parameters.data() + parameter_offset(layer, false);
     float* planes = kernel_planes.need(taps * kCell);
-    float* spectrum = kernel_spectrum.need(plan[layer].frequencies() * cells * kCell);
+    float* spectrum = kernel_spectrum.need(plan[layer].floats(cells));
     float* scratch = kernel_scratch.need(transform_scratch(t, window_extent));
     for (std::size_t j = 0; j < cells; ++j) {
       for (std::size_t r = 0; r < kCell; ++r) {
         const std::size_t q = j * kCell + r;
         for (std::size_t tap = 0; tap < taps; ++tap) planes[tap * kCell + r] = q < count ? w[q * taps + tap] : 0.0f;
       }
-      k.forward(t, window_extent, planes, spectrum + j * kCell, cells * kCell, scratch);
+      k.forward(t, window_extent, planes, spectrum + plan[layer].floats(j), scratch);
     }
     float* out = weight_spectrum[layer].need(size_of(t.pairs) * 2 * cells * kCell);
     k.split(t, cells, spectrum, 1.0f / static_cast<float>(plan[layer].frequencies()), out);
@@ -594,7 +600,7 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
   const TrainingKernels& k = training_kernels();
   const std::size_t begin = g * kGroup, count = std::min<std::size_t>(kGroup, call.pairs.size() - begin);
   const float* parameters = call.weights.parameters.data();
-  const std::size_t image_stride = size_of(call.channel_pairs) * kCell, stride = kHiddenCells * kCell;
+  const std::size_t most_cells = std::max<std::size_t>(kHiddenCells, size_of(call.channel_pairs));
   float* scratch = arena.scratch.need(scratch_size);
 
   // what lies inside the grid
@@ -624,7 +630,7 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
   float* image = nullptr;
   float* spectrum[3];
   for (int layer = stamped ? 1 : 0; layer < 3; ++layer)
-    spectrum[layer] = arena.spectrum[layer].need(plan[layer].frequencies() * (layer == 0 ? image_stride : stride));
+    spectrum[layer] = arena.spectrum[layer].need(plan[layer].floats(layer == 0 ? size_of(call.channel_pairs) : kHiddenCells));
   if (!stamped) {
     image = arena.image.need(size_of(call.channel_pairs) * image_plane);
     std::memset(image, 0, size_of(call.channel_pairs) * image_plane * sizeof(float));
@@ -643,8 +649,8 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
                                       image_box.mask[2][x * kCell + l];
     }
     for (int j = 0; j < call.channel_pairs; ++j)
-      k.forward(plan[0].transform, extent[0], image + size_of(j) * image_plane, spectrum[0] + j * kCell, image_stride,
-                scratch);
+      k.forward(plan[0].transform, extent[0], image + size_of(j) * image_plane,
+                spectrum[0] + plan[0].floats(size_of(j)), scratch);
   }
 
   // forward
@@ -654,8 +660,8 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
     for (std::size_t l = 0; l < count; ++l) find_pieces(call, l % 8, call.order[begin + l], arena.pieces[l / 8]);
   float* rows = stamped ? arena.rows.need(8 * image_rows) : nullptr;
   std::size_t most = 0;
-  for (const Plan& p : plan) most = std::max(most, p.frequencies());
-  float* product = arena.product[0].need(most * std::max(stride, image_stride));
+  for (const Plan& p : plan) most = std::max(most, p.floats(most_cells));
+  float* product = arena.product[0].need(most);
   float* activation = arena.activation.need(std::max(points(1), points(2)) * kCell);  // one plane at a time
   float* last_activation = arena.last.need(kHiddenCells * points(3) * kCell);
   for (int layer = 0; layer < 3; ++layer) {
@@ -664,7 +670,7 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
     const bool by_stamps = layer == 0 && stamped;
     if (!by_stamps)
       k.multiply(t, weight_spectrum[layer].data(), weight_cells[layer], n_in, 1, kHidden, n_in, true, spectrum[layer],
-                 layer == 0 ? image_stride : stride, product, stride);
+                 product);
     const std::size_t plane = points(layer + 1) * kCell;
     arena.signs[layer + 1].resize(kHiddenCells * points(layer + 1));
     const float* bias = by_stamps ? first_bias.data() : parameters + parameter_offset(layer, true);
@@ -682,10 +688,11 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
                        a + part % 2 * kSecond + part / 2 * kImaginary);
         }
       else
-        k.inverse(t, extent[layer + 1], product + j * kCell, stride, a, scratch);
+        k.inverse(t, extent[layer + 1], product + plan[layer].floats(size_of(j)), a, scratch);
       k.activate(inside, bias + 2 * j, shape.slope, a, arena.signs[layer + 1].data() + size_of(j) * points(layer + 1));
       if (layer < 2)
-        k.forward(plan[layer + 1].transform, extent[layer + 1], a, spectrum[layer + 1] + j * kCell, stride, scratch);
+        k.forward(plan[layer + 1].transform, extent[layer + 1], a, spectrum[layer + 1] + plan[layer + 1].floats(size_of(j)),
+                  scratch);
     }
   }
   const float* last = parameters + parameter_offset(3, false);
@@ -717,7 +724,7 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
   float* delta = arena.delta.need(std::max({points(0), points(1), points(2), kHiddenCells * points(3)}) * kCell);
   // what the layer above left, and what this one makes of it
   float* from = product;
-  float* delta_spectrum = arena.product[1].need(most * std::max(stride, image_stride));
+  float* delta_spectrum = arena.product[1].need(most);
   k.last_back(static_cast<int>(taps), shape.species, last, last_activation, arena.du.data(), delta, slot.last.data());
   for (int layer = 2; layer >= 0; --layer) {
     const Transform& t = plan[layer].transform;
@@ -725,7 +732,7 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
     const Box inside = box(layer + 1, arena, masked);
     for (int j = 0; j < kHiddenCells; ++j) {
       float* d = delta + (layer == 2 ? size_of(j) * plane : 0);
-      if (layer < 2) k.inverse(plan[layer + 1].transform, extent[layer + 1], from + j * kCell, stride, d, scratch);
+      if (layer < 2) k.inverse(plan[layer + 1].transform, extent[layer + 1], from + plan[layer + 1].floats(size_of(j)), d, scratch);
       k.pull(inside, shape.slope, arena.signs[layer + 1].data() + size_of(j) * points(layer + 1), d);
       if (layer == 0 && stamped) {
         alignas(64) float sum[kCell];
@@ -744,14 +751,15 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
         }
         continue;
       }
-      k.forward(t, extent[layer + 1], d, delta_spectrum + j * kCell, stride, scratch);
+      float* own = delta_spectrum + plan[layer].floats(size_of(j));
+      k.forward(t, extent[layer + 1], d, own, scratch);
       for (int c = 0; c < kCell; ++c)  // frequency zero is the sum over points
-        slot.bias[size_of(layer)][size_of(2 * j + c / kSecond % 2)] += delta_spectrum[j * kCell + c];
+        slot.bias[size_of(layer)][size_of(2 * j + c / kSecond % 2)] += own[c];
     }
     if (layer == 0 && stamped) return;
     const int n_in = inputs(layer);
-    const std::size_t in_stride = layer == 0 ? image_stride : stride;
-    float* sums = slot.sums[layer].need(size_of(t.pairs) * size_of(n_in) * kSums);
+    const std::size_t pair_sums = size_of(2 * 8 * sum_blocks(n_in));
+    float* sums = slot.sums[layer].need(size_of(t.pairs) * pair_sums);
     const bool on_top = layer == 0 ? slot.has_sums : add, go_on = layer > 0 || call.wants_kernels;
     if (layer == 0) slot.has_sums = true;
     // Few frequencies at a time: what one loop has read, the other finds in the cache.
@@ -759,17 +767,17 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
     for (int p = 0; p < t.pairs; p += kChunk) {
       part.pair = t.pair + 2 * p;
       part.pairs = std::min(kChunk, t.pairs - p);
-      k.correlate(part, n_in, spectrum[layer], in_stride, delta_spectrum, on_top, sums + size_of(p * n_in) * kSums);
+      k.correlate(part, n_in, spectrum[layer], delta_spectrum, on_top, sums + size_of(p) * pair_sums);
       if (go_on)
         k.multiply(part, weight_spectrum[layer].data() + size_of(p) * 2 * weight_cells[layer] * kCell,
-                   weight_cells[layer], kHidden, n_in, n_in, 1, false, delta_spectrum, stride,
-                   layer == 0 ? from : delta_spectrum, in_stride);
+                   weight_cells[layer], kHidden, n_in, n_in, 1, false, delta_spectrum,
+                   layer == 0 ? from : delta_spectrum);
     }
     if (layer > 0) std::swap(from, delta_spectrum);
   }
   if (!call.wants_kernels) return;
   for (int j = 0; j < call.channel_pairs; ++j)
-    k.inverse(plan[0].transform, extent[0], from + j * kCell, image_stride, image + size_of(j) * image_plane, scratch);
+    k.inverse(plan[0].transform, extent[0], from + plan[0].floats(size_of(j)), image + size_of(j) * image_plane, scratch);
   for (std::size_t l = 0; l < count; ++l) splat(call, l, call.order[begin + l], image, slot.kernels.data());
   for (int s = 0; s < shape.species; ++s) {
     const float* p = image + size_of(s / 2) * image_plane + s % 2 * kSecond;
@@ -935,7 +943,8 @@ double QTraining::Impl::run(const QNetworkWeights& weights, const StateActions& 
   const int window_extent[3] = {shape.dimension == 3 ? shape.kernel : 1, shape.kernel, shape.kernel};
   for (int layer = 0; layer < 3; ++layer) {
     const Plan& p = plan[layer];
-    const std::size_t cells = weight_cells[layer], kernel_count = size_of(inputs(layer)) * kHidden;
+    const int channels = inputs(layer);
+    const std::size_t cells = size_of((sum_blocks(channels) + 3) / 4);
     const float* sums[kMostSlots];
     int n_sums = 0;
     for (int s = 0; s < n_slots; ++s)
@@ -944,15 +953,20 @@ double QTraining::Impl::run(const QNetworkWeights& weights, const StateActions& 
     for (std::size_t c = 0; c < kHidden; ++c)
       bias[c] = static_cast<float>(over_slots([&](const Slot& slot) { return slot.bias[size_of(layer)][c]; }));
     if (n_sums == 0) continue;
-    float* spectrum = kernel_spectrum.need(p.frequencies() * cells * kCell);
+    float* spectrum = kernel_spectrum.need(p.floats(cells));
     float* planes = kernel_planes.need(taps * kCell);
     float* scratch = kernel_scratch.need(transform_scratch(p.transform, window_extent));
-    k.join(p.transform, inputs(layer), n_sums, sums, cells, 1.0f / static_cast<float>(p.frequencies()), spectrum);
+    k.join(p.transform, channels, n_sums, sums, cells, 1.0f / static_cast<float>(p.frequencies()), spectrum);
     float* w = out.parameters.data() + parameter_offset(layer, false);
     for (std::size_t j = 0; j < cells; ++j) {
-      k.inverse(p.transform, window_extent, spectrum + j * kCell, cells * kCell, planes, scratch);
-      for (std::size_t r = 0; r < kCell && j * kCell + r < kernel_count; ++r)
-        for (std::size_t tap = 0; tap < taps; ++tap) w[(j * kCell + r) * taps + tap] = planes[tap * kCell + r];
+      k.inverse(p.transform, window_extent, spectrum + p.floats(j), planes, scratch);
+      for (int o = 0; o < kHidden; ++o)
+        for (int c = 0; c < channels; ++c) {
+          const std::size_t at = size_of(sum_at(channels, o, c));
+          if (at / kCell != j) continue;
+          float* kernel = w + size_of(o * channels + c) * taps;
+          for (std::size_t tap = 0; tap < taps; ++tap) kernel[tap] = planes[tap * kCell + at % kCell];
+        }
     }
   }
   if (stamped > 0)

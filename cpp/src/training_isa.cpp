@@ -385,10 +385,8 @@ __attribute__((noinline)) void line(const Fft& fft, In in, Out out, float* scrat
 }
 
 // Odd numbers of cells between lines: columns of a power of two would share few cache sets.
-void forward(const Transform& t, const int* extent, const float* plane, float* spectrum, std::size_t stride,
-             float* scratch) {
+void forward(const Transform& t, const int* extent, const float* plane, float* spectrum, float* scratch) {
   const std::ptrdiff_t nx = t.size[2], ny = t.size[1], nz = t.size[0], row = (nx | 1) * kCell, column = ny | 1;
-  const std::ptrdiff_t step = static_cast<std::ptrdiff_t>(stride);
   float* slab = scratch;
   float* columns = slab + extent[1] * row;
   float* buffer = columns + (t.dimension == 3 ? extent[0] * nx * column * kCell : 0);
@@ -401,7 +399,7 @@ void forward(const Transform& t, const int* extent, const float* plane, float* s
     for (std::ptrdiff_t kx = 0; kx < nx; ++kx) {
       const In in{slab + kx * kCell, row, extent[1], 0, kImaginary, kCell};
       if (t.dimension == 2)
-        line(t.fft[1], in, {spectrum + kx * ny * step, step, t.size[1], 0, kImaginary, ny * step}, buffer);
+        line(t.fft[1], in, {spectrum + kx * ny * kCell, kCell, t.size[1], 0, kImaginary, ny * kCell}, buffer);
       else
         line(t.fft[1], in, {columns + (z * nx + kx) * column * kCell, kCell, t.size[1], 0, kImaginary}, buffer);
     }
@@ -410,26 +408,24 @@ void forward(const Transform& t, const int* extent, const float* plane, float* s
     for (std::ptrdiff_t kx = 0; kx < nx; ++kx)
       for (std::ptrdiff_t ky = 0; ky < ny; ++ky)
         line(t.fft[0], {columns + (kx * column + ky) * kCell, nx * column * kCell, extent[0], 0, kImaginary, 2 * kCell},
-             {spectrum + (kx * ny + ky) * nz * step, step, t.size[0], 0, kImaginary, nz * step}, buffer);
+             {spectrum + (kx * ny + ky) * nz * kCell, kCell, t.size[0], 0, kImaginary, nz * kCell}, buffer);
 }
 
-void inverse(const Transform& t, const int* extent, const float* spectrum, std::size_t stride, float* plane,
-             float* scratch) {
+void inverse(const Transform& t, const int* extent, const float* spectrum, float* plane, float* scratch) {
   const std::ptrdiff_t nx = t.size[2], ny = t.size[1], nz = t.size[0], row = (nx | 1) * kCell, column = ny | 1;
-  const std::ptrdiff_t step = static_cast<std::ptrdiff_t>(stride);
   float* slab = scratch;
   float* columns = slab + extent[1] * row;
   float* buffer = columns + (t.dimension == 3 ? extent[0] * nx * column * kCell : 0);
   if (t.dimension == 3)
     for (std::ptrdiff_t kx = 0; kx < nx; ++kx)
       for (std::ptrdiff_t ky = 0; ky < ny; ++ky)
-        line(t.fft[0], {spectrum + (kx * ny + ky) * nz * step, step, t.size[0], kImaginary, 0, nz * step},
+        line(t.fft[0], {spectrum + (kx * ny + ky) * nz * kCell, kCell, t.size[0], kImaginary, 0, nz * kCell},
              {columns + (kx * column + ky) * kCell, nx * column * kCell, extent[0], kImaginary, 0, 2 * kCell}, buffer);
   for (int z = 0; z < extent[0]; ++z) {
     for (std::ptrdiff_t kx = 0; kx < nx; ++kx) {
       const Out out{slab + kx * kCell, row, extent[1], kImaginary, 0, kCell};
       if (t.dimension == 2)
-        line(t.fft[1], {spectrum + kx * ny * step, step, t.size[1], kImaginary, 0, ny * step}, out, buffer);
+        line(t.fft[1], {spectrum + kx * ny * kCell, kCell, t.size[1], kImaginary, 0, ny * kCell}, out, buffer);
       else
         line(t.fft[1], {columns + (z * nx + kx) * column * kCell, kCell, t.size[1], kImaginary, 0}, out, buffer);
     }
@@ -481,27 +477,29 @@ THALWEG_INLINE void put(float* f, float* g, std::ptrdiff_t k, int pass, V re, V 
 }
 #endif
 
-// The channels of the next two frequencies: -f is walked backwards, in jumps.
-THALWEG_INLINE void prefetch_channels(const Transform& t, int p, const float* x, std::size_t stride, int channels) {
+// What the next pair will read: -f is walked backwards, in jumps.
+THALWEG_INLINE void prefetch_channels(const Transform& t, int p, const float* x, int channels) {
   if (p >= t.pairs) return;
-  const float* f = x + static_cast<std::size_t>(t.pair[2 * p]) * stride;
-  const float* g = x + static_cast<std::size_t>(t.pair[2 * p + 1]) * stride;
-  for (int k = 0; k < (channels + 1) / 2 * kCell; k += 16) {
-    __builtin_prefetch(f + k);
-    __builtin_prefetch(g + k);
+  const float *f = x + t.pair[2 * p] * std::ptrdiff_t{kCell}, *g = x + t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
+  for (int j = 0; j < (channels + 1) / 2; ++j, f += t.plane, g += t.plane) {
+    __builtin_prefetch(f);
+    __builtin_prefetch(f + kImaginary);
+    __builtin_prefetch(g);
+    __builtin_prefetch(g + kImaginary);
   }
 }
 
-THALWEG_INLINE std::ptrdiff_t channel_at(int c) { return c / 2 * kCell + c % 2 * kSecond; }
+THALWEG_INLINE std::ptrdiff_t channel_at(std::ptrdiff_t plane, int c) { return c / 2 * plane + c % 2 * kSecond; }
 
 template <int outputs, bool conjugate>
 THALWEG_INLINE void multiply_block(const float* w, std::size_t imaginary, int n_in, int step_in, int first,
-                                   int step_out, const float* in_f, const float* in_g, float* out_f, float* out_g) {
+                                   int step_out, const float* in_f, const float* in_g, std::ptrdiff_t in_plane,
+                                   float* out_f, float* out_g, std::ptrdiff_t out_plane) {
   for (int pass = 0; pass < kPasses; ++pass) {
     const Side in(in_f, in_g, pass);
     V re[outputs] = {}, im[outputs] = {};
     for (int i = 0; i < n_in; ++i) {
-      const V ar = in.re(channel_at(i)), ai = in.im(channel_at(i));
+      const V ar = in.re(channel_at(in_plane, i)), ai = in.im(channel_at(in_plane, i));
       const float* wi = w + i * step_in + first * step_out;
 #pragma GCC unroll 10
       for (int o = 0; o < outputs; ++o) {
@@ -519,44 +517,49 @@ THALWEG_INLINE void multiply_block(const float* w, std::size_t imaginary, int n_
       }
     }
 #pragma GCC unroll 10
-    for (int o = 0; o < outputs; ++o) put(out_f, out_g, channel_at(first + o), pass, re[o], im[o]);
+    for (int o = 0; o < outputs; ++o) put(out_f, out_g, channel_at(out_plane, first + o), pass, re[o], im[o]);
   }
 }
 
 template <bool conjugate>
 void multiply_all(const Transform& t, const float* weights, std::size_t cells, int n_in, int step_in, int n_out,
-                  int step_out, const float* in, std::size_t in_stride, float* out, std::size_t out_stride) {
+                  int step_out, const float* in, float* out) {
   const std::size_t imaginary = cells * kCell;
   for (int p = 0; p < t.pairs; ++p) {
-    const std::size_t f = static_cast<std::size_t>(t.pair[2 * p]), g = static_cast<std::size_t>(t.pair[2 * p + 1]);
-    prefetch_channels(t, p + 1, in, in_stride, n_in);
+    const std::ptrdiff_t f = t.pair[2 * p] * std::ptrdiff_t{kCell}, g = t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
+    prefetch_channels(t, p + 2, in, n_in);
+    if (in != out) prefetch_channels(t, p + 2, out, n_out);
     const float* w = weights + static_cast<std::size_t>(p) * 2 * imaginary;
-    const float *in_f = in + f * in_stride, *in_g = in + g * in_stride;
-    float *out_f = out + f * out_stride, *out_g = out + g * out_stride;
+    for (std::size_t k = 0; k < 2 * imaginary; k += 16) __builtin_prefetch(w + 4 * imaginary + k);
+    const float *in_f = in + f, *in_g = in + g;
+    std::ptrdiff_t in_plane = t.plane;
     alignas(64) float kept[2][kHiddenCells * kCell];
     if (in == out && n_out > kOutputs) {  // several blocks: the first must not overwrite what the next reads
-      for (int k = 0; k < kHiddenCells * kCell; ++k) {
-        kept[0][k] = in_f[k];
-        kept[1][k] = in_g[k];
-      }
+      for (int j = 0; j < (n_in + 1) / 2; ++j)
+        for (int k = 0; k < kCell; ++k) {
+          kept[0][j * kCell + k] = in_f[j * t.plane + k];
+          kept[1][j * kCell + k] = in_g[j * t.plane + k];
+        }
       in_f = kept[0];
       in_g = kept[1];
+      in_plane = kCell;
     }
     int o = 0;
     for (; o + kOutputs <= n_out; o += kOutputs)
-      multiply_block<kOutputs, conjugate>(w, imaginary, n_in, step_in, o, step_out, in_f, in_g, out_f, out_g);
+      multiply_block<kOutputs, conjugate>(w, imaginary, n_in, step_in, o, step_out, in_f, in_g, in_plane, out + f,
+                                          out + g, t.plane);
     for (; o < n_out; ++o)
-      multiply_block<1, conjugate>(w, imaginary, n_in, step_in, o, step_out, in_f, in_g, out_f, out_g);
+      multiply_block<1, conjugate>(w, imaginary, n_in, step_in, o, step_out, in_f, in_g, in_plane, out + f, out + g,
+                                   t.plane);
   }
 }
 
 void multiply(const Transform& t, const float* weights, std::size_t cells, int n_in, int step_in, int n_out,
-              int step_out, bool conjugate, const float* in, std::size_t in_stride, float* out,
-              std::size_t out_stride) {
+              int step_out, bool conjugate, const float* in, float* out) {
   if (conjugate)
-    multiply_all<true>(t, weights, cells, n_in, step_in, n_out, step_out, in, in_stride, out, out_stride);
+    multiply_all<true>(t, weights, cells, n_in, step_in, n_out, step_out, in, out);
   else
-    multiply_all<false>(t, weights, cells, n_in, step_in, n_out, step_out, in, in_stride, out, out_stride);
+    multiply_all<false>(t, weights, cells, n_in, step_in, n_out, step_out, in, out);
 }
 
 using Index8 = Lanes<8>::Integer;
@@ -587,11 +590,11 @@ THALWEG_INLINE void transpose(V8* r) {
 constexpr int kRow = 32;
 
 template <bool conjugated>
-THALWEG_INLINE void sample_rows(const float* d, float* rows) {
+THALWEG_INLINE void sample_rows(const float* d, std::ptrdiff_t plane, float* rows) {
   V8 re[8], im[8];
-  const auto real = [&](int c) { return load<8>(d + channel_at(c)); };
+  const auto real = [&](int c) { return load<8>(d + channel_at(plane, c)); };
   const auto imaginary = [&](int c) {
-    const V8 v = load<8>(d + channel_at(c) + kImaginary);
+    const V8 v = load<8>(d + channel_at(plane, c) + kImaginary);
     return conjugated ? -v : v;
   };
 #pragma GCC unroll 8
@@ -624,8 +627,9 @@ constexpr int kWide = kWidth, kChannelBlock = kWidth == 8 ? 2 : 1;
 constexpr int kWideCount = 24 / kWide;  // vectors of kWide in a row, the rest in one of 8
 
 template <int channels>
-THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, int first, const float* rows, bool add,
-                                    float* sums) {
+THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, std::ptrdiff_t plane, int first,
+                                    const float* rows, bool add, float* sums, std::ptrdiff_t imaginary,
+                                    std::ptrdiff_t tail) {
   using W = Lanes<kWide>::Type;
   constexpr bool rest = 24 % kWide != 0;
   W re[channels][kWideCount] = {}, im[channels][kWideCount] = {};  // sums with Re a and with Im a
@@ -641,7 +645,7 @@ THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, int firs
       if constexpr (rest) d_rest = load<8>(row + 16);
 #pragma GCC unroll 8
       for (int c = 0; c < channels; ++c) {
-        const float* x = a + channel_at(first + c) + l;
+        const float* x = a + channel_at(plane, first + c) + l;
 #pragma GCC unroll 8
         for (int k = 0; k < kWideCount; ++k) {
           re[c][k] += x[0] * d[k];
@@ -664,7 +668,8 @@ THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, int firs
   side(a_g, rows + 8 * kRow, Index<1>());
 #pragma GCC unroll 8
   for (int c = 0; c < channels; ++c) {
-    float* s = sums + (first + c) * kSums;
+    float* s = sums + (first + c) * 8;
+    float* t = sums + tail + (first + c) * 2;
     V8 r[3], i[3];  // Re d_0..7, Im d_0..7, (Re d_8, d_9, Im d_8, d_9, 0 ...)
 #if defined(__AVX512F__)
     r[0] = __builtin_shufflevector(re[c][0], re[c][0], 0, 1, 2, 3, 4, 5, 6, 7);
@@ -687,77 +692,77 @@ THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, int firs
     const V8 out_re = r[0] + i[1], out_im = i[0] - r[1];
     using V4 = Lanes<4>::Type;
     const V4 r2 = __builtin_shufflevector(r[2], r[2], 0, 1, 2, 3), i2 = __builtin_shufflevector(i[2], i[2], 2, 3, 0, 1);
-    const V4 rest_out = __builtin_shufflevector(r2 + i2, i2 - r2, 0, 1, 6, 7);
+    const V4 tail_re = r2 + i2, tail_im = i2 - r2;
     store(s, add ? load<8>(s) + out_re : out_re);
-    store(s + 8, add ? load<8>(s + 8) + out_im : out_im);
-    store(s + 16, add ? load<4>(s + 16) + rest_out : rest_out);
+    store(s + imaginary, add ? load<8>(s + imaginary) + out_im : out_im);
+    for (int k = 0; k < 2; ++k) {
+      t[k] = add ? t[k] + tail_re[k] : tail_re[k];
+      t[imaginary + k] = add ? t[imaginary + k] + tail_im[2 + k] : tail_im[2 + k];
+    }
   }
 }
 
-void correlate(const Transform& t, int channels, const float* a, std::size_t a_stride, const float* d, bool add,
-               float* sums) {
-  constexpr std::size_t d_stride = kHiddenCells * kCell;
+void correlate(const Transform& t, int channels, const float* a, const float* d, bool add, float* sums) {
   alignas(64) float rows[16 * kRow];
-  for (int p = 0; p < t.pairs; ++p) {
-    const std::size_t f = static_cast<std::size_t>(t.pair[2 * p]), g = static_cast<std::size_t>(t.pair[2 * p + 1]);
-    prefetch_channels(t, p + 1, d, d_stride, kHidden);
-    prefetch_channels(t, p + 1, a, a_stride, channels);
-    sample_rows<false>(d + f * d_stride, rows);
-    sample_rows<true>(d + g * d_stride, rows + 8 * kRow);
-    float* s = sums + static_cast<std::ptrdiff_t>(p) * channels * kSums;
+  const std::ptrdiff_t imaginary = kSecond * sum_blocks(channels), tail = kSecond * channels;
+  for (int p = 0; p < t.pairs; ++p, sums += 2 * imaginary) {
+    const std::ptrdiff_t f = t.pair[2 * p] * std::ptrdiff_t{kCell}, g = t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
+    prefetch_channels(t, p + 2, d, kHidden);
+    prefetch_channels(t, p + 2, a, channels);
+    sample_rows<false>(d + f, t.plane, rows);
+    sample_rows<true>(d + g, t.plane, rows + 8 * kRow);
     int c = 0;
     for (; c + kChannelBlock <= channels; c += kChannelBlock)
-      correlate_block<kChannelBlock>(a + f * a_stride, a + g * a_stride, c, rows, add, s);
-    for (; c < channels; ++c) correlate_block<1>(a + f * a_stride, a + g * a_stride, c, rows, add, s);
+      correlate_block<kChannelBlock>(a + f, a + g, t.plane, c, rows, add, sums, imaginary, tail);
+    for (; c < channels; ++c) correlate_block<1>(a + f, a + g, t.plane, c, rows, add, sums, imaginary, tail);
   }
 }
 
 // ---- spectra of kernels -----------------------------------------------------------------------------------------
 
 void split(const Transform& t, std::size_t cells, const float* spectrum, float scale, float* weights) {
+  const V half = spread(0.5f * scale);
   const std::size_t stride = cells * kCell;
-  const float half = 0.5f * scale;
-  for (int p = 0; p < t.pairs; ++p) {
-    const float* f = spectrum + static_cast<std::size_t>(t.pair[2 * p]) * stride;
-    const float* g = spectrum + static_cast<std::size_t>(t.pair[2 * p + 1]) * stride;
-    float* re = weights + static_cast<std::size_t>(p) * 2 * stride;
-    float* im = re + stride;
-    for (std::size_t j = 0; j < cells; ++j, f += kCell, g += kCell, re += kCell, im += kCell)
-      for (int r = 0; r < 16; ++r) {
-        re[r] = half * (f[r] + g[r]);
-        im[r] = half * (f[16 + r] - g[16 + r]);
-        re[16 + r] = half * (f[16 + r] + g[16 + r]);
-        im[16 + r] = half * (g[r] - f[r]);
+  for (int p = 0; p < t.pairs; ++p, weights += 2 * stride) {
+    const float *f = spectrum + t.pair[2 * p] * std::ptrdiff_t{kCell},
+                *g = spectrum + t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
+    float *re = weights, *im = weights + stride;
+    for (std::size_t j = 0; j < cells; ++j, f += t.plane, g += t.plane, re += kCell, im += kCell)
+      for (int r = 0; r < kImaginary; r += kWidth) {
+        const V a = half * load(f + r), b = half * load(g + r), c = half * load(f + kImaginary + r),
+                d = half * load(g + kImaginary + r);
+        store(re + r, a + b);
+        store(im + r, c - d);
+        store(re + kImaginary + r, c + d);
+        store(im + kImaginary + r, b - a);
       }
   }
 }
 
 void join(const Transform& t, int channels, int slots, const float* const* sums, std::size_t cells, float scale,
           float* spectrum) {
-  const std::size_t stride = cells * kCell, block = static_cast<std::size_t>(channels) * kSums;
-  const float half = 0.5f * scale;
+  const int blocks = sum_blocks(channels);
+  const std::size_t stride = 2 * static_cast<std::size_t>(blocks) * kSecond;
+  const V8 half = spread<V8>(0.5f * scale);
   for (int p = 0; p < t.pairs; ++p) {
-    float* f = spectrum + static_cast<std::size_t>(t.pair[2 * p]) * stride;
-    float* g = spectrum + static_cast<std::size_t>(t.pair[2 * p + 1]) * stride;
-    alignas(64) float re[kMostCells * kCell] = {}, im[kMostCells * kCell] = {};  // gradient of kernel o channels + c
-    for (int c = 0; c < channels; ++c) {
-      float total[kSums] = {};
-      for (int slot = 0; slot < slots; ++slot) {
-        const float* s = sums[slot] + static_cast<std::size_t>(p) * block + static_cast<std::size_t>(c) * kSums;
-        for (int k = 0; k < kSums; ++k) total[k] += s[k];
-      }
-      for (int o = 0; o < kHidden; ++o) {
-        re[o * channels + c] = half * total[o < 8 ? o : 8 + o];
-        im[o * channels + c] = half * total[o < 8 ? 8 + o : 10 + o];
-      }
-    }
-    for (std::size_t j = 0; j < cells; ++j, f += kCell, g += kCell)
-      for (int r = 0; r < 16; ++r) {
-        const std::size_t k = j * kCell + static_cast<std::size_t>(r);
-        f[r] = re[k] - im[k + 16];
-        f[16 + r] = im[k] + re[k + 16];
-        g[r] = re[k] + im[k + 16];
-        g[16 + r] = re[k + 16] - im[k];
+    float *f = spectrum + t.pair[2 * p] * std::ptrdiff_t{kCell},
+          *g = spectrum + t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
+    const auto total = [&](int block, int imaginary) __attribute__((always_inline)) {
+      V8 sum{};
+      if (block < blocks)
+        for (int slot = 0; slot < slots; ++slot)
+          sum += load<8>(sums[slot] + static_cast<std::size_t>(p) * stride +
+                         static_cast<std::size_t>(block + imaginary * blocks) * kSecond);
+      return half * sum;
+    };
+    for (int j = 0; j < static_cast<int>(cells); ++j, f += t.plane, g += t.plane)
+      for (int k = 0; k < 2; ++k) {
+        const V8 a_re = total(4 * j + k, 0), a_im = total(4 * j + k, 1), b_re = total(4 * j + 2 + k, 0),
+                 b_im = total(4 * j + 2 + k, 1);
+        store(f + 8 * k, a_re - b_im);
+        store(f + 8 * k + kImaginary, a_im + b_re);
+        store(g + 8 * k, a_re + b_im);
+        store(g + 8 * k + kImaginary, b_re - a_im);
       }
   }
 }

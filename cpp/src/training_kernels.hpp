@@ -14,9 +14,15 @@ inline constexpr int kGroup = 16;      // samples
 inline constexpr int kHidden = 10;     // channels
 inline constexpr int kHiddenCells = kHidden / 2;
 inline constexpr int kMostSpecies = 16;
-inline constexpr int kMostCells = 5;  // of the kernels of one layer
-static_assert(kMostSpecies * kHidden <= kMostCells * kCell && kHidden * kHidden <= kMostCells * kCell);
-inline constexpr int kSums = 20;  // floats per pair of frequencies and input channel, see correlate
+
+/// Blocks of 8 kernels that correlate's sums come in: outputs 0 .. 7 of each channel, then outputs 8 and 9 of four
+/// channels each.
+constexpr int sum_blocks(int channels) { return channels + (channels + 3) / 4; }
+/// Where the kernel from a channel to an output is in them.
+constexpr int sum_at(int channels, int output, int channel) {
+  return output < 8 ? 8 * channel + output : 8 * channels + 2 * channel + output - 8;
+}
+static_assert(kHidden == 10);
 
 /// A mixed-radix transform of n points (Stockham, self-sorting).
 struct Fft {
@@ -30,6 +36,7 @@ struct Transform {
   int dimension;
   int size[3];
   Fft fft[3];
+  std::ptrdiff_t plane;  // floats from one channel pair of a spectrum to the next
   int pairs;
   const std::int32_t* pair;  // (pairs, 2) f and -f; equal where f is its own negative
 };
@@ -49,31 +56,26 @@ struct Stamp {
 };
 
 struct TrainingKernels {
-  /// Spectrum of a plane; points beyond the extent are zero. stride: floats between frequencies. scratch: see
-  /// transform_scratch.
-  void (*forward)(const Transform&, const int* extent, const float* plane, float* spectrum, std::size_t stride,
-                  float* scratch);
+  /// Spectrum of a plane; points beyond the extent are zero. scratch: see transform_scratch.
+  void (*forward)(const Transform&, const int* extent, const float* plane, float* spectrum, float* scratch);
   /// The first points of the (not normalised) inverse.
-  void (*inverse)(const Transform&, const int* extent, const float* spectrum, std::size_t stride, float* plane,
-                  float* scratch);
+  void (*inverse)(const Transform&, const int* extent, const float* spectrum, float* plane, float* scratch);
   /// out_o(f) = sum_i w_oi(f) in_i(f), or conj(w_oi(f)); w_oi at [pair][o step_out + i step_in], imaginary parts
-  /// `weight_cells` x 32 floats later. out may be in, if the strides are the same.
+  /// `weight_cells` x 32 floats later. out may be in.
   void (*multiply)(const Transform&, const float* weights, std::size_t weight_cells, int n_in, int step_in, int n_out,
-                   int step_out, bool conjugate, const float* in, std::size_t in_stride, float* out,
-                   std::size_t out_stride);
-  /// sums[pair][channel] = sum over samples of a(f) conj(d(f)), -f conjugated on top: Re of d_0..7, Im of d_0..7, Re of
-  /// d_8, d_9, Im of d_8, d_9. add: on top of what is there. d: kHidden channels.
-  void (*correlate)(const Transform&, int channels, const float* a, std::size_t a_stride, const float* d, bool add,
-                    float* sums);
+                   int step_out, bool conjugate, const float* in, float* out);
+  /// sums[pair][re, im][sum_at(channels, output, channel)] = sum over samples of a_channel(f) conj(d_output(f)), -f
+  /// conjugated on top. add: on top of what is there. d: kHidden channels.
+  void (*correlate)(const Transform&, int channels, const float* a, const float* d, bool add, float* sums);
   /// plane = leaky(plane + bias), zero outside the box's mask. bias: of the two channels. signs: per cell one bit for
   /// each value above 0.
   void (*activate)(const Box&, const float* bias, float slope, float* plane, std::uint32_t* signs);
   /// d *= leaky' by the signs inside the mask, else 0.
   void (*pull)(const Box&, float slope, const std::uint32_t* signs, float* d);
-  /// weights[pair][re, im][kernel] = scale * spectrum of each real kernel; spectrum[f][cells]: kernel 32 j + r (r < 16)
-  /// is the real part of lane r of cell j, kernel 32 j + 16 + r its imaginary part.
+  /// weights[pair][re, im][kernel] = scale * spectrum of each real kernel; spectrum: kernel 32 j + r (r < 16) is the
+  /// real part of lane r of plane j, kernel 32 j + 16 + r its imaginary part.
   void (*split)(const Transform&, std::size_t cells, const float* spectrum, float scale, float* weights);
-  /// The opposite for gradients: adds up the sums of all slots; kernel = o channels + channel.
+  /// The opposite for gradients: adds up the sums of all slots; kernel = sum_at.
   void (*join)(const Transform&, int channels, int slots, const float* const* sums, std::size_t cells, float scale,
                float* spectrum);
   /// u (species, kGroup) = sum over channels and points of w (species, kHidden, points) a; a: kHiddenCells planes.
