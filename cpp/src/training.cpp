@@ -28,7 +28,6 @@ constexpr double kLeastSlope = 1e-3;
 static_assert(QNetworkShape::kHidden == kHidden);
 
 constexpr int kLayers = 4;
-constexpr int kChunk = 64;                       // pairs of frequencies
 constexpr int kMostSlots = 8;                    // partial sums that threads fill; fixed, so that sums are
 constexpr std::int64_t kMostPoints = 1LL << 26;  // of a box
 
@@ -81,32 +80,38 @@ int smooth_at_least(int n) {
   return n;
 }
 
-/// A Transform with the arrays that it points to.
+/// Transforms of boxes in two or three directions z, y, x (two: size[0] = 1).
 struct Plan {
-  Transform transform{};
+  /// Frequencies (kx, ky) and (-kx, -ky) of the directions but the innermost, which is z, in two dimensions y.
+  struct Column {
+    int kx, ky, minus_ky;
+    bool alone;  // its own negative
+    int first;   // pair of frequencies
+  };
+
+  int size[3], inner, middle;  // middle: how many ky that are not innermost
+  Fft fft[3];
   std::vector<float> twiddles[3];
-  std::vector<std::int32_t> pair;
-  int extent[3] = {1, 1, 1};  // of what is transformed
+  std::vector<Column> columns;
+  std::vector<std::int32_t> crossed, own;  // pairs within two columns side by side, or within one that stands alone
+  int pairs;
 
   std::size_t frequencies() const {
-    return static_cast<std::size_t>(transform.size[0]) * static_cast<std::size_t>(transform.size[1]) *
-           static_cast<std::size_t>(transform.size[2]);
+    return static_cast<std::size_t>(size[0]) * static_cast<std::size_t>(size[1]) * static_cast<std::size_t>(size[2]);
   }
+  /// Floats of a column and its negative.
+  std::size_t column(int cells) const { return static_cast<std::size_t>(2 * cells * size[inner]) * kCell; }
 
-  std::size_t floats(std::size_t cells) const { return cells * static_cast<std::size_t>(transform.plane); }
-
-  void make(int dimension, const int* size) {
-    transform.dimension = dimension;
+  void make(int dimension, const int* sizes) {
+    inner = dimension == 3 ? 0 : 1;
     for (int d = 0; d < 3; ++d) {
-      const int n = size[d];
-      transform.size[d] = n;
-      Fft& fft = transform.fft[d];
-      fft.n = n;
-      fft.stages = 0;
+      const int n = size[d] = sizes[d];
+      fft[d].n = n;
+      fft[d].stages = 0;
       int rest = n;
       for (const int radix : {13, 7, 5, 4, 3, 2})
         while (rest % radix == 0) {
-          fft.radix[fft.stages++] = radix;
+          fft[d].radix[fft[d].stages++] = radix;
           rest /= radix;
         }
       twiddles[d].resize(2 * static_cast<std::size_t>(n));
@@ -115,27 +120,123 @@ struct Plan {
         twiddles[d][2 * static_cast<std::size_t>(j)] = static_cast<float>(std::cos(angle));
         twiddles[d][2 * static_cast<std::size_t>(j) + 1] = static_cast<float>(std::sin(angle));
       }
-      fft.twiddles = twiddles[d].data();
+      fft[d].twiddles = twiddles[d].data();
     }
-    const int nz = size[0], ny = size[1], nx = size[2];
-    for (int kx = 0; kx < nx; ++kx)
-      for (int ky = 0; ky < ny; ++ky)
-        for (int kz = 0; kz < nz; ++kz) {
-          const int f = (kx * ny + ky) * nz + kz;
-          const int g = ((nx - kx) % nx * ny + (ny - ky) % ny) * nz + (nz - kz) % nz;
-          if (f <= g) {
-            pair.push_back(f);
-            pair.push_back(g);
-          }
-        }
-    // Channel pairs at a distance that spreads them over the sets of a cache.
-    constexpr std::size_t kSpread = 32;  // cells: a page
-    transform.plane =
-        static_cast<std::ptrdiff_t>(((frequencies() + kSpread - 1) / kSpread * kSpread + 7) * kCell);
-    transform.pairs = static_cast<int>(pair.size() / 2);
-    transform.pair = pair.data();
+    const int n = size[inner], nx = size[2];
+    middle = dimension == 3 ? size[1] : 1;
+    for (int k = 0; k < n; ++k) {
+      const int minus = (n - k) % n;
+      crossed.insert(crossed.end(), {k, n + minus});
+      if (k <= minus) own.insert(own.end(), {k, minus});
+    }
+    pairs = 0;
+    for (int kx = 0; kx <= (nx - kx) % nx; ++kx)
+      for (int ky = 0; ky < middle; ++ky) {
+        const int minus_ky = (middle - ky) % middle;
+        const bool flat = kx == (nx - kx) % nx, alone = flat && ky == minus_ky;
+        if (flat && ky > minus_ky) continue;
+        columns.push_back({kx, ky, minus_ky, alone, pairs});
+        pairs += static_cast<int>((alone ? own : crossed).size() / 2);
+      }
   }
 };
+
+/// Channel pairs of a box, transformed along x: [kx][cell][z][y], see row_cells.
+struct Half {
+  float* data;
+  int cells;
+  const int* extent;
+  /// Cells of a plane of rows; odd, or many kx would share few cache sets.
+  static std::size_t plane(const int* extent) {
+    return static_cast<std::size_t>(extent[0]) * static_cast<std::size_t>(extent[1]) | 1;
+  }
+  static std::size_t floats(const Plan& p, int cells, const int* extent) {
+    return static_cast<std::size_t>(p.size[2] * cells) * plane(extent) * kCell;
+  }
+  float* at(int kx, int cell) const { return data + static_cast<std::size_t>(kx * cells + cell) * plane(extent) * kCell; }
+};
+
+/// Between a box's plane of cells and a cell of its Half.
+void along_x(const Plan& p, bool inverse, float* plane, const Half& half, int cell, float* scratch) {
+  const int nx = p.size[2], rows = half.extent[0] * half.extent[1];
+  const std::ptrdiff_t row = half.extent[2] * std::ptrdiff_t{kCell}, stride = half.at(1, 0) - half.at(0, 0);
+  if (inverse)
+    training_kernels().lines(
+        p.fft[2], {true, rows, half.at(0, cell), kCell, stride, nx, plane, row, kCell, half.extent[2]}, scratch);
+  else
+    training_kernels().lines(
+        p.fft[2], {false, rows, plane, row, kCell, half.extent[2], half.at(0, cell), kCell, stride, nx}, scratch);
+}
+
+std::size_t sweep_scratch(const Plan& p, int cells, const int* extent) {
+  return static_cast<std::size_t>(2 * cells * extent[p.inner] * (p.middle | 1)) * kCell + p.column(cells);
+}
+
+/// Of a sweep with boxes on one side only.
+std::size_t kernel_scratch_size(const Plan& p, int cells, const int* extent) {
+  return sweep_scratch(p, cells, extent) + static_cast<std::size_t>(2 * std::max({p.size[0], p.size[1], p.size[2]})) * kCell;
+}
+
+/// Takes every pair of columns from half-transformed boxes to its spectrum [cell][column, its negative], calls
+/// body(pairs, first pair, spectra in, spectra out), and takes what that leaves back. Only one kx and its negative are
+/// on the way at a time: from the first to the last read they stay in the cache. kept: where spectra are to stay, null:
+/// nowhere. in.data or out.data null: there is nothing to take.
+template <class Body>
+void sweep(const Plan& p, const Half& in, float* kept, const Half& out, float* scratch, Body body) {
+  const TrainingKernels& k = training_kernels();
+  const int n = p.size[p.inner], nx = p.size[2];
+  const bool solid = p.inner == 0;
+  const std::ptrdiff_t line = (p.middle | 1) * std::ptrdiff_t{kCell};
+  float* const slabs[2] = {scratch, scratch + 2 * in.cells * in.extent[p.inner] * line};
+  float* column_in = slabs[1] + 2 * out.cells * out.extent[p.inner] * line;
+  float* column_out = column_in + p.column(in.cells);
+  float* line_scratch = column_out + p.column(out.cells);
+  const auto slab = [&](int which, const Half& half, int side, int cell) {
+    return slabs[which] + (side * half.cells + cell) * half.extent[p.inner] * line;
+  };
+  std::size_t c = 0;
+  for (int kx = 0; kx <= (nx - kx) % nx; ++kx) {
+    const int minus = (nx - kx) % nx, sides = kx == minus ? 1 : 2;
+    if (solid && in.data != nullptr)
+      for (int side = 0; side < sides; ++side)
+        for (int j = 0; j < in.cells; ++j)
+          k.lines(p.fft[1],
+                  {false, in.extent[0], in.at(side == 0 ? kx : minus, j), in.extent[1] * std::ptrdiff_t{kCell}, kCell,
+                   in.extent[1], slab(0, in, side, j), line, kCell, p.middle},
+                  line_scratch);
+    for (; c < p.columns.size() && p.columns[c].kx == kx; ++c) {
+      const Plan::Column& column = p.columns[c];
+      float* spectra = kept == nullptr ? column_in : kept + c * p.column(in.cells);
+      for (int side = 0; in.data != nullptr && side < (column.alone ? 1 : 2); ++side) {
+        const int of = sides == 1 ? 0 : side, ky = side == 0 ? column.ky : column.minus_ky;
+        const float* from = solid ? slab(0, in, of, 0) + ky * kCell : in.at(of == 0 ? kx : minus, 0);
+        k.lines(p.fft[p.inner],
+                {false, in.cells, from, solid ? in.extent[0] * line : in.at(0, 1) - in.at(0, 0), solid ? line : kCell,
+                 in.extent[p.inner], spectra + side * n * kCell, 2 * n * std::ptrdiff_t{kCell}, kCell, n},
+                line_scratch);
+      }
+      const std::vector<std::int32_t>& pair = column.alone ? p.own : p.crossed;
+      body(Pairs{2 * n * std::ptrdiff_t{kCell}, static_cast<int>(pair.size() / 2), pair.data()},
+           static_cast<std::size_t>(column.first), spectra, column_out);
+      for (int side = 0; out.data != nullptr && side < (column.alone ? 1 : 2); ++side) {
+        const int of = sides == 1 ? 0 : side, ky = side == 0 ? column.ky : column.minus_ky;
+        float* to = solid ? slab(1, out, of, 0) + ky * kCell : out.at(of == 0 ? kx : minus, 0);
+        k.lines(p.fft[p.inner],
+                {true, out.cells, column_out + side * n * kCell, 2 * n * std::ptrdiff_t{kCell}, kCell, n, to,
+                 solid ? out.extent[0] * line : out.at(0, 1) - out.at(0, 0), solid ? line : kCell,
+                 out.extent[p.inner]},
+                line_scratch);
+      }
+    }
+    if (solid && out.data != nullptr)
+      for (int side = 0; side < sides; ++side)
+        for (int j = 0; j < out.cells; ++j)
+          k.lines(p.fft[1],
+                  {true, out.extent[0], slab(1, out, side, j), line, kCell, p.middle, out.at(side == 0 ? kx : minus, j),
+                   out.extent[1] * std::ptrdiff_t{kCell}, kCell, out.extent[1]},
+                  line_scratch);
+  }
+}
 
 std::string tuple(const int* values, int count) {
   std::string out = "(";
@@ -175,7 +276,7 @@ struct QTraining::Impl {
 
   // Buffers of one thread.
   struct Arena {
-    Floats image, activation, last, spectrum[3], product[2], delta, scratch;
+    Floats image, activation, last, spectrum[3], half[2], delta, scratch;
     std::vector<std::uint32_t> signs[kLayers];
     Floats masks[kLayers];
     std::vector<float> u, du;
@@ -236,10 +337,10 @@ struct QTraining::Impl {
   std::size_t taps = 1;  // of a convolution kernel
   std::size_t window = 1;
   Plan plan[3];  // of the inputs of layers 1, 2, 3
-  std::size_t weight_cells[3] = {0, 0, 0};
-  std::size_t scratch_size = 0;
+  int weight_cells[3] = {0, 0, 0};
+  std::size_t scratch_size = 0, half_size = 0;
 
-  Floats weight_spectrum[3], kernel_planes, kernel_spectrum, kernel_scratch;
+  Floats weight_spectrum[3], kernel_planes, kernel_half, kernel_scratch;
   std::vector<Arena> arenas;
   std::vector<Slot> slots;
   std::vector<float> kernels;  // cropped to `used` around their middle, rows along x
@@ -312,11 +413,16 @@ QTraining::Impl::Impl(const QNetworkShape& wanted) : shape(wanted) {
     if (frequencies > static_cast<double>(kMostPoints))
       throw Error("the box around an action has " + std::to_string(frequencies) +
                   " points, too many to train on; choose a smaller kernel or a dilation");
-    std::copy(extent[layer], extent[layer] + 3, plan[layer].extent);
     plan[layer].make(shape.dimension, size[layer]);
-    weight_cells[layer] = (size_of(inputs(layer)) * kHidden + kCell - 1) / kCell;
-    for (const int* e : {extent[layer], extent[layer + 1]})
-      scratch_size = std::max(scratch_size, transform_scratch(plan[layer].transform, e));
+    weight_cells[layer] = (inputs(layer) * kHidden + kCell - 1) / kCell;
+    const int longest = std::max({size[layer][0], size[layer][1], size[layer][2]});
+    const int in_cells = (inputs(layer) + 1) / 2;
+    scratch_size = std::max(scratch_size, sweep_scratch(plan[layer], in_cells, extent[layer]) +
+                                              sweep_scratch(plan[layer], kHiddenCells, extent[layer + 1]) +
+                                              size_of(2 * longest) * kCell);
+    for (const std::size_t floats : {Half::floats(plan[layer], in_cells, extent[layer]),
+                                     Half::floats(plan[layer], kHiddenCells, extent[layer + 1])})
+      half_size = std::max(half_size, floats);
   }
 }
 
@@ -384,21 +490,27 @@ void QTraining::Impl::prepare_weights(const QNetworkWeights& weights, bool first
   const int edge = shape.kernel;
   const int window_extent[3] = {shape.dimension == 3 ? edge : 1, edge, edge};
   for (int layer = first ? 0 : 1; layer < 3; ++layer) {
-    const std::size_t count = size_of(inputs(layer)) * kHidden, cells = weight_cells[layer];
-    const Transform& t = plan[layer].transform;
+    const Plan& p = plan[layer];
+    const int count = inputs(layer) * kHidden, cells = weight_cells[layer];
     const float* w = weights.parameters.data() + parameter_offset(layer, false);
     float* planes = kernel_planes.need(taps * kCell);
-    float* spectrum = kernel_spectrum.need(plan[layer].floats(cells));
-    float* scratch = kernel_scratch.need(transform_scratch(t, window_extent));
-    for (std::size_t j = 0; j < cells; ++j) {
-      for (std::size_t r = 0; r < kCell; ++r) {
-        const std::size_t q = j * kCell + r;
-        for (std::size_t tap = 0; tap < taps; ++tap) planes[tap * kCell + r] = q < count ? w[q * taps + tap] : 0.0f;
+    const Half half{kernel_half.need(Half::floats(p, cells, window_extent)), cells, window_extent};
+    float* scratch = kernel_scratch.need(kernel_scratch_size(p, cells, window_extent));
+    for (int j = 0; j < cells; ++j) {
+      for (int r = 0; r < kCell; ++r) {
+        const int q = j * kCell + r;
+        for (std::size_t tap = 0; tap < taps; ++tap)
+          planes[tap * kCell + size_of(r)] = q < count ? w[size_of(q) * taps + tap] : 0.0f;
       }
-      k.forward(t, window_extent, planes, spectrum + plan[layer].floats(j), scratch);
+      along_x(p, false, planes, half, j, scratch);
     }
-    float* out = weight_spectrum[layer].need(size_of(t.pairs) * 2 * cells * kCell);
-    k.split(t, cells, spectrum, 1.0f / static_cast<float>(plan[layer].frequencies()), out);
+    const std::size_t pair = size_of(2 * cells * kCell);
+    float* out = weight_spectrum[layer].need(size_of(p.pairs) * pair);
+    const float scale = 1.0f / static_cast<float>(p.frequencies());
+    sweep(p, half, nullptr, {nullptr, 0, window_extent}, scratch,
+          [&](const Pairs& pairs, std::size_t first_pair, const float* spectrum, float*) {
+            k.split(pairs, size_of(cells), spectrum, scale, out + first_pair * pair);
+          });
   }
 }
 
@@ -600,7 +712,6 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
   const TrainingKernels& k = training_kernels();
   const std::size_t begin = g * kGroup, count = std::min<std::size_t>(kGroup, call.pairs.size() - begin);
   const float* parameters = call.weights.parameters.data();
-  const std::size_t most_cells = std::max<std::size_t>(kHiddenCells, size_of(call.channel_pairs));
   float* scratch = arena.scratch.need(scratch_size);
 
   // what lies inside the grid
@@ -628,9 +739,12 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
   const std::size_t image_plane = points(0) * kCell;
   const Box image_box = box(0, arena, masked);
   float* image = nullptr;
-  float* spectrum[3];
+  float* spectrum[3] = {};
+  const auto cells_of = [&](int layer) { return layer == 0 ? call.channel_pairs : kHiddenCells; };
   for (int layer = stamped ? 1 : 0; layer < 3; ++layer)
-    spectrum[layer] = arena.spectrum[layer].need(plan[layer].floats(layer == 0 ? size_of(call.channel_pairs) : kHiddenCells));
+    spectrum[layer] = arena.spectrum[layer].need(plan[layer].columns.size() * plan[layer].column(cells_of(layer)));
+  // what a layer's transforms start from, and what they leave
+  float *from = arena.half[0].need(half_size), *to = arena.half[1].need(half_size);
   if (!stamped) {
     image = arena.image.need(size_of(call.channel_pairs) * image_plane);
     std::memset(image, 0, size_of(call.channel_pairs) * image_plane * sizeof(float));
@@ -649,8 +763,7 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
                                       image_box.mask[2][x * kCell + l];
     }
     for (int j = 0; j < call.channel_pairs; ++j)
-      k.forward(plan[0].transform, extent[0], image + size_of(j) * image_plane,
-                spectrum[0] + plan[0].floats(size_of(j)), scratch);
+      along_x(plan[0], false, image + size_of(j) * image_plane, {from, call.channel_pairs, extent[0]}, j, scratch);
   }
 
   // forward
@@ -659,18 +772,20 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
   if (stamped)
     for (std::size_t l = 0; l < count; ++l) find_pieces(call, l % 8, call.order[begin + l], arena.pieces[l / 8]);
   float* rows = stamped ? arena.rows.need(8 * image_rows) : nullptr;
-  std::size_t most = 0;
-  for (const Plan& p : plan) most = std::max(most, p.floats(most_cells));
-  float* product = arena.product[0].need(most);
   float* activation = arena.activation.need(std::max(points(1), points(2)) * kCell);  // one plane at a time
   float* last_activation = arena.last.need(kHiddenCells * points(3) * kCell);
   for (int layer = 0; layer < 3; ++layer) {
-    const Transform& t = plan[layer].transform;
     const int n_in = inputs(layer);
     const bool by_stamps = layer == 0 && stamped;
-    if (!by_stamps)
-      k.multiply(t, weight_spectrum[layer].data(), weight_cells[layer], n_in, 1, kHidden, n_in, true, spectrum[layer],
-                 product);
+    const std::size_t pair_weights = size_of(2 * weight_cells[layer] * kCell);
+    if (!by_stamps) {
+      sweep(plan[layer], {from, cells_of(layer), extent[layer]}, spectrum[layer], {to, kHiddenCells, extent[layer + 1]},
+            scratch, [&](const Pairs& pairs, std::size_t first, const float* in, float* out) {
+              k.multiply(pairs, weight_spectrum[layer].data() + first * pair_weights, size_of(weight_cells[layer]), n_in, 1,
+                         kHidden, n_in, true, in, out);
+            });
+      std::swap(from, to);
+    }
     const std::size_t plane = points(layer + 1) * kCell;
     arena.signs[layer + 1].resize(kHiddenCells * points(layer + 1));
     const float* bias = by_stamps ? first_bias.data() : parameters + parameter_offset(layer, true);
@@ -688,12 +803,12 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
                        a + part % 2 * kSecond + part / 2 * kImaginary);
         }
       else
-        k.inverse(t, extent[layer + 1], product + plan[layer].floats(size_of(j)), a, scratch);
+        along_x(plan[layer], true, a, {from, kHiddenCells, extent[layer + 1]}, j, scratch);
       k.activate(inside, bias + 2 * j, shape.slope, a, arena.signs[layer + 1].data() + size_of(j) * points(layer + 1));
       if (layer < 2)
-        k.forward(plan[layer + 1].transform, extent[layer + 1], a, spectrum[layer + 1] + plan[layer + 1].floats(size_of(j)),
-                  scratch);
+        along_x(plan[layer + 1], false, a, {to, kHiddenCells, extent[layer + 1]}, j, scratch);
     }
+    std::swap(from, to);
   }
   const float* last = parameters + parameter_offset(3, false);
   const float* last_bias = parameters + parameter_offset(3, true);
@@ -722,17 +837,13 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
 
   // backward
   float* delta = arena.delta.need(std::max({points(0), points(1), points(2), kHiddenCells * points(3)}) * kCell);
-  // what the layer above left, and what this one makes of it
-  float* from = product;
-  float* delta_spectrum = arena.product[1].need(most);
   k.last_back(static_cast<int>(taps), shape.species, last, last_activation, arena.du.data(), delta, slot.last.data());
   for (int layer = 2; layer >= 0; --layer) {
-    const Transform& t = plan[layer].transform;
     const std::size_t plane = points(layer + 1) * kCell;
     const Box inside = box(layer + 1, arena, masked);
     for (int j = 0; j < kHiddenCells; ++j) {
       float* d = delta + (layer == 2 ? size_of(j) * plane : 0);
-      if (layer < 2) k.inverse(plan[layer + 1].transform, extent[layer + 1], from + plan[layer + 1].floats(size_of(j)), d, scratch);
+      if (layer < 2) along_x(plan[layer + 1], true, d, {from, kHiddenCells, extent[layer + 1]}, j, scratch);
       k.pull(inside, shape.slope, arena.signs[layer + 1].data() + size_of(j) * points(layer + 1), d);
       if (layer == 0 && stamped) {
         alignas(64) float sum[kCell];
@@ -751,33 +862,37 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
         }
         continue;
       }
-      float* own = delta_spectrum + plan[layer].floats(size_of(j));
-      k.forward(t, extent[layer + 1], d, own, scratch);
-      for (int c = 0; c < kCell; ++c)  // frequency zero is the sum over points
-        slot.bias[size_of(layer)][size_of(2 * j + c / kSecond % 2)] += own[c];
+      along_x(plan[layer], false, d, {to, kHiddenCells, extent[layer + 1]}, j, scratch);
     }
     if (layer == 0 && stamped) return;
+    std::swap(from, to);
     const int n_in = inputs(layer);
-    const std::size_t pair_sums = size_of(2 * 8 * sum_blocks(n_in));
-    float* sums = slot.sums[layer].need(size_of(t.pairs) * pair_sums);
+    const std::size_t pair_sums = size_of(2 * 8 * sum_blocks(n_in)), pair_weights = size_of(2 * weight_cells[layer] * kCell);
+    float* sums = slot.sums[layer].need(size_of(plan[layer].pairs) * pair_sums);
     const bool on_top = layer == 0 ? slot.has_sums : add, go_on = layer > 0 || call.wants_kernels;
     if (layer == 0) slot.has_sums = true;
-    // Few frequencies at a time: what one loop has read, the other finds in the cache.
-    Transform part = t;
-    for (int p = 0; p < t.pairs; p += kChunk) {
-      part.pair = t.pair + 2 * p;
-      part.pairs = std::min(kChunk, t.pairs - p);
-      k.correlate(part, n_in, spectrum[layer], delta_spectrum, on_top, sums + size_of(p) * pair_sums);
-      if (go_on)
-        k.multiply(part, weight_spectrum[layer].data() + size_of(p) * 2 * weight_cells[layer] * kCell,
-                   weight_cells[layer], kHidden, n_in, n_in, 1, false, delta_spectrum,
-                   layer == 0 ? from : delta_spectrum);
-    }
-    if (layer > 0) std::swap(from, delta_spectrum);
+    const std::size_t column = plan[layer].column(cells_of(layer));
+    const float* kept = spectrum[layer];
+    sweep(plan[layer], {from, kHiddenCells, extent[layer + 1]}, nullptr,
+          {go_on ? to : nullptr, cells_of(layer), extent[layer]}, scratch,
+          [&](const Pairs& pairs, std::size_t first, const float* in, float* out) {
+            if (first == 0)  // frequency zero is the sum over points
+              for (int c = 0; c < kHidden; ++c)
+                for (int l = 0; l < 8; ++l) {
+                  const float* own = in + c / 2 * pairs.plane + c % 2 * kSecond + l;
+                  slot.bias[size_of(layer)][size_of(c)] += static_cast<double>(own[0]) + static_cast<double>(own[kImaginary]);
+                }
+            k.correlate(pairs, n_in, kept, in, on_top, sums + first * pair_sums);
+            kept += column;
+            if (go_on)
+              k.multiply(pairs, weight_spectrum[layer].data() + first * pair_weights, size_of(weight_cells[layer]), kHidden,
+                         n_in, n_in, 1, false, in, out);
+          });
+    std::swap(from, to);
   }
   if (!call.wants_kernels) return;
   for (int j = 0; j < call.channel_pairs; ++j)
-    k.inverse(plan[0].transform, extent[0], from + plan[0].floats(size_of(j)), image + size_of(j) * image_plane, scratch);
+    along_x(plan[0], true, image + size_of(j) * image_plane, {from, call.channel_pairs, extent[0]}, j, scratch);
   for (std::size_t l = 0; l < count; ++l) splat(call, l, call.order[begin + l], image, slot.kernels.data());
   for (int s = 0; s < shape.species; ++s) {
     const float* p = image + size_of(s / 2) * image_plane + s % 2 * kSecond;
@@ -944,7 +1059,7 @@ double QTraining::Impl::run(const QNetworkWeights& weights, const StateActions& 
   for (int layer = 0; layer < 3; ++layer) {
     const Plan& p = plan[layer];
     const int channels = inputs(layer);
-    const std::size_t cells = size_of((sum_blocks(channels) + 3) / 4);
+    const int cells = (sum_blocks(channels) + 3) / 4;
     const float* sums[kMostSlots];
     int n_sums = 0;
     for (int s = 0; s < n_slots; ++s)
@@ -953,17 +1068,24 @@ double QTraining::Impl::run(const QNetworkWeights& weights, const StateActions& 
     for (std::size_t c = 0; c < kHidden; ++c)
       bias[c] = static_cast<float>(over_slots([&](const Slot& slot) { return slot.bias[size_of(layer)][c]; }));
     if (n_sums == 0) continue;
-    float* spectrum = kernel_spectrum.need(p.floats(cells));
+    const Half half{kernel_half.need(Half::floats(p, cells, window_extent)), cells, window_extent};
     float* planes = kernel_planes.need(taps * kCell);
-    float* scratch = kernel_scratch.need(transform_scratch(p.transform, window_extent));
-    k.join(p.transform, channels, n_sums, sums, cells, 1.0f / static_cast<float>(p.frequencies()), spectrum);
+    float* scratch = kernel_scratch.need(kernel_scratch_size(p, cells, window_extent));
+    const float scale = 1.0f / static_cast<float>(p.frequencies());
+    const std::size_t pair_sums = size_of(2 * 8 * sum_blocks(channels));
+    sweep(p, {nullptr, 0, window_extent}, nullptr, half, scratch,
+          [&](const Pairs& pairs, std::size_t first, const float*, float* spectrum) {
+            const float* own[kMostSlots];
+            for (int s = 0; s < n_sums; ++s) own[s] = sums[s] + first * pair_sums;
+            k.join(pairs, channels, n_sums, own, size_of(cells), scale, spectrum);
+          });
     float* w = out.parameters.data() + parameter_offset(layer, false);
-    for (std::size_t j = 0; j < cells; ++j) {
-      k.inverse(p.transform, window_extent, spectrum + p.floats(j), planes, scratch);
+    for (int j = 0; j < cells; ++j) {
+      along_x(p, true, planes, half, j, scratch);
       for (int o = 0; o < kHidden; ++o)
         for (int c = 0; c < channels; ++c) {
           const std::size_t at = size_of(sum_at(channels, o, c));
-          if (at / kCell != j) continue;
+          if (at / kCell != size_of(j)) continue;
           float* kernel = w + size_of(o * channels + c) * taps;
           for (std::size_t tap = 0; tap < taps; ++tap) kernel[tap] = planes[tap * kCell + at % kCell];
         }

@@ -384,57 +384,12 @@ __attribute__((noinline)) void line(const Fft& fft, In in, Out out, float* scrat
   }
 }
 
-// Odd numbers of cells between lines: columns of a power of two would share few cache sets.
-void forward(const Transform& t, const int* extent, const float* plane, float* spectrum, float* scratch) {
-  const std::ptrdiff_t nx = t.size[2], ny = t.size[1], nz = t.size[0], row = (nx | 1) * kCell, column = ny | 1;
-  float* slab = scratch;
-  float* columns = slab + extent[1] * row;
-  float* buffer = columns + (t.dimension == 3 ? extent[0] * nx * column * kCell : 0);
-  for (int z = 0; z < extent[0]; ++z) {
-    for (int y = 0; y < extent[1]; ++y)
-      line(t.fft[2],
-           {plane + (z * extent[1] + y) * static_cast<std::ptrdiff_t>(extent[2]) * kCell, kCell, extent[2], 0,
-            kImaginary},
-           {slab + y * row, kCell, t.size[2], 0, kImaginary}, buffer);
-    for (std::ptrdiff_t kx = 0; kx < nx; ++kx) {
-      const In in{slab + kx * kCell, row, extent[1], 0, kImaginary, kCell};
-      if (t.dimension == 2)
-        line(t.fft[1], in, {spectrum + kx * ny * kCell, kCell, t.size[1], 0, kImaginary, ny * kCell}, buffer);
-      else
-        line(t.fft[1], in, {columns + (z * nx + kx) * column * kCell, kCell, t.size[1], 0, kImaginary}, buffer);
-    }
-  }
-  if (t.dimension == 3)
-    for (std::ptrdiff_t kx = 0; kx < nx; ++kx)
-      for (std::ptrdiff_t ky = 0; ky < ny; ++ky)
-        line(t.fft[0], {columns + (kx * column + ky) * kCell, nx * column * kCell, extent[0], 0, kImaginary, 2 * kCell},
-             {spectrum + (kx * ny + ky) * nz * kCell, kCell, t.size[0], 0, kImaginary, nz * kCell}, buffer);
-}
-
-void inverse(const Transform& t, const int* extent, const float* spectrum, float* plane, float* scratch) {
-  const std::ptrdiff_t nx = t.size[2], ny = t.size[1], nz = t.size[0], row = (nx | 1) * kCell, column = ny | 1;
-  float* slab = scratch;
-  float* columns = slab + extent[1] * row;
-  float* buffer = columns + (t.dimension == 3 ? extent[0] * nx * column * kCell : 0);
-  if (t.dimension == 3)
-    for (std::ptrdiff_t kx = 0; kx < nx; ++kx)
-      for (std::ptrdiff_t ky = 0; ky < ny; ++ky)
-        line(t.fft[0], {spectrum + (kx * ny + ky) * nz * kCell, kCell, t.size[0], kImaginary, 0, nz * kCell},
-             {columns + (kx * column + ky) * kCell, nx * column * kCell, extent[0], kImaginary, 0, 2 * kCell}, buffer);
-  for (int z = 0; z < extent[0]; ++z) {
-    for (std::ptrdiff_t kx = 0; kx < nx; ++kx) {
-      const Out out{slab + kx * kCell, row, extent[1], kImaginary, 0, kCell};
-      if (t.dimension == 2)
-        line(t.fft[1], {spectrum + kx * ny * kCell, kCell, t.size[1], kImaginary, 0, ny * kCell}, out, buffer);
-      else
-        line(t.fft[1], {columns + (z * nx + kx) * column * kCell, kCell, t.size[1], kImaginary, 0}, out, buffer);
-    }
-    for (int y = 0; y < extent[1]; ++y)
-      line(t.fft[2], {slab + y * row, kCell, t.size[2], kImaginary, 0},
-           {plane + (z * extent[1] + y) * static_cast<std::ptrdiff_t>(extent[2]) * kCell, kCell, extent[2], kImaginary,
-            0},
-           buffer);
-  }
+// Far lines are prefetched two ahead: hardware does not foresee their elements.
+void lines(const Fft& fft, const Lines& all, float* scratch) {
+  const int re = all.inverse ? kImaginary : 0, im = kImaginary - re;
+  In in{all.in, all.in_stride, all.in_count, re, im, all.in_stride == kCell ? 0 : 2 * all.in_line};
+  Out out{all.out, all.out_stride, all.out_count, re, im, all.out_stride == kCell ? 0 : 2 * all.out_line};
+  for (int k = 0; k < all.count; ++k, in.p += all.in_line, out.p += all.out_line) line(fft, in, out, scratch);
 }
 
 // ---- products of spectra ----------------------------------------------------------------------------------------
@@ -477,29 +432,17 @@ THALWEG_INLINE void put(float* f, float* g, std::ptrdiff_t k, int pass, V re, V 
 }
 #endif
 
-// What the next pair will read: -f is walked backwards, in jumps.
-THALWEG_INLINE void prefetch_channels(const Transform& t, int p, const float* x, int channels) {
-  if (p >= t.pairs) return;
-  const float *f = x + t.pair[2 * p] * std::ptrdiff_t{kCell}, *g = x + t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
-  for (int j = 0; j < (channels + 1) / 2; ++j, f += t.plane, g += t.plane) {
-    __builtin_prefetch(f);
-    __builtin_prefetch(f + kImaginary);
-    __builtin_prefetch(g);
-    __builtin_prefetch(g + kImaginary);
-  }
-}
-
 THALWEG_INLINE std::ptrdiff_t channel_at(std::ptrdiff_t plane, int c) { return c / 2 * plane + c % 2 * kSecond; }
 
 template <int outputs, bool conjugate>
 THALWEG_INLINE void multiply_block(const float* w, std::size_t imaginary, int n_in, int step_in, int first,
-                                   int step_out, const float* in_f, const float* in_g, std::ptrdiff_t in_plane,
-                                   float* out_f, float* out_g, std::ptrdiff_t out_plane) {
+                                   int step_out, const float* in_f, const float* in_g, float* out_f,
+                                   float* out_g, std::ptrdiff_t plane) {
   for (int pass = 0; pass < kPasses; ++pass) {
     const Side in(in_f, in_g, pass);
     V re[outputs] = {}, im[outputs] = {};
     for (int i = 0; i < n_in; ++i) {
-      const V ar = in.re(channel_at(in_plane, i)), ai = in.im(channel_at(in_plane, i));
+      const V ar = in.re(channel_at(plane, i)), ai = in.im(channel_at(plane, i));
       const float* wi = w + i * step_in + first * step_out;
 #pragma GCC unroll 10
       for (int o = 0; o < outputs; ++o) {
@@ -517,44 +460,29 @@ THALWEG_INLINE void multiply_block(const float* w, std::size_t imaginary, int n_
       }
     }
 #pragma GCC unroll 10
-    for (int o = 0; o < outputs; ++o) put(out_f, out_g, channel_at(out_plane, first + o), pass, re[o], im[o]);
+    for (int o = 0; o < outputs; ++o) put(out_f, out_g, channel_at(plane, first + o), pass, re[o], im[o]);
   }
 }
 
 template <bool conjugate>
-void multiply_all(const Transform& t, const float* weights, std::size_t cells, int n_in, int step_in, int n_out,
+void multiply_all(const Pairs& t, const float* weights, std::size_t cells, int n_in, int step_in, int n_out,
                   int step_out, const float* in, float* out) {
   const std::size_t imaginary = cells * kCell;
-  for (int p = 0; p < t.pairs; ++p) {
+  for (int p = 0; p < t.count; ++p) {
     const std::ptrdiff_t f = t.pair[2 * p] * std::ptrdiff_t{kCell}, g = t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
-    prefetch_channels(t, p + 2, in, n_in);
-    if (in != out) prefetch_channels(t, p + 2, out, n_out);
     const float* w = weights + static_cast<std::size_t>(p) * 2 * imaginary;
     for (std::size_t k = 0; k < 2 * imaginary; k += 16) __builtin_prefetch(w + 4 * imaginary + k);
-    const float *in_f = in + f, *in_g = in + g;
-    std::ptrdiff_t in_plane = t.plane;
-    alignas(64) float kept[2][kHiddenCells * kCell];
-    if (in == out && n_out > kOutputs) {  // several blocks: the first must not overwrite what the next reads
-      for (int j = 0; j < (n_in + 1) / 2; ++j)
-        for (int k = 0; k < kCell; ++k) {
-          kept[0][j * kCell + k] = in_f[j * t.plane + k];
-          kept[1][j * kCell + k] = in_g[j * t.plane + k];
-        }
-      in_f = kept[0];
-      in_g = kept[1];
-      in_plane = kCell;
-    }
     int o = 0;
     for (; o + kOutputs <= n_out; o += kOutputs)
-      multiply_block<kOutputs, conjugate>(w, imaginary, n_in, step_in, o, step_out, in_f, in_g, in_plane, out + f,
-                                          out + g, t.plane);
+      multiply_block<kOutputs, conjugate>(w, imaginary, n_in, step_in, o, step_out, in + f, in + g, out + f, out + g,
+                                          t.plane);
     for (; o < n_out; ++o)
-      multiply_block<1, conjugate>(w, imaginary, n_in, step_in, o, step_out, in_f, in_g, in_plane, out + f, out + g,
+      multiply_block<1, conjugate>(w, imaginary, n_in, step_in, o, step_out, in + f, in + g, out + f, out + g,
                                    t.plane);
   }
 }
 
-void multiply(const Transform& t, const float* weights, std::size_t cells, int n_in, int step_in, int n_out,
+void multiply(const Pairs& t, const float* weights, std::size_t cells, int n_in, int step_in, int n_out,
               int step_out, bool conjugate, const float* in, float* out) {
   if (conjugate)
     multiply_all<true>(t, weights, cells, n_in, step_in, n_out, step_out, in, out);
@@ -702,13 +630,11 @@ THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, std::ptr
   }
 }
 
-void correlate(const Transform& t, int channels, const float* a, const float* d, bool add, float* sums) {
+void correlate(const Pairs& t, int channels, const float* a, const float* d, bool add, float* sums) {
   alignas(64) float rows[16 * kRow];
   const std::ptrdiff_t imaginary = kSecond * sum_blocks(channels), tail = kSecond * channels;
-  for (int p = 0; p < t.pairs; ++p, sums += 2 * imaginary) {
+  for (int p = 0; p < t.count; ++p, sums += 2 * imaginary) {
     const std::ptrdiff_t f = t.pair[2 * p] * std::ptrdiff_t{kCell}, g = t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
-    prefetch_channels(t, p + 2, d, kHidden);
-    prefetch_channels(t, p + 2, a, channels);
     sample_rows<false>(d + f, t.plane, rows);
     sample_rows<true>(d + g, t.plane, rows + 8 * kRow);
     int c = 0;
@@ -720,10 +646,10 @@ void correlate(const Transform& t, int channels, const float* a, const float* d,
 
 // ---- spectra of kernels -----------------------------------------------------------------------------------------
 
-void split(const Transform& t, std::size_t cells, const float* spectrum, float scale, float* weights) {
+void split(const Pairs& t, std::size_t cells, const float* spectrum, float scale, float* weights) {
   const V half = spread(0.5f * scale);
   const std::size_t stride = cells * kCell;
-  for (int p = 0; p < t.pairs; ++p, weights += 2 * stride) {
+  for (int p = 0; p < t.count; ++p, weights += 2 * stride) {
     const float *f = spectrum + t.pair[2 * p] * std::ptrdiff_t{kCell},
                 *g = spectrum + t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
     float *re = weights, *im = weights + stride;
@@ -739,12 +665,12 @@ void split(const Transform& t, std::size_t cells, const float* spectrum, float s
   }
 }
 
-void join(const Transform& t, int channels, int slots, const float* const* sums, std::size_t cells, float scale,
+void join(const Pairs& t, int channels, int slots, const float* const* sums, std::size_t cells, float scale,
           float* spectrum) {
   const int blocks = sum_blocks(channels);
   const std::size_t stride = 2 * static_cast<std::size_t>(blocks) * kSecond;
   const V8 half = spread<V8>(0.5f * scale);
-  for (int p = 0; p < t.pairs; ++p) {
+  for (int p = 0; p < t.count; ++p) {
     float *f = spectrum + t.pair[2 * p] * std::ptrdiff_t{kCell},
           *g = spectrum + t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
     const auto total = [&](int block, int imaginary) __attribute__((always_inline)) {
@@ -1023,7 +949,7 @@ void adam(std::size_t n, const float* gradient, float beta1, float beta2, float 
 }  // namespace
 
 const TrainingKernels& training_kernels() {
-  static constexpr TrainingKernels table{forward,  inverse, multiply, correlate,  activate,     pull,
+  static constexpr TrainingKernels table{lines, multiply, correlate,  activate,     pull,
                                          split,    join,    last,     last_back,  add_rows,     interleave,
                                          separate, total,   stamp,    stamp_taps, stamp_kernel, adam};
   return table;

@@ -31,14 +31,24 @@ struct Fft {
   const float* twiddles;  // (n, 2) exp(-2 pi i j / n)
 };
 
-/// Of two or three directions z, y, x (two: size[0] = 1).
-struct Transform {
-  int dimension;
-  int size[3];
-  Fft fft[3];
-  std::ptrdiff_t plane;  // floats from one channel pair of a spectrum to the next
-  int pairs;
-  const std::int32_t* pair;  // (pairs, 2) f and -f; equal where f is its own negative
+/// `count` transforms of lines of cells; the points of a line beyond in_count are zero, frequencies beyond out_count are
+/// not written. Strides in floats, from element to element and from line to line. inverse: not normalised.
+struct Lines {
+  bool inverse;
+  int count;
+  const float* in;
+  std::ptrdiff_t in_line, in_stride;
+  int in_count;
+  float* out;
+  std::ptrdiff_t out_line, out_stride;
+  int out_count;
+};
+
+/// Frequencies f and -f of some spectra.
+struct Pairs {
+  std::ptrdiff_t plane;  // floats from one channel pair to the next
+  int count;
+  const std::int32_t* pair;  // (count, 2) cells within the plane; equal where f is its own negative
 };
 
 /// What lies inside the grid, 0 or 1: mask[d] (extent[d], kCell) of direction d; mask[0] null: everything.
@@ -56,17 +66,15 @@ struct Stamp {
 };
 
 struct TrainingKernels {
-  /// Spectrum of a plane; points beyond the extent are zero. scratch: see transform_scratch.
-  void (*forward)(const Transform&, const int* extent, const float* plane, float* spectrum, float* scratch);
-  /// The first points of the (not normalised) inverse.
-  void (*inverse)(const Transform&, const int* extent, const float* spectrum, float* plane, float* scratch);
+  /// scratch: 2 n cells.
+  void (*lines)(const Fft&, const Lines&, float* scratch);
   /// out_o(f) = sum_i w_oi(f) in_i(f), or conj(w_oi(f)); w_oi at [pair][o step_out + i step_in], imaginary parts
-  /// `weight_cells` x 32 floats later. out may be in.
-  void (*multiply)(const Transform&, const float* weights, std::size_t weight_cells, int n_in, int step_in, int n_out,
+  /// `weight_cells` x 32 floats later.
+  void (*multiply)(const Pairs&, const float* weights, std::size_t weight_cells, int n_in, int step_in, int n_out,
                    int step_out, bool conjugate, const float* in, float* out);
   /// sums[pair][re, im][sum_at(channels, output, channel)] = sum over samples of a_channel(f) conj(d_output(f)), -f
   /// conjugated on top. add: on top of what is there. d: kHidden channels.
-  void (*correlate)(const Transform&, int channels, const float* a, const float* d, bool add, float* sums);
+  void (*correlate)(const Pairs&, int channels, const float* a, const float* d, bool add, float* sums);
   /// plane = leaky(plane + bias), zero outside the box's mask. bias: of the two channels. signs: per cell one bit for
   /// each value above 0.
   void (*activate)(const Box&, const float* bias, float slope, float* plane, std::uint32_t* signs);
@@ -74,9 +82,9 @@ struct TrainingKernels {
   void (*pull)(const Box&, float slope, const std::uint32_t* signs, float* d);
   /// weights[pair][re, im][kernel] = scale * spectrum of each real kernel; spectrum: kernel 32 j + r (r < 16) is the
   /// real part of lane r of plane j, kernel 32 j + 16 + r its imaginary part.
-  void (*split)(const Transform&, std::size_t cells, const float* spectrum, float scale, float* weights);
+  void (*split)(const Pairs&, std::size_t cells, const float* spectrum, float scale, float* weights);
   /// The opposite for gradients: adds up the sums of all slots; kernel = sum_at.
-  void (*join)(const Transform&, int channels, int slots, const float* const* sums, std::size_t cells, float scale,
+  void (*join)(const Pairs&, int channels, int slots, const float* const* sums, std::size_t cells, float scale,
                float* spectrum);
   /// u (species, kGroup) = sum over channels and points of w (species, kHidden, points) a; a: kHiddenCells planes.
   void (*last)(int points, int species, const float* w, const float* a, float* u);
@@ -98,17 +106,5 @@ struct TrainingKernels {
   void (*adam)(std::size_t n, const float* gradient, float beta1, float beta2, float rate, float scale, float epsilon,
                float* parameters, float* first, float* second);
 };
-
-/// Floats of scratch that a transform with this extent needs.
-inline std::size_t transform_scratch(const Transform& t, const int* extent) {
-  const std::size_t slab = static_cast<std::size_t>(extent[1]) * static_cast<std::size_t>(t.size[2] | 1);
-  const std::size_t columns = t.dimension == 3
-                                  ? static_cast<std::size_t>(extent[0]) * static_cast<std::size_t>(t.size[1] | 1) *
-                                        static_cast<std::size_t>(t.size[2])
-                                  : 0;
-  int longest = t.size[0];
-  for (int d = 1; d < 3; ++d) longest = longest > t.size[d] ? longest : t.size[d];
-  return (slab + columns + 2 * static_cast<std::size_t>(longest)) * kCell;
-}
 
 }  // namespace thalweg
