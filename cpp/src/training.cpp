@@ -158,14 +158,13 @@ struct Half {
 
 /// Between a box's plane of cells and a cell of its Half.
 void along_x(const Plan& p, bool inverse, float* plane, const Half& half, int cell, float* scratch) {
-  const int nx = p.size[2], rows = half.extent[0] * half.extent[1];
-  const std::ptrdiff_t row = half.extent[2] * std::ptrdiff_t{kCell}, stride = half.at(1, 0) - half.at(0, 0);
+  const int nx = p.size[2], width = half.extent[2], rows = half.extent[0] * half.extent[1];
+  const Lines::Steps box{width * std::ptrdiff_t{kCell}, kCell, 0},
+      spectrum{kCell, half.at(1, 0) - half.at(0, 0), 2 * kCell};
   if (inverse)
-    training_kernels().lines(
-        p.fft[2], {true, rows, half.at(0, cell), kCell, stride, nx, plane, row, kCell, half.extent[2]}, scratch);
+    training_kernels().lines(p.fft[2], {true, rows, nx, width, half.at(0, cell), plane, spectrum, box}, scratch);
   else
-    training_kernels().lines(
-        p.fft[2], {false, rows, plane, row, kCell, half.extent[2], half.at(0, cell), kCell, stride, nx}, scratch);
+    training_kernels().lines(p.fft[2], {false, rows, width, nx, plane, half.at(0, cell), box, spectrum}, scratch);
 }
 
 std::size_t sweep_scratch(const Plan& p, int cells, const int* extent) {
@@ -194,47 +193,49 @@ void sweep(const Plan& p, const Half& in, float* kept, const Half& out, float* s
   const auto slab = [&](int which, const Half& half, int side, int cell) {
     return slabs[which] + (side * half.cells + cell) * half.extent[p.inner] * line;
   };
+  const auto along_y = [&](bool inverse, const Half& half, int which, int side, int kx) {
+    const int lines = half.extent[0], width = half.extent[1];
+    const Lines::Steps far{width * std::ptrdiff_t{kCell}, kCell, 2 * width * std::ptrdiff_t{kCell}}, near{line, kCell, 0};
+    for (int j = 0; j < half.cells; ++j)
+      if (inverse)
+        k.lines(p.fft[1], {true, lines, p.middle, width, slab(which, half, side, j), half.at(kx, j), near, far},
+                line_scratch);
+      else
+        k.lines(p.fft[1], {false, lines, width, p.middle, half.at(kx, j), slab(which, half, side, j), far, near},
+                line_scratch);
+  };
   std::size_t c = 0;
   for (int kx = 0; kx <= (nx - kx) % nx; ++kx) {
-    const int minus = (nx - kx) % nx, sides = kx == minus ? 1 : 2;
-    if (solid && in.data != nullptr)
-      for (int side = 0; side < sides; ++side)
-        for (int j = 0; j < in.cells; ++j)
-          k.lines(p.fft[1],
-                  {false, in.extent[0], in.at(side == 0 ? kx : minus, j), in.extent[1] * std::ptrdiff_t{kCell}, kCell,
-                   in.extent[1], slab(0, in, side, j), line, kCell, p.middle},
-                  line_scratch);
+    const int both[2] = {kx, (nx - kx) % nx}, sides = kx == both[1] ? 1 : 2;
+    for (int side = 0; solid && in.data != nullptr && side < sides; ++side) along_y(false, in, 0, side, both[side]);
     for (; c < p.columns.size() && p.columns[c].kx == kx; ++c) {
       const Plan::Column& column = p.columns[c];
       float* spectra = kept == nullptr ? column_in : kept + c * p.column(in.cells);
-      for (int side = 0; in.data != nullptr && side < (column.alone ? 1 : 2); ++side) {
-        const int of = sides == 1 ? 0 : side, ky = side == 0 ? column.ky : column.minus_ky;
-        const float* from = solid ? slab(0, in, of, 0) + ky * kCell : in.at(of == 0 ? kx : minus, 0);
-        k.lines(p.fft[p.inner],
-                {false, in.cells, from, solid ? in.extent[0] * line : in.at(0, 1) - in.at(0, 0), solid ? line : kCell,
-                 in.extent[p.inner], spectra + side * n * kCell, 2 * n * std::ptrdiff_t{kCell}, kCell, n},
-                line_scratch);
-      }
       const std::vector<std::int32_t>& pair = column.alone ? p.own : p.crossed;
+      // where a half's column starts, and its steps
+      const auto place = [&](const Half& half, int which, int side) {
+        const int of = sides == 1 ? 0 : side, ky = side == 0 ? column.ky : column.minus_ky;
+        return solid ? slab(which, half, of, 0) + ky * kCell : half.at(both[of], 0);
+      };
+      const auto steps = [&](const Half& half) {
+        return solid ? Lines::Steps{half.extent[0] * line, line, 0}
+                     : Lines::Steps{half.at(0, 1) - half.at(0, 0), kCell, 0};
+      };
+      const std::ptrdiff_t later = kept == nullptr ? 0 : static_cast<std::ptrdiff_t>(p.column(in.cells));
+      for (int side = 0; in.data != nullptr && side < (column.alone ? 1 : 2); ++side)
+        k.lines(p.fft[p.inner],
+                {false, in.cells, in.extent[p.inner], n, place(in, 0, side), spectra + side * n * kCell, steps(in),
+                 {2 * n * std::ptrdiff_t{kCell}, kCell, later}},
+                line_scratch);
       body(Pairs{2 * n * std::ptrdiff_t{kCell}, static_cast<int>(pair.size() / 2), pair.data()},
            static_cast<std::size_t>(column.first), spectra, column_out);
-      for (int side = 0; out.data != nullptr && side < (column.alone ? 1 : 2); ++side) {
-        const int of = sides == 1 ? 0 : side, ky = side == 0 ? column.ky : column.minus_ky;
-        float* to = solid ? slab(1, out, of, 0) + ky * kCell : out.at(of == 0 ? kx : minus, 0);
+      for (int side = 0; out.data != nullptr && side < (column.alone ? 1 : 2); ++side)
         k.lines(p.fft[p.inner],
-                {true, out.cells, column_out + side * n * kCell, 2 * n * std::ptrdiff_t{kCell}, kCell, n, to,
-                 solid ? out.extent[0] * line : out.at(0, 1) - out.at(0, 0), solid ? line : kCell,
-                 out.extent[p.inner]},
+                {true, out.cells, n, out.extent[p.inner], column_out + side * n * kCell, place(out, 1, side),
+                 {2 * n * std::ptrdiff_t{kCell}, kCell, 0}, steps(out)},
                 line_scratch);
-      }
     }
-    if (solid && out.data != nullptr)
-      for (int side = 0; side < sides; ++side)
-        for (int j = 0; j < out.cells; ++j)
-          k.lines(p.fft[1],
-                  {true, out.extent[0], slab(1, out, side, j), line, kCell, p.middle, out.at(side == 0 ? kx : minus, j),
-                   out.extent[1] * std::ptrdiff_t{kCell}, kCell, out.extent[1]},
-                  line_scratch);
+    for (int side = 0; solid && out.data != nullptr && side < sides; ++side) along_y(true, out, 1, side, both[side]);
   }
 }
 
@@ -781,8 +782,8 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
     if (!by_stamps) {
       sweep(plan[layer], {from, cells_of(layer), extent[layer]}, spectrum[layer], {to, kHiddenCells, extent[layer + 1]},
             scratch, [&](const Pairs& pairs, std::size_t first, const float* in, float* out) {
-              k.multiply(pairs, weight_spectrum[layer].data() + first * pair_weights, size_of(weight_cells[layer]), n_in, 1,
-                         kHidden, n_in, true, in, out);
+              const float* w = weight_spectrum[layer].data() + first * pair_weights;
+              k.multiply(pairs, w, size_of(weight_cells[layer]), n_in, 1, kHidden, n_in, true, in, out);
             });
       std::swap(from, to);
     }
@@ -882,11 +883,12 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
                   const float* own = in + c / 2 * pairs.plane + c % 2 * kSecond + l;
                   slot.bias[size_of(layer)][size_of(c)] += static_cast<double>(own[0]) + static_cast<double>(own[kImaginary]);
                 }
-            k.correlate(pairs, n_in, kept, in, on_top, sums + first * pair_sums);
+            float* s = sums + first * pair_sums;
+            k.correlate(pairs, n_in, kept, static_cast<std::ptrdiff_t>(column), in, on_top, s);
             kept += column;
-            if (go_on)
-              k.multiply(pairs, weight_spectrum[layer].data() + first * pair_weights, size_of(weight_cells[layer]), kHidden,
-                         n_in, n_in, 1, false, in, out);
+            if (!go_on) return;
+            const float* w = weight_spectrum[layer].data() + first * pair_weights;
+            k.multiply(pairs, w, size_of(weight_cells[layer]), kHidden, n_in, n_in, 1, false, in, out);
           });
     std::swap(from, to);
   }
@@ -1074,10 +1076,10 @@ double QTraining::Impl::run(const QNetworkWeights& weights, const StateActions& 
     const float scale = 1.0f / static_cast<float>(p.frequencies());
     const std::size_t pair_sums = size_of(2 * 8 * sum_blocks(channels));
     sweep(p, {nullptr, 0, window_extent}, nullptr, half, scratch,
-          [&](const Pairs& pairs, std::size_t first, const float*, float* spectrum) {
+          [&](const Pairs& column, std::size_t first, const float*, float* spectrum) {
             const float* own[kMostSlots];
             for (int s = 0; s < n_sums; ++s) own[s] = sums[s] + first * pair_sums;
-            k.join(pairs, channels, n_sums, own, size_of(cells), scale, spectrum);
+            k.join(column, channels, n_sums, own, size_of(cells), scale, spectrum);
           });
     float* w = out.parameters.data() + parameter_offset(layer, false);
     for (int j = 0; j < cells; ++j) {

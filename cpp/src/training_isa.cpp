@@ -293,18 +293,16 @@ template <int a, int b>
 __attribute__((noinline)) void coprime_line(const In& in, const Out& out, float* scratch) {
   using Map = Coprime<a, b>;
   alignas(64) static constexpr float zeros[kCell] = {};
-  if (in.next != 0)
-    for (int k = 0; k < in.count; ++k)
-      for (int part = 0; part < kCell; part += 16) __builtin_prefetch(in.p + k * in.stride + in.next + part);
-  if (out.next != 0)
-    for (int k = 0; k < out.count; ++k)
-      for (int part = 0; part < kCell; part += 16) __builtin_prefetch(out.p + k * out.stride + out.next + part, 1);
   for (int part = 0; part < kImaginary; part += kWidth) {
     each<a>([&](auto i) __attribute__((always_inline)) {
       Complex x[b];
       each<b>([&](auto j) __attribute__((always_inline)) {
         constexpr int k = Map::point(i.value, j.value);
         const float* p = k < in.count ? in.p + k * in.stride + part : zeros;
+        if (in.next != 0) {
+          __builtin_prefetch(p + in.next);
+          __builtin_prefetch(p + in.next + kImaginary);
+        }
         x[j.value] = {load(p + in.re), load(p + in.im)};
       });
       butterfly<b>(x);
@@ -325,6 +323,10 @@ __attribute__((noinline)) void coprime_line(const In& in, const Out& out, float*
         constexpr int k = Map::frequency(p.value, q.value);
         if (k >= out.count) return;
         float* y = out.p + k * out.stride + part;
+        if (out.next != 0) {
+          __builtin_prefetch(y + out.next, 1);
+          __builtin_prefetch(y + out.next + kImaginary, 1);
+        }
         store(y + out.re, x[p.value].re);
         store(y + out.im, x[p.value].im);
       });
@@ -384,12 +386,12 @@ __attribute__((noinline)) void line(const Fft& fft, In in, Out out, float* scrat
   }
 }
 
-// Far lines are prefetched two ahead: hardware does not foresee their elements.
 void lines(const Fft& fft, const Lines& all, float* scratch) {
   const int re = all.inverse ? kImaginary : 0, im = kImaginary - re;
-  In in{all.in, all.in_stride, all.in_count, re, im, all.in_stride == kCell ? 0 : 2 * all.in_line};
-  Out out{all.out, all.out_stride, all.out_count, re, im, all.out_stride == kCell ? 0 : 2 * all.out_line};
-  for (int k = 0; k < all.count; ++k, in.p += all.in_line, out.p += all.out_line) line(fft, in, out, scratch);
+  In in{all.in, all.in_steps.element, all.in_count, re, im, all.in_steps.later};
+  Out out{all.out, all.out_steps.element, all.out_count, re, im, all.out_steps.later};
+  for (int k = 0; k < all.count; ++k, in.p += all.in_steps.line, out.p += all.out_steps.line)
+    line(fft, in, out, scratch);
 }
 
 // ---- products of spectra ----------------------------------------------------------------------------------------
@@ -471,7 +473,8 @@ void multiply_all(const Pairs& t, const float* weights, std::size_t cells, int n
   for (int p = 0; p < t.count; ++p) {
     const std::ptrdiff_t f = t.pair[2 * p] * std::ptrdiff_t{kCell}, g = t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
     const float* w = weights + static_cast<std::size_t>(p) * 2 * imaginary;
-    for (std::size_t k = 0; k < 2 * imaginary; k += 16) __builtin_prefetch(w + 4 * imaginary + k);
+    for (std::size_t k = 0; k < 2 * imaginary; k += 16)
+      __builtin_prefetch(w + static_cast<std::size_t>(t.count) * 2 * imaginary + k);
     int o = 0;
     for (; o + kOutputs <= n_out; o += kOutputs)
       multiply_block<kOutputs, conjugate>(w, imaginary, n_in, step_in, o, step_out, in + f, in + g, out + f, out + g,
@@ -630,11 +633,18 @@ THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, std::ptr
   }
 }
 
-void correlate(const Pairs& t, int channels, const float* a, const float* d, bool add, float* sums) {
+void correlate(const Pairs& t, int channels, const float* a, std::ptrdiff_t later, const float* d, bool add,
+               float* sums) {
   alignas(64) float rows[16 * kRow];
   const std::ptrdiff_t imaginary = kSecond * sum_blocks(channels), tail = kSecond * channels;
   for (int p = 0; p < t.count; ++p, sums += 2 * imaginary) {
     const std::ptrdiff_t f = t.pair[2 * p] * std::ptrdiff_t{kCell}, g = t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
+    for (int j = 0; j < (channels + 1) / 2; ++j)
+      for (int k = 0; k < kCell; k += 16) {
+        __builtin_prefetch(a + later + f + j * t.plane + k);
+        __builtin_prefetch(a + later + g + j * t.plane + k);
+      }
+    for (int k = 0; k < 2 * imaginary; k += 16) __builtin_prefetch(sums + t.count * 2 * imaginary + k, 1);
     sample_rows<false>(d + f, t.plane, rows);
     sample_rows<true>(d + g, t.plane, rows + 8 * kRow);
     int c = 0;

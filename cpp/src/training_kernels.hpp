@@ -32,16 +32,17 @@ struct Fft {
 };
 
 /// `count` transforms of lines of cells; the points of a line beyond in_count are zero, frequencies beyond out_count are
-/// not written. Strides in floats, from element to element and from line to line. inverse: not normalised.
+/// not written. inverse: not normalised.
 struct Lines {
   bool inverse;
-  int count;
+  int count, in_count, out_count;
   const float* in;
-  std::ptrdiff_t in_line, in_stride;
-  int in_count;
   float* out;
-  std::ptrdiff_t out_line, out_stride;
-  int out_count;
+  /// Floats from line to line, from element to element, and to what a later line will want, which hardware does not
+  /// foresee; 0: it does, or it is in the cache.
+  struct Steps {
+    std::ptrdiff_t line, element, later;
+  } in_steps, out_steps;
 };
 
 /// Frequencies f and -f of some spectra.
@@ -73,8 +74,9 @@ struct TrainingKernels {
   void (*multiply)(const Pairs&, const float* weights, std::size_t weight_cells, int n_in, int step_in, int n_out,
                    int step_out, bool conjugate, const float* in, float* out);
   /// sums[pair][re, im][sum_at(channels, output, channel)] = sum over samples of a_channel(f) conj(d_output(f)), -f
-  /// conjugated on top. add: on top of what is there. d: kHidden channels.
-  void (*correlate)(const Pairs&, int channels, const float* a, const float* d, bool add, float* sums);
+  /// conjugated on top. add: on top of what is there. d: kHidden channels. later: floats to the a of the next call.
+  void (*correlate)(const Pairs&, int channels, const float* a, std::ptrdiff_t later, const float* d, bool add,
+                    float* sums);
   /// plane = leaky(plane + bias), zero outside the box's mask. bias: of the two channels. signs: per cell one bit for
   /// each value above 0.
   void (*activate)(const Box&, const float* bias, float slope, float* plane, std::uint32_t* signs);
