@@ -269,20 +269,14 @@ struct QTraining::Impl {
   struct Run {
     int phase, box, stamp, count;
   };
-  /// Rows of a stamp (of channel 0) and where they go in an arena's rows.
-  struct Piece {
-    std::size_t stamp, row;
-    int rows, width;
-  };
-
   // Buffers of one thread.
   struct Arena {
     Floats image, activation, last, spectrum[3], half[2], delta, scratch;
     std::vector<std::uint32_t> signs[kLayers];
     Floats masks[kLayers];
     std::vector<float> u, du;
-    Floats rows, delta_rows;       // (8 samples, rows of a_1's box, row_size)
-    std::vector<Piece> pieces[2];  // of the first and the last eight samples
+    Floats rows, delta_rows;  // (8 samples, slab_rows, row_size)
+    std::vector<std::vector<Piece>> pieces[2];  // per slab, of the first and the last eight samples
   };
 
   // What one share of the groups adds up to.
@@ -312,7 +306,7 @@ struct QTraining::Impl {
   void make_stamps(const QNetworkWeights& weights);
   int kernel_element(const int* phase, int z, int y, int x) const;
   bool is_clean(const StateActions& pairs, std::size_t sample, bool constant) const;
-  void find_pieces(const Call& call, std::size_t lane, std::size_t sample, std::vector<Piece>& pieces) const;
+  void find_pieces(const Call& call, std::size_t lane, std::size_t sample, std::vector<std::vector<Piece>>& pieces) const;
   std::size_t points(int layer) const {
     return size_of(extent[layer][0]) * size_of(extent[layer][1]) * size_of(extent[layer][2]);
   }
@@ -354,6 +348,7 @@ struct QTraining::Impl {
   Stamp stamp{};
   int phases = 1, low[3] = {0, 0, 0};  // lattice points of a kernel before its middle
   int row_size = 0, row_begin = 0;     // of the arenas' rows: stamps may stick out on both sides
+  int slab_rows = 1;                   // rows of a_1's box that are dealt with at a time, in the nearest cache
   std::size_t stamp_size = 0;          // of one channel
   Floats stamps, taps_reversed;        // (species, kHidden, z, y, tap_row)
   std::vector<float> lattice;          // (species, phase, stamp.kernel)
@@ -594,10 +589,11 @@ void QTraining::Impl::make_stamps(const QNetworkWeights& weights) {
   stamp_size = size_of(stamp.out[0]) * size_of(stamp.out[1]) * size_of(stamp.out_row);
   row_begin = 8;
   row_size = row_begin + (extent[1][2] + 7) / 8 * 8 + 8;
+  slab_rows = std::max(1, (1 << 13) / (8 * row_size));  // 32 KB
   const std::size_t kernel_size = size_of(stamp.kernel[0]) * size_of(stamp.kernel[1]) * size_of(stamp.kernel[2]);
   const std::size_t tap_size = size_of(stamp.taps[0]) * size_of(stamp.taps[1]) * size_of(stamp.tap_row);
 
-  lattice.assign(species * size_of(phases) * kernel_size, 0.0f);
+  lattice.assign(species * size_of(phases) * kernel_size + 8, 0.0f);  // the kernels look beyond the end
   const int edge_y = 2 * reach[1] + 1, edge_x = 2 * reach[2] + 1;
   std::size_t at = 0;
   for (std::size_t s = 0; s < species; ++s)
@@ -665,7 +661,7 @@ bool QTraining::Impl::is_clean(const StateActions& pairs, std::size_t sample, bo
 
 /// Appends the stamps of a sample's atoms. Their rows may stick out of the box by a stamp's width.
 void QTraining::Impl::find_pieces(const Call& call, std::size_t lane, std::size_t sample,
-                                  std::vector<Piece>& pieces) const {
+                                  std::vector<std::vector<Piece>>& pieces) const {
   std::vector<Run> runs[3];
   int action[3], atom[3];
   position(call.pairs.actions[2 * sample + 1], action);
@@ -699,11 +695,17 @@ void QTraining::Impl::find_pieces(const Call& call, std::size_t lane, std::size_
             const int row_at = (z.box + z.stamp + i) * extent[1][1] + y.box + y.stamp;
             // whole vectors of the columns that meet the box
             const int first = x.stamp / 8 * 8, end = (x.stamp + x.count + 7) / 8 * 8;
-            pieces.push_back(
-                {base + size_of((z.stamp + i) * stamp.out[1] + y.stamp) * size_of(stamp.out_row) + size_of(first),
-                 (lane * size_of(extent[1][0] * extent[1][1]) + size_of(row_at)) * size_of(row_size) +
-                     size_of(row_begin + x.box + first),
-                 y.count, end - first});
+            std::size_t from =
+                base + size_of((z.stamp + i) * stamp.out[1] + y.stamp) * size_of(stamp.out_row) + size_of(first);
+            for (int r = row_at, left = y.count; left > 0;) {
+              const int slab = r / slab_rows, count = std::min(left, (slab + 1) * slab_rows - r);
+              const std::size_t line = lane * size_of(slab_rows) + size_of(r % slab_rows);
+              pieces[size_of(slab)].push_back(
+                  {from, line * size_of(row_size) + size_of(row_begin + x.box + first), count, end - first});
+              from += size_of(count * stamp.out_row);
+              r += count;
+              left -= count;
+            }
           }
         }
   }
@@ -768,8 +770,12 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
   }
 
   // forward
-  const std::size_t image_rows = size_of(extent[1][0] * extent[1][1] * row_size);
-  for (std::vector<Piece>& pieces : arena.pieces) pieces.clear();
+  const int rows_of_a1 = extent[1][0] * extent[1][1], slabs = (rows_of_a1 + slab_rows - 1) / slab_rows;
+  const std::size_t image_rows = size_of(slab_rows) * size_of(row_size);
+  for (std::vector<std::vector<Piece>>& pieces : arena.pieces) {
+    pieces.resize(size_of(slabs));
+    for (std::vector<Piece>& slab : pieces) slab.clear();
+  }
   if (stamped)
     for (std::size_t l = 0; l < count; ++l) find_pieces(call, l % 8, call.order[begin + l], arena.pieces[l / 8]);
   float* rows = stamped ? arena.rows.need(8 * image_rows) : nullptr;
@@ -794,15 +800,17 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
     for (int j = 0; j < kHiddenCells; ++j) {
       float* a = layer == 2 ? last_activation + size_of(j) * plane : activation;
       if (by_stamps)
-        for (int part = 0; part < 4; ++part) {  // channel, half of the samples
-          std::memset(rows, 0, 8 * image_rows * sizeof(float));
-          for (const Piece& p : arena.pieces[part / 2])
-            k.add_rows(p.rows, p.width, stamps.data() + size_of(2 * j + part % 2) * stamp_size + p.stamp, stamp.out_row,
-                       rows + p.row, row_size);
-          k.interleave(extent[1][0] * extent[1][1], extent[1][2], rows + row_begin,
-                       static_cast<std::ptrdiff_t>(image_rows), row_size,
-                       a + part % 2 * kSecond + part / 2 * kImaginary);
-        }
+        for (int slab = 0; slab < slabs; ++slab)
+          for (int part = 0; part < 4; ++part) {  // channel, half of the samples
+            const std::vector<Piece>& pieces = arena.pieces[part / 2][size_of(slab)];
+            std::memset(rows, 0, 8 * image_rows * sizeof(float));
+            k.add_rows(pieces.data(), static_cast<int>(pieces.size()), true,
+                       stamps.data() + size_of(2 * j + part % 2) * stamp_size, stamp.out_row, rows, row_size);
+            k.interleave(std::min(slab_rows, rows_of_a1 - slab * slab_rows), extent[1][2], rows + row_begin,
+                         static_cast<std::ptrdiff_t>(image_rows), row_size,
+                         a + size_of(slab * slab_rows * extent[1][2]) * kCell + part % 2 * kSecond +
+                             part / 2 * kImaginary);
+          }
       else
         along_x(plan[layer], true, a, {from, kHiddenCells, extent[layer + 1]}, j, scratch);
       k.activate(inside, bias + 2 * j, shape.slope, a, arena.signs[layer + 1].data() + size_of(j) * points(layer + 1));
@@ -854,13 +862,15 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
           slot.constant[size_of(2 * j + c / kSecond % 2)] += sum[c];
         }
         float* delta_rows = arena.delta_rows.need(8 * image_rows);  // what lies beyond the box stays zero
-        for (int part = 0; part < 4; ++part) {
-          k.separate(extent[1][0] * extent[1][1], extent[1][2], d + part % 2 * kSecond + part / 2 * kImaginary,
-                     delta_rows + row_begin, static_cast<std::ptrdiff_t>(image_rows), row_size);
-          for (const Piece& p : arena.pieces[part / 2])
-            k.add_rows(p.rows, p.width, delta_rows + p.row, row_size,
-                       slot.stamps.data() + size_of(2 * j + part % 2) * stamp_size + p.stamp, stamp.out_row);
-        }
+        for (int slab = 0; slab < slabs; ++slab)
+          for (int part = 0; part < 4; ++part) {
+            const std::vector<Piece>& pieces = arena.pieces[part / 2][size_of(slab)];
+            k.separate(std::min(slab_rows, rows_of_a1 - slab * slab_rows), extent[1][2],
+                       d + size_of(slab * slab_rows * extent[1][2]) * kCell + part % 2 * kSecond + part / 2 * kImaginary,
+                       delta_rows + row_begin, static_cast<std::ptrdiff_t>(image_rows), row_size);
+            k.add_rows(pieces.data(), static_cast<int>(pieces.size()), false,
+                       slot.stamps.data() + size_of(2 * j + part % 2) * stamp_size, stamp.out_row, delta_rows, row_size);
+          }
         continue;
       }
       along_x(plan[layer], false, d, {to, kHiddenCells, extent[layer + 1]}, j, scratch);

@@ -832,12 +832,19 @@ void last_back(int points, int species, const float* w, const float* a, const fl
 
 // ---- the first layer, atom by atom ------------------------------------------------------------------------------
 
-void add_rows(int rows, int width, const float* from, std::ptrdiff_t from_row, float* to, std::ptrdiff_t to_row) {
-  for (int r = 0; r < rows; ++r, from += from_row, to += to_row) {
-    int x = 0;
-    if constexpr (kWidth == 16)
-      for (; x + 16 <= width; x += 16) store(to + x, load(to + x) + load(from + x));
-    for (; x < width; x += 8) store(to + x, load<8>(to + x) + load<8>(from + x));
+void add_rows(const Piece* pieces, int count, bool to_images, float* stamps, std::ptrdiff_t stamp_row, float* images,
+              std::ptrdiff_t image_row) {
+  for (const Piece* p = pieces; p != pieces + count; ++p) {
+    float *stamp = stamps + p->stamp, *image = images + p->image;
+    const float* from = to_images ? stamp : image;
+    float* to = to_images ? image : stamp;
+    const std::ptrdiff_t from_row = to_images ? stamp_row : image_row, to_row = to_images ? image_row : stamp_row;
+    for (int r = 0; r < p->rows; ++r, from += from_row, to += to_row) {
+      int x = 0;
+      if constexpr (kWidth == 16)
+        for (; x + 16 <= p->width; x += 16) store(to + x, load(to + x) + load(from + x));
+      for (; x < p->width; x += 8) store(to + x, load<8>(to + x) + load<8>(from + x));
+    }
   }
 }
 
@@ -881,28 +888,60 @@ void total(std::size_t points, const float* plane, float* cell) {
   for (int k = 0; k < kCell / kWidth; ++k) store(cell + k * kWidth, sum[k]);
 }
 
-// A row of the kernel at a time: its elements meet shifted copies of a row of taps, and only sums are stored.
+// Up to eight elements of the kernel's rows at a time, from `first` on: shifted copies of a row of taps stay in
+// registers while every row of the kernel meets them. kernel: eight floats longer than it is.
+constexpr int kElements = 8;
+
+template <int width>
+THALWEG_INLINE void stamp_strip(const Stamp& s, int first, const float* kernel, const float* taps, float* out) {
+  using T = Lanes<width>::Type;
+  T shifted[kElements];
+#pragma GCC unroll 8
+  for (int n = 0; n < kElements; ++n) shifted[n] = first + n < s.kernel[2] ? load<width>(taps - first - n) : T{};
+  kernel += first;
+  for (int kz = 0; kz < s.kernel[0]; ++kz, out += (s.out[1] - s.kernel[1]) * std::ptrdiff_t{s.out_row})
+    for (int ky = 0; ky < s.kernel[1]; ++ky, kernel += s.kernel[2], out += s.out_row) {
+      T sum = load<width>(out);
+#pragma GCC unroll 8
+      for (int n = 0; n < kElements; ++n) sum += kernel[n] * shifted[n];
+      store(out, sum);
+    }
+}
+
 void stamp(const Stamp& s, const float* kernel, const float* taps, float* out) {
   const std::ptrdiff_t channel = static_cast<std::ptrdiff_t>(s.out[0]) * s.out[1] * s.out_row;
-  const int columns = s.kernel[2];
-  for (int kz = 0; kz < s.kernel[0]; ++kz)
-    for (int ky = 0; ky < s.kernel[1]; ++ky, kernel += columns) {
-      int begin = 0, end = columns;
-      while (begin < end && kernel[begin] == 0) ++begin;
-      while (begin < end && kernel[end - 1] == 0) --end;
-      if (begin == end) continue;
-      const float* w = taps + s.tap_begin;
-      for (int o = 0; o < kHidden; ++o)
-        for (int z = 0; z < s.taps[0]; ++z)
-          for (int y = 0; y < s.taps[1]; ++y, w += s.tap_row) {
-            float* p = out + o * channel + (static_cast<std::ptrdiff_t>(z + kz) * s.out[1] + y + ky) * s.out_row;
-            for (int x = 0; x < s.out_row; x += 8) {
-              V8 sum = load<8>(p + x);
-              for (int n = begin; n < end; ++n) sum += kernel[n] * load<8>(w + x - n);
-              store(p + x, sum);
-            }
-          }
+  const float* w = taps + s.tap_begin;
+  for (int o = 0; o < kHidden; ++o)
+    for (int z = 0; z < s.taps[0]; ++z)
+      for (int y = 0; y < s.taps[1]; ++y, w += s.tap_row) {
+        float* p = out + o * channel + (static_cast<std::ptrdiff_t>(z) * s.out[1] + y) * s.out_row;
+        for (int first = 0; first < s.kernel[2]; first += kElements) {
+          int x = 0;
+          if constexpr (kWidth == 16)
+            for (; x + 16 <= s.out_row; x += 16) stamp_strip<16>(s, first, kernel, w + x, p + x);
+          for (; x < s.out_row; x += 8) stamp_strip<8>(s, first, kernel, w + x, p + x);
+        }
+      }
+}
+
+// Sums by element of the kernel's rows, over all rows; they are shifted into place at the end.
+template <int width>
+THALWEG_INLINE void tap_strip(const Stamp& s, int first, int x, const float* kernel, const float* out, float* taps) {
+  typename Lanes<width>::Type sum[kElements] = {};
+  kernel += first;
+  out += x;
+  for (int kz = 0; kz < s.kernel[0]; ++kz, out += (s.out[1] - s.kernel[1]) * std::ptrdiff_t{s.out_row})
+    for (int ky = 0; ky < s.kernel[1]; ++ky, kernel += s.kernel[2], out += s.out_row) {
+      const auto v = load<width>(out);
+#pragma GCC unroll 8
+      for (int n = 0; n < kElements; ++n) sum[n] += kernel[n] * v;
     }
+#pragma GCC unroll 8
+  for (int n = 0; n < kElements; ++n) {
+    const int shift = x - first - n;  // of the first lane, in taps
+    for (int k = shift < 0 ? -shift : 0; first + n < s.kernel[2] && k < width && shift + k < s.taps[2]; ++k)
+      taps[shift + k] += sum[n][k];
+  }
 }
 
 void stamp_taps(const Stamp& s, const float* kernel, const float* out, float* by_taps) {
@@ -910,22 +949,15 @@ void stamp_taps(const Stamp& s, const float* kernel, const float* out, float* by
   float* w = by_taps + s.tap_begin;
   for (int o = 0; o < kHidden; ++o)
     for (int z = 0; z < s.taps[0]; ++z)
-      for (int y = 0; y < s.taps[1]; ++y, w += s.tap_row)
-        for (int x = 0; x < s.taps[2]; x += 8) {
-          V8 sum[4] = {};
-          const float* k = kernel;
-          for (int kz = 0; kz < s.kernel[0]; ++kz)
-            for (int ky = 0; ky < s.kernel[1]; ++ky, k += s.kernel[2]) {
-              const float* p =
-                  out + o * channel + (static_cast<std::ptrdiff_t>(z + kz) * s.out[1] + y + ky) * s.out_row + x;
-              int n = 0;
-              for (; n + 4 <= s.kernel[2]; n += 4)
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i) sum[i] += k[n + i] * load<8>(p + n + i);
-              for (; n < s.kernel[2]; ++n) sum[0] += k[n] * load<8>(p + n);
-            }
-          store(w + x, load<8>(w + x) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+      for (int y = 0; y < s.taps[1]; ++y, w += s.tap_row) {
+        const float* p = out + o * channel + (static_cast<std::ptrdiff_t>(z) * s.out[1] + y) * s.out_row;
+        for (int first = 0; first < s.kernel[2]; first += kElements) {
+          int x = 0;
+          if constexpr (kWidth == 16)
+            for (; x + 16 <= s.out_row; x += 16) tap_strip<16>(s, first, x, kernel, p, w);
+          for (; x < s.out_row; x += 8) tap_strip<8>(s, first, x, kernel, p, w);
         }
+      }
 }
 
 void stamp_kernel(const Stamp& s, const float* taps, const float* out, float* by_kernel) {

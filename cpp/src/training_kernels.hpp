@@ -66,6 +66,12 @@ struct Stamp {
   int out[3], out_row;
 };
 
+/// Rows of a stamp (of channel 0) and where they go in images; width: floats, a multiple of 8.
+struct Piece {
+  std::size_t stamp, image;
+  int rows, width;
+};
+
 struct TrainingKernels {
   /// scratch: 2 n cells.
   void (*lines)(const Fft&, const Lines&, float* scratch);
@@ -92,15 +98,16 @@ struct TrainingKernels {
   void (*last)(int points, int species, const float* w, const float* a, float* u);
   /// d = sum_s w_s du_s, and dw (species, kHidden, points) += sum over samples of du_s a.
   void (*last_back)(int points, int species, const float* w, const float* a, const float* du, float* d, float* dw);
-  /// Rows of `width` floats (a multiple of 8) of one array added to rows of another.
-  void (*add_rows)(int rows, int width, const float* from, std::ptrdiff_t from_row, float* to, std::ptrdiff_t to_row);
+  /// Adds the pieces' rows of stamps to those of images, or the other way round.
+  void (*add_rows)(const Piece* pieces, int count, bool to_images, float* stamps, std::ptrdiff_t stamp_row,
+                   float* images, std::ptrdiff_t image_row);
   /// Eight lanes of a plane of `rows` x `width` cells (lanes: the first of them in the first cell) from one image per
   /// sample, and back.
   void (*interleave)(int rows, int width, const float* images, std::ptrdiff_t image, std::ptrdiff_t row, float* lanes);
   void (*separate)(int rows, int width, const float* lanes, float* images, std::ptrdiff_t image, std::ptrdiff_t row);
   /// Sum of all cells of a plane.
   void (*total)(std::size_t points, const float* plane, float* cell);
-  /// out += kernel convolved with taps, per channel; see Stamp.
+  /// out += kernel convolved with taps, per channel; see Stamp. Eight floats behind the kernel are read.
   void (*stamp)(const Stamp&, const float* kernel, const float* taps, float* out);
   /// Its transposes: by_taps += , by_kernel += .
   void (*stamp_taps)(const Stamp&, const float* kernel, const float* out, float* by_taps);
