@@ -290,108 +290,107 @@ THALWEG_INLINE void each(Body body) {
 }
 
 template <int a, int b>
-__attribute__((noinline)) void coprime_line(const In& in, const Out& out, float* scratch) {
+__attribute__((noinline)) void coprime_lines(const Lines& all, float* scratch) {
   using Map = Coprime<a, b>;
   alignas(64) static constexpr float zeros[kCell] = {};
-  for (int part = 0; part < kImaginary; part += kWidth) {
-    each<a>([&](auto i) __attribute__((always_inline)) {
-      Complex x[b];
-      each<b>([&](auto j) __attribute__((always_inline)) {
-        constexpr int k = Map::point(i.value, j.value);
-        const float* p = k < in.count ? in.p + k * in.stride + part : zeros;
-        if (in.next != 0) {
-          __builtin_prefetch(p + in.next);
-          __builtin_prefetch(p + in.next + kImaginary);
-        }
-        x[j.value] = {load(p + in.re), load(p + in.im)};
-      });
-      butterfly<b>(x);
-      each<b>([&](auto q) __attribute__((always_inline)) {
-        float* p = scratch + (q.value * a + i.value) * 2 * kWidth;
-        store(p, x[q.value].re);
-        store(p + kWidth, x[q.value].im);
-      });
-    });
-    each<b>([&](auto q) __attribute__((always_inline)) {
-      Complex x[a];
+  const int re = all.inverse ? kImaginary : 0, im = kImaginary - re, in_count = all.in_count, out_count = all.out_count;
+  const Lines::Steps in_steps = all.in_steps, out_steps = all.out_steps;
+  for (int l = 0; l < all.count; ++l)
+    for (int part = 0; part < kImaginary; part += kWidth) {
+      const float* in = all.in + l * in_steps.line + part;
+      float* out = all.out + l * out_steps.line + part;
       each<a>([&](auto i) __attribute__((always_inline)) {
-        const float* p = scratch + (q.value * a + i.value) * 2 * kWidth;
-        x[i.value] = {load(p), load(p + kWidth)};
+        Complex x[b];
+        each<b>([&](auto j) __attribute__((always_inline)) {
+          constexpr int k = Map::point(i.value, j.value);
+          const float* p = k < in_count ? in + k * in_steps.element : zeros;
+          if (in_steps.later != 0) {
+            __builtin_prefetch(p + in_steps.later);
+            __builtin_prefetch(p + in_steps.later + kImaginary);
+          }
+          x[j.value] = {load(p + re), load(p + im)};
+        });
+        butterfly<b>(x);
+        each<b>([&](auto q) __attribute__((always_inline)) {
+          float* p = scratch + (q.value * a + i.value) * 2 * kWidth;
+          store(p, x[q.value].re);
+          store(p + kWidth, x[q.value].im);
+        });
       });
-      butterfly<a>(x);
-      each<a>([&](auto p) __attribute__((always_inline)) {
-        constexpr int k = Map::frequency(p.value, q.value);
-        if (k >= out.count) return;
-        float* y = out.p + k * out.stride + part;
-        if (out.next != 0) {
-          __builtin_prefetch(y + out.next, 1);
-          __builtin_prefetch(y + out.next + kImaginary, 1);
-        }
-        store(y + out.re, x[p.value].re);
-        store(y + out.im, x[p.value].im);
+      each<b>([&](auto q) __attribute__((always_inline)) {
+        Complex x[a];
+        each<a>([&](auto i) __attribute__((always_inline)) {
+          const float* p = scratch + (q.value * a + i.value) * 2 * kWidth;
+          x[i.value] = {load(p), load(p + kWidth)};
+        });
+        butterfly<a>(x);
+        each<a>([&](auto p) __attribute__((always_inline)) {
+          constexpr int k = Map::frequency(p.value, q.value);
+          if (k >= out_count) return;
+          float* y = out + k * out_steps.element;
+          if (out_steps.later != 0) {
+            __builtin_prefetch(y + out_steps.later, 1);
+            __builtin_prefetch(y + out_steps.later + kImaginary, 1);
+          }
+          store(y + re, x[p.value].re);
+          store(y + im, x[p.value].im);
+        });
       });
-    });
-  }
+    }
 }
 
-// in.count points (the rest of n is zero) to the first out.count frequencies. The inverse is the forward transform with
-// real and imaginary parts swapped on both sides. scratch: 2 n cells.
-__attribute__((noinline)) void line(const Fft& fft, In in, Out out, float* scratch) {
-  switch (fft.n) {  // of the thesis' networks
-    case 13:
-      return coprime_line<13, 1>(in, out, scratch);
-    case 18:
-      return coprime_line<2, 9>(in, out, scratch);
-    case 20:
-      return coprime_line<4, 5>(in, out, scratch);
-    case 21:
-      return coprime_line<3, 7>(in, out, scratch);
-    case 30:
-      return coprime_line<6, 5>(in, out, scratch);
-    case 36:
-      return coprime_line<4, 9>(in, out, scratch);
-    case 42:
-      return coprime_line<6, 7>(in, out, scratch);
-    case 45:
-      return coprime_line<5, 9>(in, out, scratch);
-    case 1:
-      for (int k = 0; k < kImaginary; k += kWidth) {
-        store(out.p + out.re + k, load(in.p + in.re + k));
-        store(out.p + out.im + k, load(in.p + in.im + k));
-      }
-      return;
-    default:
-      break;
+// Any other length. in.count points (the rest of n is zero) to the first out.count frequencies. The inverse is the
+// forward transform with real and imaginary parts swapped on both sides.
+__attribute__((noinline)) void line(const Fft& fft, const In& in, const Out& out, float* scratch) {
+  if (fft.n == 1) {
+    store(out.p + out.re, load(in.p + in.re));
+    store(out.p + out.im, load(in.p + in.im));
+    return;
   }
+  if (fft.stages == 1) return stage_of<true, true>(fft.radix[0], fft.n, 1, fft.twiddles, in, out);
   float* buffers[2] = {scratch, scratch + 2 * kWidth * fft.n};
-  for (int part = 0; part < kImaginary; part += kWidth) {
-    if (fft.stages == 1) {
-      stage_of<true, true>(fft.radix[0], fft.n, 1, fft.twiddles, in, out);
-    } else {
-      int n = fft.n, s = 1;
-      stage_of<true, false>(fft.radix[0], n, s, fft.twiddles, in, {buffers[0], 2 * kWidth, n, 0, kWidth});
-      for (int k = 1; k < fft.stages; ++k) {
-        n /= fft.radix[k - 1];
-        s *= fft.radix[k - 1];
-        const In from{buffers[(k - 1) & 1], 2 * kWidth, fft.n, 0, kWidth};
-        if (k + 1 < fft.stages)
-          stage_of<false, false>(fft.radix[k], n, s, fft.twiddles, from,
-                                 {buffers[k & 1], 2 * kWidth, fft.n, 0, kWidth});
-        else
-          stage_of<false, true>(fft.radix[k], n, s, fft.twiddles, from, out);
-      }
-    }
-    in.p += kWidth;
-    out.p += kWidth;
+  int n = fft.n, s = 1;
+  stage_of<true, false>(fft.radix[0], n, s, fft.twiddles, in, {buffers[0], 2 * kWidth, n, 0, kWidth});
+  for (int k = 1; k < fft.stages; ++k) {
+    n /= fft.radix[k - 1];
+    s *= fft.radix[k - 1];
+    const In from{buffers[(k - 1) & 1], 2 * kWidth, fft.n, 0, kWidth};
+    if (k + 1 < fft.stages)
+      stage_of<false, false>(fft.radix[k], n, s, fft.twiddles, from, {buffers[k & 1], 2 * kWidth, fft.n, 0, kWidth});
+    else
+      stage_of<false, true>(fft.radix[k], n, s, fft.twiddles, from, out);
   }
 }
 
 void lines(const Fft& fft, const Lines& all, float* scratch) {
+  switch (fft.n) {  // of the thesis' networks
+    case 13:
+      return coprime_lines<13, 1>(all, scratch);
+    case 18:
+      return coprime_lines<2, 9>(all, scratch);
+    case 20:
+      return coprime_lines<4, 5>(all, scratch);
+    case 21:
+      return coprime_lines<3, 7>(all, scratch);
+    case 30:
+      return coprime_lines<6, 5>(all, scratch);
+    case 36:
+      return coprime_lines<4, 9>(all, scratch);
+    case 42:
+      return coprime_lines<6, 7>(all, scratch);
+    case 45:
+      return coprime_lines<5, 9>(all, scratch);
+    default:
+      break;
+  }
   const int re = all.inverse ? kImaginary : 0, im = kImaginary - re;
-  In in{all.in, all.in_steps.element, all.in_count, re, im, all.in_steps.later};
-  Out out{all.out, all.out_steps.element, all.out_count, re, im, all.out_steps.later};
-  for (int k = 0; k < all.count; ++k, in.p += all.in_steps.line, out.p += all.out_steps.line)
-    line(fft, in, out, scratch);
+  for (int l = 0; l < all.count; ++l)
+    for (int part = 0; part < kImaginary; part += kWidth)
+      line(fft,
+           {all.in + l * all.in_steps.line + part, all.in_steps.element, all.in_count, re, im, all.in_steps.later},
+           {all.out + l * all.out_steps.line + part, all.out_steps.element, all.out_count, re, im,
+            all.out_steps.later},
+           scratch);
 }
 
 // ---- products of spectra ----------------------------------------------------------------------------------------
