@@ -437,7 +437,7 @@ THALWEG_INLINE std::ptrdiff_t channel_at(std::ptrdiff_t plane, int c) { return c
 
 template <int outputs, bool conjugate>
 THALWEG_INLINE void multiply_block(const float* w, std::size_t imaginary, int n_in, int step_in, int first,
-                                   int step_out, const float* in_f, const float* in_g, float* out_f,
+                                   const int step_out, const float* in_f, const float* in_g, float* out_f,
                                    float* out_g, std::ptrdiff_t plane) {
   for (int pass = 0; pass < kPasses; ++pass) {
     const Side in(in_f, in_g, pass);
@@ -465,9 +465,11 @@ THALWEG_INLINE void multiply_block(const float* w, std::size_t imaginary, int n_
   }
 }
 
-template <bool conjugate>
+// step: between outputs; what is known of it spares registers for addresses.
+template <bool conjugate, int step>
 void multiply_all(const Pairs& t, const float* weights, std::size_t cells, int n_in, int step_in, int n_out,
-                  int step_out, const float* in, float* out) {
+                  int any_step, const float* in, float* out) {
+  const int step_out = step > 0 ? step : any_step;
   const std::size_t imaginary = cells * kCell;
   for (int p = 0; p < t.count; ++p) {
     const std::ptrdiff_t f = t.pair[2 * p] * std::ptrdiff_t{kCell}, g = t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
@@ -486,10 +488,9 @@ void multiply_all(const Pairs& t, const float* weights, std::size_t cells, int n
 
 void multiply(const Pairs& t, const float* weights, std::size_t cells, int n_in, int step_in, int n_out,
               int step_out, bool conjugate, const float* in, float* out) {
-  if (conjugate)
-    multiply_all<true>(t, weights, cells, n_in, step_in, n_out, step_out, in, out);
-  else
-    multiply_all<false>(t, weights, cells, n_in, step_in, n_out, step_out, in, out);
+  const auto all = conjugate ? (step_out == kHidden ? multiply_all<true, kHidden> : multiply_all<true, 0>)
+                             : (step_out == 1 ? multiply_all<false, 1> : multiply_all<false, 0>);
+  all(t, weights, cells, n_in, step_in, n_out, step_out, in, out);
 }
 
 using Index8 = Lanes<8>::Integer;
