@@ -271,7 +271,7 @@ struct QTraining::Impl {
   };
   // Buffers of one thread.
   struct Arena {
-    Floats image, activation, last, spectrum[3], half[2], delta, scratch;
+    Floats image, activation, last, spectrum[3], half[2], delta, scratch, few[3];
     std::vector<std::uint32_t> signs[kLayers];
     Floats masks[kLayers];
     std::vector<float> u, du;
@@ -716,6 +716,10 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
   const std::size_t begin = g * kGroup, count = std::min<std::size_t>(kGroup, call.pairs.size() - begin);
   const float* parameters = call.weights.parameters.data();
   float* scratch = arena.scratch.need(scratch_size);
+  const bool stamped = begin + count <= call.stamped, few = stamped && count <= 8;
+  const int hidden_cells = few ? kFewCells : kHiddenCells;
+  // channel and samples of each eighth float of a cell
+  const auto channel_of = [&](int cell, int part) { return few ? 4 * cell + part : 2 * cell + part % 2; };
 
   // what lies inside the grid
   bool masked = false;
@@ -733,17 +737,17 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
           masked = true;
           float* m = mask + l % 8 + (l < 8 ? 0 : kImaginary);
           m[0] = m[kSecond] = 0.0f;
+          if (few) m[kImaginary] = m[kImaginary + kSecond] = 0.0f;
         }
       }
   }
 
   // images, and their spectra
-  const bool stamped = begin + count <= call.stamped;
   const std::size_t image_plane = points(0) * kCell;
   const Box image_box = box(0, arena, masked);
   float* image = nullptr;
   float* spectrum[3] = {};
-  const auto cells_of = [&](int layer) { return layer == 0 ? call.channel_pairs : kHiddenCells; };
+  const auto cells_of = [&](int layer) { return layer == 0 ? call.channel_pairs : hidden_cells; };
   for (int layer = stamped ? 1 : 0; layer < 3; ++layer)
     spectrum[layer] = arena.spectrum[layer].need(plan[layer].columns.size() * plan[layer].column(cells_of(layer)));
   // what a layer's transforms start from, and what they leave
@@ -770,6 +774,25 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
   }
 
   // forward
+  std::size_t few_floats = 0;
+  for (int layer = 1; layer < 3; ++layer)
+    few_floats = std::max(few_floats, size_of(plan[layer].size[plan[layer].inner]) * kFewChannels * kCell);
+  float *few_in = few ? arena.few[0].need(few_floats) : nullptr, *few_out = few ? arena.few[1].need(few_floats) : nullptr,
+        *few_kept = few ? arena.few[2].need(few_floats) : nullptr;
+  // The last layer knows full groups only: a cell of few samples from or to their planes.
+  const auto move_few = [&](int cell, bool to_planes, float* few_plane, float* planes) {
+    for (int part = 0; part < 4; ++part) {
+      const int channel = channel_of(cell, part);
+      float *own = few_plane + part * 8, *other = planes + size_of(channel / 2) * points(3) * kCell + channel % 2 * kSecond;
+      for (std::size_t at = 0; at < points(3); ++at, own += kCell, other += kCell)
+        if (!to_planes) {
+          for (int l = 0; l < 8; ++l) own[l] = channel < kHidden ? other[l] : 0.0f;
+        } else if (channel < kHidden) {
+          std::copy(own, own + 8, other);
+          std::fill(other + kImaginary, other + kImaginary + 8, 0.0f);
+        }
+    }
+  };
   const int rows_of_a1 = extent[1][0] * extent[1][1], slabs = (rows_of_a1 + slab_rows - 1) / slab_rows;
   const std::size_t image_rows = size_of(slab_rows) * size_of(row_size);
   for (std::vector<std::vector<Piece>>& pieces : arena.pieces) {
@@ -786,10 +809,16 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
     const bool by_stamps = layer == 0 && stamped;
     const std::size_t pair_weights = size_of(2 * weight_cells[layer] * kCell);
     if (!by_stamps) {
-      sweep(plan[layer], {from, cells_of(layer), extent[layer]}, spectrum[layer], {to, kHiddenCells, extent[layer + 1]},
+      sweep(plan[layer], {from, cells_of(layer), extent[layer]}, spectrum[layer], {to, hidden_cells, extent[layer + 1]},
             scratch, [&](const Pairs& pairs, std::size_t first, const float* in, float* out) {
               const float* w = weight_spectrum[layer].data() + first * pair_weights;
-              k.multiply(pairs, w, size_of(weight_cells[layer]), n_in, 1, kHidden, n_in, true, in, out);
+              if (few) {
+                k.unpack(pairs, in, few_in);
+                k.multiply_few(pairs.count, w, size_of(weight_cells[layer]), true, few_in, few_out);
+                k.pack(pairs, few_out, out);
+              } else {
+                k.multiply(pairs, w, size_of(weight_cells[layer]), n_in, 1, kHidden, n_in, true, in, out);
+              }
             });
       std::swap(from, to);
     }
@@ -797,25 +826,31 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
     arena.signs[layer + 1].resize(kHiddenCells * points(layer + 1));
     const float* bias = by_stamps ? first_bias.data() : parameters + parameter_offset(layer, true);
     const Box inside = box(layer + 1, arena, masked);
-    for (int j = 0; j < kHiddenCells; ++j) {
-      float* a = layer == 2 ? last_activation + size_of(j) * plane : activation;
+    for (int j = 0; j < hidden_cells; ++j) {
+      float* a = layer == 2 && !few ? last_activation + size_of(j) * plane : activation;
       if (by_stamps)
         for (int slab = 0; slab < slabs; ++slab)
-          for (int part = 0; part < 4; ++part) {  // channel, half of the samples
-            const std::vector<Piece>& pieces = arena.pieces[part / 2][size_of(slab)];
+          for (int part = 0; part < 4; ++part) {
+            const std::vector<Piece>& pieces = arena.pieces[few ? 0 : part / 2][size_of(slab)];
+            const int channel = channel_of(j, part);
             std::memset(rows, 0, 8 * image_rows * sizeof(float));
-            k.add_rows(pieces.data(), static_cast<int>(pieces.size()), true,
-                       stamps.data() + size_of(2 * j + part % 2) * stamp_size, stamp.out_row, rows, row_size);
+            if (channel < kHidden)
+              k.add_rows(pieces.data(), static_cast<int>(pieces.size()), true,
+                         stamps.data() + size_of(channel) * stamp_size, stamp.out_row, rows, row_size);
             k.interleave(std::min(slab_rows, rows_of_a1 - slab * slab_rows), extent[1][2], rows + row_begin,
                          static_cast<std::ptrdiff_t>(image_rows), row_size,
                          a + size_of(slab * slab_rows * extent[1][2]) * kCell + part % 2 * kSecond +
                              part / 2 * kImaginary);
           }
       else
-        along_x(plan[layer], true, a, {from, kHiddenCells, extent[layer + 1]}, j, scratch);
-      k.activate(inside, bias + 2 * j, shape.slope, a, arena.signs[layer + 1].data() + size_of(j) * points(layer + 1));
+        along_x(plan[layer], true, a, {from, hidden_cells, extent[layer + 1]}, j, scratch);
+      float biases[4];
+      for (int part = 0; part < 4; ++part) biases[part] = channel_of(j, part) < kHidden ? bias[channel_of(j, part)] : 0.0f;
+      k.activate(inside, biases, shape.slope, a, arena.signs[layer + 1].data() + size_of(j) * points(layer + 1));
       if (layer < 2)
-        along_x(plan[layer + 1], false, a, {to, kHiddenCells, extent[layer + 1]}, j, scratch);
+        along_x(plan[layer + 1], false, a, {to, hidden_cells, extent[layer + 1]}, j, scratch);
+      else if (few)
+        move_few(j, true, a, last_activation);
     }
     std::swap(from, to);
   }
@@ -850,30 +885,37 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
   for (int layer = 2; layer >= 0; --layer) {
     const std::size_t plane = points(layer + 1) * kCell;
     const Box inside = box(layer + 1, arena, masked);
-    for (int j = 0; j < kHiddenCells; ++j) {
-      float* d = delta + (layer == 2 ? size_of(j) * plane : 0);
-      if (layer < 2) along_x(plan[layer + 1], true, d, {from, kHiddenCells, extent[layer + 1]}, j, scratch);
+    for (int j = 0; j < hidden_cells; ++j) {
+      float* d = layer < 2 ? delta : few ? activation : delta + size_of(j) * plane;
+      if (layer < 2)
+        along_x(plan[layer + 1], true, d, {from, hidden_cells, extent[layer + 1]}, j, scratch);
+      else if (few)
+        move_few(j, false, d, delta);
       k.pull(inside, shape.slope, arena.signs[layer + 1].data() + size_of(j) * points(layer + 1), d);
       if (layer == 0 && stamped) {
         alignas(64) float sum[kCell];
         k.total(points(1), d, sum);
         for (int c = 0; c < kCell; ++c) {
-          slot.bias[0][size_of(2 * j + c / kSecond % 2)] += sum[c];
-          slot.constant[size_of(2 * j + c / kSecond % 2)] += sum[c];
+          const int channel = channel_of(j, c / kSecond);
+          if (channel >= kHidden) break;
+          slot.bias[0][size_of(channel)] += static_cast<double>(sum[c]);
+          slot.constant[size_of(channel)] += static_cast<double>(sum[c]);
         }
         float* delta_rows = arena.delta_rows.need(8 * image_rows);  // what lies beyond the box stays zero
         for (int slab = 0; slab < slabs; ++slab)
           for (int part = 0; part < 4; ++part) {
-            const std::vector<Piece>& pieces = arena.pieces[part / 2][size_of(slab)];
+            const std::vector<Piece>& pieces = arena.pieces[few ? 0 : part / 2][size_of(slab)];
+            const int channel = channel_of(j, part);
+            if (channel >= kHidden) break;
             k.separate(std::min(slab_rows, rows_of_a1 - slab * slab_rows), extent[1][2],
                        d + size_of(slab * slab_rows * extent[1][2]) * kCell + part % 2 * kSecond + part / 2 * kImaginary,
                        delta_rows + row_begin, static_cast<std::ptrdiff_t>(image_rows), row_size);
             k.add_rows(pieces.data(), static_cast<int>(pieces.size()), false,
-                       slot.stamps.data() + size_of(2 * j + part % 2) * stamp_size, stamp.out_row, delta_rows, row_size);
+                       slot.stamps.data() + size_of(channel) * stamp_size, stamp.out_row, delta_rows, row_size);
           }
         continue;
       }
-      along_x(plan[layer], false, d, {to, kHiddenCells, extent[layer + 1]}, j, scratch);
+      along_x(plan[layer], false, d, {to, hidden_cells, extent[layer + 1]}, j, scratch);
     }
     if (layer == 0 && stamped) return;
     std::swap(from, to);
@@ -884,20 +926,34 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
     if (layer == 0) slot.has_sums = true;
     const std::size_t column = plan[layer].column(cells_of(layer));
     const float* kept = spectrum[layer];
-    sweep(plan[layer], {from, kHiddenCells, extent[layer + 1]}, nullptr,
+    sweep(plan[layer], {from, hidden_cells, extent[layer + 1]}, nullptr,
           {go_on ? to : nullptr, cells_of(layer), extent[layer]}, scratch,
           [&](const Pairs& pairs, std::size_t first, const float* in, float* out) {
             if (first == 0)  // frequency zero is the sum over points
               for (int c = 0; c < kHidden; ++c)
                 for (int l = 0; l < 8; ++l) {
+                  if (few) {
+                    slot.bias[size_of(layer)][size_of(c)] +=
+                        static_cast<double>(in[c / 4 * pairs.plane + c % 4 * kSecond + l]);
+                    continue;
+                  }
                   const float* own = in + c / 2 * pairs.plane + c % 2 * kSecond + l;
                   slot.bias[size_of(layer)][size_of(c)] += static_cast<double>(own[0]) + static_cast<double>(own[kImaginary]);
                 }
             float* s = sums + first * pair_sums;
+            const float* w = weight_spectrum[layer].data() + first * pair_weights;
+            if (few) {
+              k.unpack(pairs, kept, few_kept);
+              kept += column;
+              k.unpack(pairs, in, few_in);
+              k.correlate_few(pairs.count, few_kept, few_in, on_top, s);
+              k.multiply_few(pairs.count, w, size_of(weight_cells[layer]), false, few_in, few_out);
+              k.pack(pairs, few_out, out);
+              return;
+            }
             k.correlate(pairs, n_in, kept, static_cast<std::ptrdiff_t>(column), in, on_top, s);
             kept += column;
             if (!go_on) return;
-            const float* w = weight_spectrum[layer].data() + first * pair_weights;
             k.multiply(pairs, w, size_of(weight_cells[layer]), kHidden, n_in, n_in, 1, false, in, out);
           });
     std::swap(from, to);

@@ -520,12 +520,12 @@ THALWEG_INLINE void transpose(V8* r) {
 // each is stored as it will be loaded: a load that spans two pending stores would wait for both.
 constexpr int kRow = 32;
 
-template <bool conjugated>
+template <bool conjugated, bool few>
 THALWEG_INLINE void sample_rows(const float* d, std::ptrdiff_t plane, float* rows) {
   V8 re[8], im[8];
-  const auto real = [&](int c) { return load<8>(d + channel_at(plane, c)); };
+  const auto real = [&](int c) { return few ? 2 * load<8>(d + c * kCell) : load<8>(d + channel_at(plane, c)); };
   const auto imaginary = [&](int c) {
-    const V8 v = load<8>(d + channel_at(plane, c) + kImaginary);
+    const V8 v = few ? 2 * load<8>(d + c * kCell + 8) : load<8>(d + channel_at(plane, c) + kImaginary);
     return conjugated ? -v : v;
   };
 #pragma GCC unroll 8
@@ -557,11 +557,12 @@ constexpr int kWide = kWidth, kChannelBlock = kWidth == 8 ? 2 : 1;
 #endif
 constexpr int kWideCount = 24 / kWide;  // vectors of kWide in a row, the rest in one of 8
 
-template <int channels>
+template <int channels, bool few>
 THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, std::ptrdiff_t plane, int first,
                                     const float* rows, bool add, float* sums, std::ptrdiff_t imaginary,
                                     std::ptrdiff_t tail) {
   using W = Lanes<kWide>::Type;
+  constexpr int imaginary_part = few ? 8 : kImaginary;
   constexpr bool rest = 24 % kWide != 0;
   W re[channels][kWideCount] = {}, im[channels][kWideCount] = {};  // sums with Re a and with Im a
   V8 re_rest[channels] = {}, im_rest[channels] = {};
@@ -576,27 +577,27 @@ THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, std::ptr
       if constexpr (rest) d_rest = load<8>(row + 16);
 #pragma GCC unroll 8
       for (int c = 0; c < channels; ++c) {
-        const float* x = a + channel_at(plane, first + c) + l;
+        const float* x = a + (few ? (first + c) * kCell : channel_at(plane, first + c)) + l;
 #pragma GCC unroll 8
         for (int k = 0; k < kWideCount; ++k) {
           re[c][k] += x[0] * d[k];
           if constexpr (decltype(conjugated)::value)
-            im[c][k] -= x[kImaginary] * d[k];
+            im[c][k] -= x[imaginary_part] * d[k];
           else
-            im[c][k] += x[kImaginary] * d[k];
+            im[c][k] += x[imaginary_part] * d[k];
         }
         if constexpr (rest) {
           re_rest[c] += x[0] * d_rest;
           if constexpr (decltype(conjugated)::value)
-            im_rest[c] -= x[kImaginary] * d_rest;
+            im_rest[c] -= x[imaginary_part] * d_rest;
           else
-            im_rest[c] += x[kImaginary] * d_rest;
+            im_rest[c] += x[imaginary_part] * d_rest;
         }
       }
     }
   };
   side(a_f, rows, Index<0>());
-  side(a_g, rows + 8 * kRow, Index<1>());
+  if constexpr (!few) side(a_g, rows + 8 * kRow, Index<1>());
 #pragma GCC unroll 8
   for (int c = 0; c < channels; ++c) {
     float* s = sums + (first + c) * 8;
@@ -645,12 +646,92 @@ void correlate(const Pairs& t, int channels, const float* a, std::ptrdiff_t late
         __builtin_prefetch(a + later + g + j * t.plane + k);
       }
     for (int k = 0; k < 2 * imaginary; k += 16) __builtin_prefetch(sums + t.count * 2 * imaginary + k, 1);
-    sample_rows<false>(d + f, t.plane, rows);
-    sample_rows<true>(d + g, t.plane, rows + 8 * kRow);
+    sample_rows<false, false>(d + f, t.plane, rows);
+    sample_rows<true, false>(d + g, t.plane, rows + 8 * kRow);
     int c = 0;
     for (; c + kChannelBlock <= channels; c += kChannelBlock)
-      correlate_block<kChannelBlock>(a + f, a + g, t.plane, c, rows, add, sums, imaginary, tail);
-    for (; c < channels; ++c) correlate_block<1>(a + f, a + g, t.plane, c, rows, add, sums, imaginary, tail);
+      correlate_block<kChannelBlock, false>(a + f, a + g, t.plane, c, rows, add, sums, imaginary, tail);
+    for (; c < channels; ++c) correlate_block<1, false>(a + f, a + g, t.plane, c, rows, add, sums, imaginary, tail);
+  }
+}
+
+// ---- groups of few samples --------------------------------------------------------------------------------------
+
+void unpack(const Pairs& t, const float* packed, float* x) {
+  for (int p = 0; p < t.count; ++p, x += kFewChannels * kCell) {
+    const float *f = packed + t.pair[2 * p] * std::ptrdiff_t{kCell}, *g = packed + t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
+    for (int c = 0; c < kFewChannels; c += 4, f += t.plane, g += t.plane)
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const V8 half = spread<V8>(0.5f), f_re = half * load<8>(f + 8 * h), f_im = half * load<8>(f + kImaginary + 8 * h),
+                 g_re = half * load<8>(g + 8 * h), g_im = half * load<8>(g + kImaginary + 8 * h);
+        const auto put_channel = [&](float* to, V8 re, V8 im) __attribute__((always_inline)) {
+          store(to, re);
+          store(to + 8, im);
+          store(to + 16, im);
+          store(to + 24, -re);
+        };
+        put_channel(x + (c + h) * kCell, f_re + g_re, f_im - g_im);
+        put_channel(x + (c + 2 + h) * kCell, f_im + g_im, g_re - f_re);
+      }
+  }
+}
+
+void pack(const Pairs& t, const float* y, float* packed) {
+  for (int p = 0; p < t.count; ++p, y += kFewChannels * kCell) {
+    float *f = packed + t.pair[2 * p] * std::ptrdiff_t{kCell}, *g = packed + t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
+    for (int c = 0; c < kFewChannels; c += 4, f += t.plane, g += t.plane)
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const auto part = [&](int channel, int at) __attribute__((always_inline)) {
+          return channel < kHidden ? load<8>(y + channel * kCell + at) : V8{};
+        };
+        const V8 a_re = part(c + h, 0), a_im = part(c + h, 8), b_re = part(c + 2 + h, 0), b_im = part(c + 2 + h, 8);
+        store(f + 8 * h, a_re - b_im);
+        store(f + kImaginary + 8 * h, a_im + b_re);
+        store(g + 8 * h, a_re + b_im);
+        store(g + kImaginary + 8 * h, b_re - a_im);
+      }
+  }
+}
+
+template <bool conjugate>
+void multiply_few_all(int pairs, const float* w, std::size_t imaginary, const float* in, float* out) {
+  constexpr int step_in = conjugate ? 1 : kHidden, step_out = conjugate ? kHidden : 1;
+  for (int p = 0; p < pairs; ++p, w += 2 * imaginary, in += kFewChannels * kCell, out += kFewChannels * kCell) {
+    for (std::size_t k = 0; k < 2 * imaginary; k += 16)
+      __builtin_prefetch(w + static_cast<std::size_t>(pairs) * 2 * imaginary + k);
+    for (int part = 0; part < 16; part += kWidth)
+      for (int first = 0; first < kHidden; first += kOutputs) {
+        V a[kOutputs] = {}, b[kOutputs] = {};
+        for (int i = 0; i < kHidden; ++i) {
+          const V x = load(in + i * kCell + part), turned = load(in + i * kCell + 16 + part);
+          const float* re = w + first * step_out + i * step_in;
+#pragma GCC unroll 10
+          for (int o = 0; o < kOutputs; ++o) {
+            a[o] += re[o * step_out] * x;
+            b[o] += re[o * step_out + static_cast<std::ptrdiff_t>(imaginary)] * turned;
+          }
+        }
+#pragma GCC unroll 10
+        for (int o = 0; o < kOutputs; ++o)
+          store(out + (first + o) * kCell + part, conjugate ? a[o] + b[o] : a[o] - b[o]);
+      }
+  }
+}
+
+void multiply_few(int pairs, const float* weights, std::size_t cells, bool conjugate, const float* in, float* out) {
+  (conjugate ? multiply_few_all<true> : multiply_few_all<false>)(pairs, weights, cells * kCell, in, out);
+}
+
+void correlate_few(int pairs, const float* a, const float* d, bool add, float* sums) {
+  alignas(64) float rows[8 * kRow];
+  constexpr std::ptrdiff_t imaginary = kSecond * sum_blocks(kHidden), tail = kSecond * kHidden;
+  for (int p = 0; p < pairs; ++p, sums += 2 * imaginary, a += kFewChannels * kCell, d += kFewChannels * kCell) {
+    for (int k = 0; k < 2 * imaginary; k += 16) __builtin_prefetch(sums + pairs * 2 * imaginary + k, 1);
+    sample_rows<false, true>(d, 0, rows);
+    for (int c = 0; c < kHidden; c += kChannelBlock)
+      correlate_block<kChannelBlock, true>(a, nullptr, 0, c, rows, add, sums, imaginary, tail);
   }
 }
 
@@ -752,7 +833,7 @@ THALWEG_INLINE V by_sign(std::uint32_t bits, V yes, V no) {
 
 void activate(const Box& box, const float* bias, float slope, float* plane, std::uint32_t* signs) {
   alignas(64) float b[kCell];
-  for (int k = 0; k < kCell; ++k) b[k] = bias[k / kSecond % 2];
+  for (int k = 0; k < kCell; ++k) b[k] = bias[k / kSecond];
   const auto body = [&](std::ptrdiff_t at, const float* mask) __attribute__((always_inline)) {
     float* p = plane + at;
     std::uint32_t bits = 0;
@@ -936,12 +1017,10 @@ THALWEG_INLINE void tap_strip(const Stamp& s, int first, int x, const float* ker
 #pragma GCC unroll 8
       for (int n = 0; n < kElements; ++n) sum[n] += kernel[n] * v;
     }
+  // what falls on either side of the taps lands in their row's margins
 #pragma GCC unroll 8
-  for (int n = 0; n < kElements; ++n) {
-    const int shift = x - first - n;  // of the first lane, in taps
-    for (int k = shift < 0 ? -shift : 0; first + n < s.kernel[2] && k < width && shift + k < s.taps[2]; ++k)
-      taps[shift + k] += sum[n][k];
-  }
+  for (int n = 0; n < kElements; ++n)
+    if (first + n < s.kernel[2]) store(taps + x - first - n, load<width>(taps + x - first - n) + sum[n]);
 }
 
 void stamp_taps(const Stamp& s, const float* kernel, const float* out, float* by_taps) {
@@ -991,7 +1070,7 @@ void adam(std::size_t n, const float* gradient, float beta1, float beta2, float 
 }  // namespace
 
 const TrainingKernels& training_kernels() {
-  static constexpr TrainingKernels table{lines, multiply, correlate,  activate,     pull,
+  static constexpr TrainingKernels table{lines, multiply, correlate, unpack, pack, multiply_few, correlate_few,  activate,     pull,
                                          split,    join,    last,     last_back,  add_rows,     interleave,
                                          separate, total,   stamp,    stamp_taps, stamp_kernel, adam};
   return table;

@@ -13,6 +13,7 @@ inline constexpr int kSecond = 8;      // where its second channel starts
 inline constexpr int kGroup = 16;      // samples
 inline constexpr int kHidden = 10;     // channels
 inline constexpr int kHiddenCells = kHidden / 2;
+inline constexpr int kFewCells = (kHidden + 3) / 4, kFewChannels = 4 * kFewCells;
 inline constexpr int kMostSpecies = 16;
 
 /// Blocks of 8 kernels that correlate's sums come in: outputs 0 .. 7 of each channel, then outputs 8 and 9 of four
@@ -83,7 +84,16 @@ struct TrainingKernels {
   /// conjugated on top. add: on top of what is there. d: kHidden channels. later: floats to the a of the next call.
   void (*correlate)(const Pairs&, int channels, const float* a, std::ptrdiff_t later, const float* d, bool add,
                     float* sums);
-  /// plane = leaky(plane + bias), zero outside the box's mask. bias: of the two channels. signs: per cell one bit for
+  /// Groups of at most 8 samples: a cell holds channels c, c + 1 | c + 2, c + 3 instead of twice as many samples. The
+  /// spectrum of each channel is that of a real image: unpack gives it for f alone, [pair][kFewChannels][re 8, im 8,
+  /// im 8, - re 8], and pack goes back from [pair][kFewChannels][re 8, im 8, any 16]. The others are multiply and
+  /// correlate of kHidden to kHidden channels.
+  void (*unpack)(const Pairs&, const float* packed, float* x);
+  void (*pack)(const Pairs&, const float* y, float* packed);
+  void (*multiply_few)(int pairs, const float* weights, std::size_t weight_cells, bool conjugate, const float* in,
+                       float* out);
+  void (*correlate_few)(int pairs, const float* a, const float* d, bool add, float* sums);
+  /// plane = leaky(plane + bias), zero outside the box's mask. bias: of each eighth float of a cell. signs: per cell one bit for
   /// each value above 0.
   void (*activate)(const Box&, const float* bias, float slope, float* plane, std::uint32_t* signs);
   /// d *= leaky' by the signs inside the mask, else 0.
