@@ -31,7 +31,7 @@ constexpr int kLayers = 4;
 constexpr int kMostSlots = 8;                    // partial sums that threads fill; fixed, so that sums are
 constexpr std::int64_t kMostPoints = 1LL << 26;  // of a box
 
-/// Floats on cache lines; spectra are read in long strides, for which huge pages spare most address look-ups.
+/// Floats on cache lines; halves are read in long strides, for which huge pages spare most address look-ups.
 class Floats {
  public:
   Floats() = default;
@@ -141,7 +141,7 @@ struct Plan {
   }
 };
 
-/// Channel pairs of a box, transformed along x: [kx][cell][z][y], see row_cells.
+/// Channel pairs of a box, transformed along x: [kx][cell][z][y].
 struct Half {
   float* data;
   int cells;
@@ -153,13 +153,15 @@ struct Half {
   static std::size_t floats(const Plan& p, int cells, const int* extent) {
     return static_cast<std::size_t>(p.size[2] * cells) * plane(extent) * kCell;
   }
-  float* at(int kx, int cell) const { return data + static_cast<std::size_t>(kx * cells + cell) * plane(extent) * kCell; }
+  float* at(int kx, int cell) const {
+    return data + static_cast<std::size_t>(kx * cells + cell) * plane(extent) * kCell;
+  }
 };
 
 /// Between a box's plane of cells and a cell of its Half.
 void along_x(const Plan& p, bool inverse, float* plane, const Half& half, int cell, float* scratch) {
   const int nx = p.size[2], width = half.extent[2], rows = half.extent[0] * half.extent[1];
-  const Lines::Steps box{width * std::ptrdiff_t{kCell}, kCell, 0},
+  const Lines::Steps box{width * std::ptrdiff_t{kCell}, kCell, 2 * width * std::ptrdiff_t{kCell}},
       spectrum{kCell, half.at(1, 0) - half.at(0, 0), 2 * kCell};
   if (inverse)
     training_kernels().lines(p.fft[2], {true, rows, nx, width, half.at(0, cell), plane, spectrum, box}, scratch);
@@ -173,7 +175,8 @@ std::size_t sweep_scratch(const Plan& p, int cells, const int* extent) {
 
 /// Of a sweep with boxes on one side only.
 std::size_t kernel_scratch_size(const Plan& p, int cells, const int* extent) {
-  return sweep_scratch(p, cells, extent) + static_cast<std::size_t>(2 * std::max({p.size[0], p.size[1], p.size[2]})) * kCell;
+  return sweep_scratch(p, cells, extent) +
+         static_cast<std::size_t>(2 * std::max({p.size[0], p.size[1], p.size[2]})) * kCell;
 }
 
 /// Takes every pair of columns from half-transformed boxes to its spectrum [cell][column, its negative], calls
@@ -195,7 +198,8 @@ void sweep(const Plan& p, const Half& in, float* kept, const Half& out, float* s
   };
   const auto along_y = [&](bool inverse, const Half& half, int which, int side, int kx) {
     const int lines = half.extent[0], width = half.extent[1];
-    const Lines::Steps far{width * std::ptrdiff_t{kCell}, kCell, 2 * width * std::ptrdiff_t{kCell}}, near{line, kCell, 0};
+    const Lines::Steps far{width * std::ptrdiff_t{kCell}, kCell, 2 * width * std::ptrdiff_t{kCell}},
+        near{line, kCell, 0};
     for (int j = 0; j < half.cells; ++j)
       if (inverse)
         k.lines(p.fft[1], {true, lines, p.middle, width, slab(which, half, side, j), half.at(kx, j), near, far},
@@ -218,21 +222,33 @@ void sweep(const Plan& p, const Half& in, float* kept, const Half& out, float* s
         return solid ? slab(which, half, of, 0) + ky * kCell : half.at(both[of], 0);
       };
       const auto steps = [&](const Half& half) {
-        return solid ? Lines::Steps{half.extent[0] * line, line, 0}
+        return solid ? Lines::Steps{half.extent[0] * line, line, kCell}
                      : Lines::Steps{half.at(0, 1) - half.at(0, 0), kCell, 0};
       };
       const std::ptrdiff_t later = kept == nullptr ? 0 : static_cast<std::ptrdiff_t>(p.column(in.cells));
       for (int side = 0; in.data != nullptr && side < (column.alone ? 1 : 2); ++side)
         k.lines(p.fft[p.inner],
-                {false, in.cells, in.extent[p.inner], n, place(in, 0, side), spectra + side * n * kCell, steps(in),
+                {false,
+                 in.cells,
+                 in.extent[p.inner],
+                 n,
+                 place(in, 0, side),
+                 spectra + side * n * kCell,
+                 steps(in),
                  {2 * n * std::ptrdiff_t{kCell}, kCell, later}},
                 line_scratch);
       body(Pairs{2 * n * std::ptrdiff_t{kCell}, static_cast<int>(pair.size() / 2), pair.data()},
            static_cast<std::size_t>(column.first), spectra, column_out);
       for (int side = 0; out.data != nullptr && side < (column.alone ? 1 : 2); ++side)
         k.lines(p.fft[p.inner],
-                {true, out.cells, n, out.extent[p.inner], column_out + side * n * kCell, place(out, 1, side),
-                 {2 * n * std::ptrdiff_t{kCell}, kCell, 0}, steps(out)},
+                {true,
+                 out.cells,
+                 n,
+                 out.extent[p.inner],
+                 column_out + side * n * kCell,
+                 place(out, 1, side),
+                 {2 * n * std::ptrdiff_t{kCell}, kCell, 0},
+                 steps(out)},
                 line_scratch);
     }
     for (int side = 0; solid && out.data != nullptr && side < sides; ++side) along_y(true, out, 1, side, both[side]);
@@ -275,7 +291,7 @@ struct QTraining::Impl {
     std::vector<std::uint32_t> signs[kLayers];
     Floats masks[kLayers];
     std::vector<float> u, du;
-    Floats rows, delta_rows;  // (8 samples, slab_rows, row_size)
+    Floats rows, delta_rows;                    // (8 samples, slab_rows, row_size)
     std::vector<std::vector<Piece>> pieces[2];  // per slab, of the first and the last eight samples
   };
 
@@ -306,7 +322,8 @@ struct QTraining::Impl {
   void make_stamps(const QNetworkWeights& weights);
   int kernel_element(const int* phase, int z, int y, int x) const;
   bool is_clean(const StateActions& pairs, std::size_t sample, bool constant) const;
-  void find_pieces(const Call& call, std::size_t lane, std::size_t sample, std::vector<std::vector<Piece>>& pieces) const;
+  void find_pieces(const Call& call, std::size_t lane, std::size_t sample,
+                   std::vector<std::vector<Piece>>& pieces) const;
   std::size_t points(int layer) const {
     return size_of(extent[layer][0]) * size_of(extent[layer][1]) * size_of(extent[layer][2]);
   }
@@ -777,13 +794,15 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
   std::size_t few_floats = 0;
   for (int layer = 1; layer < 3; ++layer)
     few_floats = std::max(few_floats, size_of(plan[layer].size[plan[layer].inner]) * kFewChannels * kCell);
-  float *few_in = few ? arena.few[0].need(few_floats) : nullptr, *few_out = few ? arena.few[1].need(few_floats) : nullptr,
+  float *few_in = few ? arena.few[0].need(few_floats) : nullptr,
+        *few_out = few ? arena.few[1].need(few_floats) : nullptr,
         *few_kept = few ? arena.few[2].need(few_floats) : nullptr;
   // The last layer knows full groups only: a cell of few samples from or to their planes.
   const auto move_few = [&](int cell, bool to_planes, float* few_plane, float* planes) {
     for (int part = 0; part < 4; ++part) {
       const int channel = channel_of(cell, part);
-      float *own = few_plane + part * 8, *other = planes + size_of(channel / 2) * points(3) * kCell + channel % 2 * kSecond;
+      float *own = few_plane + part * 8,
+            *other = planes + size_of(channel / 2) * points(3) * kCell + channel % 2 * kSecond;
       for (std::size_t at = 0; at < points(3); ++at, own += kCell, other += kCell)
         if (!to_planes) {
           for (int l = 0; l < 8; ++l) own[l] = channel < kHidden ? other[l] : 0.0f;
@@ -837,15 +856,16 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
             if (channel < kHidden)
               k.add_rows(pieces.data(), static_cast<int>(pieces.size()), true,
                          stamps.data() + size_of(channel) * stamp_size, stamp.out_row, rows, row_size);
-            k.interleave(std::min(slab_rows, rows_of_a1 - slab * slab_rows), extent[1][2], rows + row_begin,
-                         static_cast<std::ptrdiff_t>(image_rows), row_size,
-                         a + size_of(slab * slab_rows * extent[1][2]) * kCell + part % 2 * kSecond +
-                             part / 2 * kImaginary);
+            k.interleave(
+                std::min(slab_rows, rows_of_a1 - slab * slab_rows), extent[1][2], rows + row_begin,
+                static_cast<std::ptrdiff_t>(image_rows), row_size,
+                a + size_of(slab * slab_rows * extent[1][2]) * kCell + part % 2 * kSecond + part / 2 * kImaginary);
           }
       else
         along_x(plan[layer], true, a, {from, hidden_cells, extent[layer + 1]}, j, scratch);
       float biases[4];
-      for (int part = 0; part < 4; ++part) biases[part] = channel_of(j, part) < kHidden ? bias[channel_of(j, part)] : 0.0f;
+      for (int part = 0; part < 4; ++part)
+        biases[part] = channel_of(j, part) < kHidden ? bias[channel_of(j, part)] : 0.0f;
       k.activate(inside, biases, shape.slope, a, arena.signs[layer + 1].data() + size_of(j) * points(layer + 1));
       if (layer < 2)
         along_x(plan[layer + 1], false, a, {to, hidden_cells, extent[layer + 1]}, j, scratch);
@@ -907,9 +927,10 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
             const std::vector<Piece>& pieces = arena.pieces[few ? 0 : part / 2][size_of(slab)];
             const int channel = channel_of(j, part);
             if (channel >= kHidden) break;
-            k.separate(std::min(slab_rows, rows_of_a1 - slab * slab_rows), extent[1][2],
-                       d + size_of(slab * slab_rows * extent[1][2]) * kCell + part % 2 * kSecond + part / 2 * kImaginary,
-                       delta_rows + row_begin, static_cast<std::ptrdiff_t>(image_rows), row_size);
+            k.separate(
+                std::min(slab_rows, rows_of_a1 - slab * slab_rows), extent[1][2],
+                d + size_of(slab * slab_rows * extent[1][2]) * kCell + part % 2 * kSecond + part / 2 * kImaginary,
+                delta_rows + row_begin, static_cast<std::ptrdiff_t>(image_rows), row_size);
             k.add_rows(pieces.data(), static_cast<int>(pieces.size()), false,
                        slot.stamps.data() + size_of(channel) * stamp_size, stamp.out_row, delta_rows, row_size);
           }
@@ -920,7 +941,8 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
     if (layer == 0 && stamped) return;
     std::swap(from, to);
     const int n_in = inputs(layer);
-    const std::size_t pair_sums = size_of(2 * 8 * sum_blocks(n_in)), pair_weights = size_of(2 * weight_cells[layer] * kCell);
+    const std::size_t pair_sums = size_of(2 * 8 * sum_blocks(n_in)),
+                      pair_weights = size_of(2 * weight_cells[layer] * kCell);
     float* sums = slot.sums[layer].need(size_of(plan[layer].pairs) * pair_sums);
     const bool on_top = layer == 0 ? slot.has_sums : add, go_on = layer > 0 || call.wants_kernels;
     if (layer == 0) slot.has_sums = true;
@@ -938,7 +960,8 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
                     continue;
                   }
                   const float* own = in + c / 2 * pairs.plane + c % 2 * kSecond + l;
-                  slot.bias[size_of(layer)][size_of(c)] += static_cast<double>(own[0]) + static_cast<double>(own[kImaginary]);
+                  slot.bias[size_of(layer)][size_of(c)] +=
+                      static_cast<double>(own[0]) + static_cast<double>(own[kImaginary]);
                 }
             float* s = sums + first * pair_sums;
             const float* w = weight_spectrum[layer].data() + first * pair_weights;

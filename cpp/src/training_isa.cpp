@@ -183,8 +183,7 @@ THALWEG_INLINE void butterfly(Complex* a) {
   }
 }
 
-// Elements of a strided line; re and im: where the parts of an element are. next: from an element to the one that a
-// later line will want in its place. Strided lines live far from the core, and hardware does not foresee them.
+// Elements of a strided line; re and im: where the parts of an element are. next: Lines::Steps::later.
 struct In {
   const float* p;
   std::ptrdiff_t stride;
@@ -289,6 +288,8 @@ THALWEG_INLINE void each(Body body) {
   }
 }
 
+// Loops over the lines itself: arguments handed over in memory, line by line, would wait for the stores of the line
+// before. The inverse is the forward transform with real and imaginary parts swapped on both sides.
 template <int a, int b>
 __attribute__((noinline)) void coprime_lines(const Lines& all, float* scratch) {
   using Map = Coprime<a, b>;
@@ -339,8 +340,7 @@ __attribute__((noinline)) void coprime_lines(const Lines& all, float* scratch) {
     }
 }
 
-// Any other length. in.count points (the rest of n is zero) to the first out.count frequencies. The inverse is the
-// forward transform with real and imaginary parts swapped on both sides.
+// Any other length.
 __attribute__((noinline)) void line(const Fft& fft, const In& in, const Out& out, float* scratch) {
   if (fft.n == 1) {
     store(out.p + out.re, load(in.p + in.re));
@@ -386,10 +386,8 @@ void lines(const Fft& fft, const Lines& all, float* scratch) {
   const int re = all.inverse ? kImaginary : 0, im = kImaginary - re;
   for (int l = 0; l < all.count; ++l)
     for (int part = 0; part < kImaginary; part += kWidth)
-      line(fft,
-           {all.in + l * all.in_steps.line + part, all.in_steps.element, all.in_count, re, im, all.in_steps.later},
-           {all.out + l * all.out_steps.line + part, all.out_steps.element, all.out_count, re, im,
-            all.out_steps.later},
+      line(fft, {all.in + l * all.in_steps.line + part, all.in_steps.element, all.in_count, re, im, all.in_steps.later},
+           {all.out + l * all.out_steps.line + part, all.out_steps.element, all.out_count, re, im, all.out_steps.later},
            scratch);
 }
 
@@ -437,8 +435,8 @@ THALWEG_INLINE std::ptrdiff_t channel_at(std::ptrdiff_t plane, int c) { return c
 
 template <int outputs, bool conjugate>
 THALWEG_INLINE void multiply_block(const float* w, std::size_t imaginary, int n_in, int step_in, int first,
-                                   const int step_out, const float* in_f, const float* in_g, float* out_f,
-                                   float* out_g, std::ptrdiff_t plane) {
+                                   const int step_out, const float* in_f, const float* in_g, float* out_f, float* out_g,
+                                   std::ptrdiff_t plane) {
   for (int pass = 0; pass < kPasses; ++pass) {
     const Side in(in_f, in_g, pass);
     V re[outputs] = {}, im[outputs] = {};
@@ -481,13 +479,12 @@ void multiply_all(const Pairs& t, const float* weights, std::size_t cells, int n
       multiply_block<kOutputs, conjugate>(w, imaginary, n_in, step_in, o, step_out, in + f, in + g, out + f, out + g,
                                           t.plane);
     for (; o < n_out; ++o)
-      multiply_block<1, conjugate>(w, imaginary, n_in, step_in, o, step_out, in + f, in + g, out + f, out + g,
-                                   t.plane);
+      multiply_block<1, conjugate>(w, imaginary, n_in, step_in, o, step_out, in + f, in + g, out + f, out + g, t.plane);
   }
 }
 
-void multiply(const Pairs& t, const float* weights, std::size_t cells, int n_in, int step_in, int n_out,
-              int step_out, bool conjugate, const float* in, float* out) {
+void multiply(const Pairs& t, const float* weights, std::size_t cells, int n_in, int step_in, int n_out, int step_out,
+              bool conjugate, const float* in, float* out) {
   const auto all = conjugate ? (step_out == kHidden ? multiply_all<true, kHidden> : multiply_all<true, 0>)
                              : (step_out == 1 ? multiply_all<false, 1> : multiply_all<false, 0>);
   all(t, weights, cells, n_in, step_in, n_out, step_out, in, out);
@@ -659,12 +656,14 @@ void correlate(const Pairs& t, int channels, const float* a, std::ptrdiff_t late
 
 void unpack(const Pairs& t, const float* packed, float* x) {
   for (int p = 0; p < t.count; ++p, x += kFewChannels * kCell) {
-    const float *f = packed + t.pair[2 * p] * std::ptrdiff_t{kCell}, *g = packed + t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
+    const float *f = packed + t.pair[2 * p] * std::ptrdiff_t{kCell},
+                *g = packed + t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
     for (int c = 0; c < kFewChannels; c += 4, f += t.plane, g += t.plane)
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
-        const V8 half = spread<V8>(0.5f), f_re = half * load<8>(f + 8 * h), f_im = half * load<8>(f + kImaginary + 8 * h),
-                 g_re = half * load<8>(g + 8 * h), g_im = half * load<8>(g + kImaginary + 8 * h);
+        const V8 half = spread<V8>(0.5f), f_re = half * load<8>(f + 8 * h),
+                 f_im = half * load<8>(f + kImaginary + 8 * h), g_re = half * load<8>(g + 8 * h),
+                 g_im = half * load<8>(g + kImaginary + 8 * h);
         const auto put_channel = [&](float* to, V8 re, V8 im) __attribute__((always_inline)) {
           store(to, re);
           store(to + 8, im);
@@ -1070,9 +1069,10 @@ void adam(std::size_t n, const float* gradient, float beta1, float beta2, float 
 }  // namespace
 
 const TrainingKernels& training_kernels() {
-  static constexpr TrainingKernels table{lines, multiply, correlate, unpack, pack, multiply_few, correlate_few,  activate,     pull,
-                                         split,    join,    last,     last_back,  add_rows,     interleave,
-                                         separate, total,   stamp,    stamp_taps, stamp_kernel, adam};
+  static constexpr TrainingKernels table{lines,         multiply,     correlate,  unpack,   pack,  multiply_few,
+                                         correlate_few, activate,     pull,       split,    join,  last,
+                                         last_back,     add_rows,     interleave, separate, total, stamp,
+                                         stamp_taps,    stamp_kernel, adam};
   return table;
 }
 

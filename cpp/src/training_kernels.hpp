@@ -32,8 +32,8 @@ struct Fft {
   const float* twiddles;  // (n, 2) exp(-2 pi i j / n)
 };
 
-/// `count` transforms of lines of cells; the points of a line beyond in_count are zero, frequencies beyond out_count are
-/// not written. inverse: not normalised.
+/// `count` transforms of lines of cells; the points of a line beyond in_count are zero, frequencies beyond out_count
+/// are not written. inverse: not normalised.
 struct Lines {
   bool inverse;
   int count, in_count, out_count;
@@ -93,8 +93,8 @@ struct TrainingKernels {
   void (*multiply_few)(int pairs, const float* weights, std::size_t weight_cells, bool conjugate, const float* in,
                        float* out);
   void (*correlate_few)(int pairs, const float* a, const float* d, bool add, float* sums);
-  /// plane = leaky(plane + bias), zero outside the box's mask. bias: of each eighth float of a cell. signs: per cell one bit for
-  /// each value above 0.
+  /// plane = leaky(plane + bias), zero outside the box's mask. bias: of each eighth float of a cell. signs: per cell
+  /// one bit for each value above 0.
   void (*activate)(const Box&, const float* bias, float slope, float* plane, std::uint32_t* signs);
   /// d *= leaky' by the signs inside the mask, else 0.
   void (*pull)(const Box&, float slope, const std::uint32_t* signs, float* d);
