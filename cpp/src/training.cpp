@@ -315,7 +315,7 @@ struct QTraining::Impl {
              std::span<const float> pull, std::span<float> q, const QNetworkGradient& out, bool backward, int threads);
   void prepare_weights(const QNetworkWeights& weights, bool first);
   void crop_kernels(std::span<const float> kernels, bool whole);
-  void group(const Call& call, std::size_t g, Arena& arena, Slot& slot, bool add);
+  void group(const Call& call, std::size_t g, Arena& arena, Slot& slot, Slot& spectra, bool add);
   Box box(int layer, const Arena& arena, bool masked) const;
   void splat(const Call& call, std::size_t lane, std::size_t sample, float* plane, float* gradient) const;
   void position(std::int32_t voxel, int* out) const;
@@ -728,7 +728,8 @@ void QTraining::Impl::find_pieces(const Call& call, std::size_t lane, std::size_
   }
 }
 
-void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot& slot, bool add) {
+/// spectra: whose sums of spectra the group's are put into, with `add` on top of what is there.
+void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot& slot, Slot& spectra, bool add) {
   const TrainingKernels& k = training_kernels();
   const std::size_t begin = g * kGroup, count = std::min<std::size_t>(kGroup, call.pairs.size() - begin);
   const float* parameters = call.weights.parameters.data();
@@ -943,9 +944,9 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
     const int n_in = inputs(layer);
     const std::size_t pair_sums = size_of(2 * 8 * sum_blocks(n_in)),
                       pair_weights = size_of(2 * weight_cells[layer] * kCell);
-    float* sums = slot.sums[layer].need(size_of(plan[layer].pairs) * pair_sums);
-    const bool on_top = layer == 0 ? slot.has_sums : add, go_on = layer > 0 || call.wants_kernels;
-    if (layer == 0) slot.has_sums = true;
+    float* sums = spectra.sums[layer].need(size_of(plan[layer].pairs) * pair_sums);
+    const bool on_top = layer == 0 ? spectra.has_sums : add, go_on = layer > 0 || call.wants_kernels;
+    if (layer == 0) spectra.has_sums = true;
     const std::size_t column = plan[layer].column(cells_of(layer));
     const float* kept = spectrum[layer];
     sweep(plan[layer], {from, hidden_cells, extent[layer + 1]}, nullptr,
@@ -1060,13 +1061,18 @@ double QTraining::Impl::run(const QNetworkWeights& weights, const StateActions& 
     slot.last_bias.assign(size_of(shape.species), 0.0);
     slot.shift.assign(size_of(shape.species), 0.0);
   }
+  // One group a slot, and one thread: sums of spectra pile up in the first slot in the order in which those of all
+  // slots would be added up, bit for bit, and take a fraction of the memory.
+  const bool pile = threads == 1 && size_of(n_slots) == groups;
   bool failed = false;  // an exception must not leave a parallel region
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
   for (int thread = 0; thread < threads; ++thread) try {
       for (int s = thread; s < n_slots; s += threads) {
         const std::size_t first = groups * size_of(s) / size_of(n_slots),
                           end = groups * size_of(s + 1) / size_of(n_slots);
-        for (std::size_t g = first; g < end; ++g) group(call, g, arenas[size_of(thread)], slots[size_of(s)], g > first);
+        for (std::size_t g = first; g < end; ++g)
+          group(call, g, arenas[size_of(thread)], slots[size_of(s)], slots[pile ? 0 : size_of(s)],
+                g > (pile ? 0 : first));
       }
     } catch (...) {
 #pragma omp atomic write
@@ -1153,7 +1159,7 @@ double QTraining::Impl::run(const QNetworkWeights& weights, const StateActions& 
     const int cells = (sum_blocks(channels) + 3) / 4;
     const float* sums[kMostSlots];
     int n_sums = 0;
-    for (int s = 0; s < n_slots; ++s)
+    for (int s = 0; s < (pile ? 1 : n_slots); ++s)
       if (layer > 0 || slots[size_of(s)].has_sums) sums[n_sums++] = slots[size_of(s)].sums[layer].data();
     float* bias = out.parameters.data() + parameter_offset(layer, true);
     for (std::size_t c = 0; c < kHidden; ++c)

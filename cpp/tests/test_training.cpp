@@ -304,6 +304,9 @@ TEST(threads_change_no_bit_and_calls_leave_nothing_behind) {
     CHECK(a.loss == b.loss && a.q == b.q && a.parameters == b.parameters && a.kernels == b.kernels);
     CHECK(a.shift == b.shift);
   }
+  const Example some = example(shape, 100, 4, 13);  // no more groups than partial sums
+  const Result c = step(one, some, 1), d = step(three, some, 3);
+  CHECK(c.loss == d.loss && c.q == d.q && c.parameters == d.parameters && c.kernels == d.kernels);
   const Reference wanted = reference(many);
   CLOSE(difference(a.parameters, wanted.parameters), 0, 1e-5);
 }
