@@ -28,11 +28,10 @@ constexpr double kLeastSlope = 1e-3;
 static_assert(QNetworkShape::kHidden == kHidden);
 
 constexpr int kLayers = 4;
-constexpr int kChunk = 64;                       // pairs of frequencies
 constexpr int kMostSlots = 8;                    // partial sums that threads fill; fixed, so that sums are
 constexpr std::int64_t kMostPoints = 1LL << 26;  // of a box
 
-/// Floats on cache lines; spectra are read in long strides, for which huge pages spare most address look-ups.
+/// Floats on cache lines; halves are read in long strides, for which huge pages spare most address look-ups.
 class Floats {
  public:
   Floats() = default;
@@ -81,30 +80,38 @@ int smooth_at_least(int n) {
   return n;
 }
 
-/// A Transform with the arrays that it points to.
+/// Transforms of boxes in two or three directions z, y, x (two: size[0] = 1).
 struct Plan {
-  Transform transform{};
+  /// Frequencies (kx, ky) and (-kx, -ky) of the directions but the innermost, which is z, in two dimensions y.
+  struct Column {
+    int kx, ky, minus_ky;
+    bool alone;  // its own negative
+    int first;   // pair of frequencies
+  };
+
+  int size[3], inner, middle;  // middle: how many ky that are not innermost
+  Fft fft[3];
   std::vector<float> twiddles[3];
-  std::vector<std::int32_t> pair;
-  int extent[3] = {1, 1, 1};  // of what is transformed
+  std::vector<Column> columns;
+  std::vector<std::int32_t> crossed, own;  // pairs within two columns side by side, or within one that stands alone
+  int pairs;
 
   std::size_t frequencies() const {
-    return static_cast<std::size_t>(transform.size[0]) * static_cast<std::size_t>(transform.size[1]) *
-           static_cast<std::size_t>(transform.size[2]);
+    return static_cast<std::size_t>(size[0]) * static_cast<std::size_t>(size[1]) * static_cast<std::size_t>(size[2]);
   }
+  /// Floats of a column and its negative.
+  std::size_t column(int cells) const { return static_cast<std::size_t>(2 * cells * size[inner]) * kCell; }
 
-  void make(int dimension, const int* size) {
-    transform.dimension = dimension;
+  void make(int dimension, const int* sizes) {
+    inner = dimension == 3 ? 0 : 1;
     for (int d = 0; d < 3; ++d) {
-      const int n = size[d];
-      transform.size[d] = n;
-      Fft& fft = transform.fft[d];
-      fft.n = n;
-      fft.stages = 0;
+      const int n = size[d] = sizes[d];
+      fft[d].n = n;
+      fft[d].stages = 0;
       int rest = n;
       for (const int radix : {13, 7, 5, 4, 3, 2})
         while (rest % radix == 0) {
-          fft.radix[fft.stages++] = radix;
+          fft[d].radix[fft[d].stages++] = radix;
           rest /= radix;
         }
       twiddles[d].resize(2 * static_cast<std::size_t>(n));
@@ -113,23 +120,140 @@ struct Plan {
         twiddles[d][2 * static_cast<std::size_t>(j)] = static_cast<float>(std::cos(angle));
         twiddles[d][2 * static_cast<std::size_t>(j) + 1] = static_cast<float>(std::sin(angle));
       }
-      fft.twiddles = twiddles[d].data();
+      fft[d].twiddles = twiddles[d].data();
     }
-    const int nz = size[0], ny = size[1], nx = size[2];
-    for (int kx = 0; kx < nx; ++kx)
-      for (int ky = 0; ky < ny; ++ky)
-        for (int kz = 0; kz < nz; ++kz) {
-          const int f = (kx * ny + ky) * nz + kz;
-          const int g = ((nx - kx) % nx * ny + (ny - ky) % ny) * nz + (nz - kz) % nz;
-          if (f <= g) {
-            pair.push_back(f);
-            pair.push_back(g);
-          }
-        }
-    transform.pairs = static_cast<int>(pair.size() / 2);
-    transform.pair = pair.data();
+    const int n = size[inner], nx = size[2];
+    middle = dimension == 3 ? size[1] : 1;
+    for (int k = 0; k < n; ++k) {
+      const int minus = (n - k) % n;
+      crossed.insert(crossed.end(), {k, n + minus});
+      if (k <= minus) own.insert(own.end(), {k, minus});
+    }
+    pairs = 0;
+    for (int kx = 0; kx <= (nx - kx) % nx; ++kx)
+      for (int ky = 0; ky < middle; ++ky) {
+        const int minus_ky = (middle - ky) % middle;
+        const bool flat = kx == (nx - kx) % nx, alone = flat && ky == minus_ky;
+        if (flat && ky > minus_ky) continue;
+        columns.push_back({kx, ky, minus_ky, alone, pairs});
+        pairs += static_cast<int>((alone ? own : crossed).size() / 2);
+      }
   }
 };
+
+/// Channel pairs of a box, transformed along x: [kx][cell][z][y].
+struct Half {
+  float* data;
+  int cells;
+  const int* extent;
+  /// Cells of a plane of rows; odd, or many kx would share few cache sets.
+  static std::size_t plane(const int* extent) {
+    return static_cast<std::size_t>(extent[0]) * static_cast<std::size_t>(extent[1]) | 1;
+  }
+  static std::size_t floats(const Plan& p, int cells, const int* extent) {
+    return static_cast<std::size_t>(p.size[2] * cells) * plane(extent) * kCell;
+  }
+  float* at(int kx, int cell) const {
+    return data + static_cast<std::size_t>(kx * cells + cell) * plane(extent) * kCell;
+  }
+};
+
+/// Between a box's plane of cells and a cell of its Half.
+void along_x(const Plan& p, bool inverse, float* plane, const Half& half, int cell, float* scratch) {
+  const int nx = p.size[2], width = half.extent[2], rows = half.extent[0] * half.extent[1];
+  const Lines::Steps box{width * std::ptrdiff_t{kCell}, kCell, 2 * width * std::ptrdiff_t{kCell}},
+      spectrum{kCell, half.at(1, 0) - half.at(0, 0), 2 * kCell};
+  if (inverse)
+    training_kernels().lines(p.fft[2], {true, rows, nx, width, half.at(0, cell), plane, spectrum, box}, scratch);
+  else
+    training_kernels().lines(p.fft[2], {false, rows, width, nx, plane, half.at(0, cell), box, spectrum}, scratch);
+}
+
+std::size_t sweep_scratch(const Plan& p, int cells, const int* extent) {
+  return static_cast<std::size_t>(2 * cells * extent[p.inner] * (p.middle | 1)) * kCell + p.column(cells);
+}
+
+/// Of a sweep with boxes on one side only.
+std::size_t kernel_scratch_size(const Plan& p, int cells, const int* extent) {
+  return sweep_scratch(p, cells, extent) +
+         static_cast<std::size_t>(2 * std::max({p.size[0], p.size[1], p.size[2]})) * kCell;
+}
+
+/// Takes every pair of columns from half-transformed boxes to its spectrum [cell][column, its negative], calls
+/// body(pairs, first pair, spectra in, spectra out), and takes what that leaves back. Only one kx and its negative are
+/// on the way at a time: from the first to the last read they stay in the cache. kept: where spectra are to stay, null:
+/// nowhere. in.data or out.data null: there is nothing to take.
+template <class Body>
+void sweep(const Plan& p, const Half& in, float* kept, const Half& out, float* scratch, Body body) {
+  const TrainingKernels& k = training_kernels();
+  const int n = p.size[p.inner], nx = p.size[2];
+  const bool solid = p.inner == 0;
+  const std::ptrdiff_t line = (p.middle | 1) * std::ptrdiff_t{kCell};
+  float* const slabs[2] = {scratch, scratch + 2 * in.cells * in.extent[p.inner] * line};
+  float* column_in = slabs[1] + 2 * out.cells * out.extent[p.inner] * line;
+  float* column_out = column_in + p.column(in.cells);
+  float* line_scratch = column_out + p.column(out.cells);
+  const auto slab = [&](int which, const Half& half, int side, int cell) {
+    return slabs[which] + (side * half.cells + cell) * half.extent[p.inner] * line;
+  };
+  const auto along_y = [&](bool inverse, const Half& half, int which, int side, int kx) {
+    const int lines = half.extent[0], width = half.extent[1];
+    const Lines::Steps far{width * std::ptrdiff_t{kCell}, kCell, 2 * width * std::ptrdiff_t{kCell}},
+        near{line, kCell, 0};
+    for (int j = 0; j < half.cells; ++j)
+      if (inverse)
+        k.lines(p.fft[1], {true, lines, p.middle, width, slab(which, half, side, j), half.at(kx, j), near, far},
+                line_scratch);
+      else
+        k.lines(p.fft[1], {false, lines, width, p.middle, half.at(kx, j), slab(which, half, side, j), far, near},
+                line_scratch);
+  };
+  std::size_t c = 0;
+  for (int kx = 0; kx <= (nx - kx) % nx; ++kx) {
+    const int both[2] = {kx, (nx - kx) % nx}, sides = kx == both[1] ? 1 : 2;
+    for (int side = 0; solid && in.data != nullptr && side < sides; ++side) along_y(false, in, 0, side, both[side]);
+    for (; c < p.columns.size() && p.columns[c].kx == kx; ++c) {
+      const Plan::Column& column = p.columns[c];
+      float* spectra = kept == nullptr ? column_in : kept + c * p.column(in.cells);
+      const std::vector<std::int32_t>& pair = column.alone ? p.own : p.crossed;
+      // where a half's column starts, and its steps
+      const auto place = [&](const Half& half, int which, int side) {
+        const int of = sides == 1 ? 0 : side, ky = side == 0 ? column.ky : column.minus_ky;
+        return solid ? slab(which, half, of, 0) + ky * kCell : half.at(both[of], 0);
+      };
+      const auto steps = [&](const Half& half) {
+        return solid ? Lines::Steps{half.extent[0] * line, line, kCell}
+                     : Lines::Steps{half.at(0, 1) - half.at(0, 0), kCell, 0};
+      };
+      const std::ptrdiff_t later = kept == nullptr ? 0 : static_cast<std::ptrdiff_t>(p.column(in.cells));
+      for (int side = 0; in.data != nullptr && side < (column.alone ? 1 : 2); ++side)
+        k.lines(p.fft[p.inner],
+                {false,
+                 in.cells,
+                 in.extent[p.inner],
+                 n,
+                 place(in, 0, side),
+                 spectra + side * n * kCell,
+                 steps(in),
+                 {2 * n * std::ptrdiff_t{kCell}, kCell, later}},
+                line_scratch);
+      body(Pairs{2 * n * std::ptrdiff_t{kCell}, static_cast<int>(pair.size() / 2), pair.data()},
+           static_cast<std::size_t>(column.first), spectra, column_out);
+      for (int side = 0; out.data != nullptr && side < (column.alone ? 1 : 2); ++side)
+        k.lines(p.fft[p.inner],
+                {true,
+                 out.cells,
+                 n,
+                 out.extent[p.inner],
+                 column_out + side * n * kCell,
+                 place(out, 1, side),
+                 {2 * n * std::ptrdiff_t{kCell}, kCell, 0},
+                 steps(out)},
+                line_scratch);
+    }
+    for (int side = 0; solid && out.data != nullptr && side < sides; ++side) along_y(true, out, 1, side, both[side]);
+  }
+}
 
 std::string tuple(const int* values, int count) {
   std::string out = "(";
@@ -161,20 +285,14 @@ struct QTraining::Impl {
   struct Run {
     int phase, box, stamp, count;
   };
-  /// Rows of a stamp (of channel 0) and where they go in an arena's rows.
-  struct Piece {
-    std::size_t stamp, row;
-    int rows, width;
-  };
-
   // Buffers of one thread.
   struct Arena {
-    Floats image, activation, last, spectrum[3], product[2], delta, scratch;
+    Floats image, activation, last, spectrum[3], half[2], delta, scratch, few[3];
     std::vector<std::uint32_t> signs[kLayers];
     Floats masks[kLayers];
     std::vector<float> u, du;
-    Floats rows, delta_rows;       // (8 samples, rows of a_1's box, row_size)
-    std::vector<Piece> pieces[2];  // of the first and the last eight samples
+    Floats rows, delta_rows;                    // (8 samples, slab_rows, row_size)
+    std::vector<std::vector<Piece>> pieces[2];  // per slab, of the first and the last eight samples
   };
 
   // What one share of the groups adds up to.
@@ -197,14 +315,15 @@ struct QTraining::Impl {
              std::span<const float> pull, std::span<float> q, const QNetworkGradient& out, bool backward, int threads);
   void prepare_weights(const QNetworkWeights& weights, bool first);
   void crop_kernels(std::span<const float> kernels, bool whole);
-  void group(const Call& call, std::size_t g, Arena& arena, Slot& slot, bool add);
+  void group(const Call& call, std::size_t g, Arena& arena, Slot& slot, Slot& spectra, bool add);
   Box box(int layer, const Arena& arena, bool masked) const;
   void splat(const Call& call, std::size_t lane, std::size_t sample, float* plane, float* gradient) const;
   void position(std::int32_t voxel, int* out) const;
   void make_stamps(const QNetworkWeights& weights);
   int kernel_element(const int* phase, int z, int y, int x) const;
   bool is_clean(const StateActions& pairs, std::size_t sample, bool constant) const;
-  void find_pieces(const Call& call, std::size_t lane, std::size_t sample, std::vector<Piece>& pieces) const;
+  void find_pieces(const Call& call, std::size_t lane, std::size_t sample,
+                   std::vector<std::vector<Piece>>& pieces) const;
   std::size_t points(int layer) const {
     return size_of(extent[layer][0]) * size_of(extent[layer][1]) * size_of(extent[layer][2]);
   }
@@ -230,10 +349,10 @@ struct QTraining::Impl {
   std::size_t taps = 1;  // of a convolution kernel
   std::size_t window = 1;
   Plan plan[3];  // of the inputs of layers 1, 2, 3
-  std::size_t weight_cells[3] = {0, 0, 0};
-  std::size_t scratch_size = 0;
+  int weight_cells[3] = {0, 0, 0};
+  std::size_t scratch_size = 0, half_size = 0;
 
-  Floats weight_spectrum[3], kernel_planes, kernel_spectrum, kernel_scratch;
+  Floats weight_spectrum[3], kernel_planes, kernel_half, kernel_scratch;
   std::vector<Arena> arenas;
   std::vector<Slot> slots;
   std::vector<float> kernels;  // cropped to `used` around their middle, rows along x
@@ -246,6 +365,7 @@ struct QTraining::Impl {
   Stamp stamp{};
   int phases = 1, low[3] = {0, 0, 0};  // lattice points of a kernel before its middle
   int row_size = 0, row_begin = 0;     // of the arenas' rows: stamps may stick out on both sides
+  int slab_rows = 1;                   // rows of a_1's box that are dealt with at a time, in the nearest cache
   std::size_t stamp_size = 0;          // of one channel
   Floats stamps, taps_reversed;        // (species, kHidden, z, y, tap_row)
   std::vector<float> lattice;          // (species, phase, stamp.kernel)
@@ -306,11 +426,16 @@ QTraining::Impl::Impl(const QNetworkShape& wanted) : shape(wanted) {
     if (frequencies > static_cast<double>(kMostPoints))
       throw Error("the box around an action has " + std::to_string(frequencies) +
                   " points, too many to train on; choose a smaller kernel or a dilation");
-    std::copy(extent[layer], extent[layer] + 3, plan[layer].extent);
     plan[layer].make(shape.dimension, size[layer]);
-    weight_cells[layer] = (size_of(inputs(layer)) * kHidden + kCell - 1) / kCell;
-    for (const int* e : {extent[layer], extent[layer + 1]})
-      scratch_size = std::max(scratch_size, transform_scratch(plan[layer].transform, e));
+    weight_cells[layer] = (inputs(layer) * kHidden + kCell - 1) / kCell;
+    const int longest = std::max({size[layer][0], size[layer][1], size[layer][2]});
+    const int in_cells = (inputs(layer) + 1) / 2;
+    scratch_size = std::max(scratch_size, sweep_scratch(plan[layer], in_cells, extent[layer]) +
+                                              sweep_scratch(plan[layer], kHiddenCells, extent[layer + 1]) +
+                                              size_of(2 * longest) * kCell);
+    for (const std::size_t floats : {Half::floats(plan[layer], in_cells, extent[layer]),
+                                     Half::floats(plan[layer], kHiddenCells, extent[layer + 1])})
+      half_size = std::max(half_size, floats);
   }
 }
 
@@ -378,21 +503,27 @@ void QTraining::Impl::prepare_weights(const QNetworkWeights& weights, bool first
   const int edge = shape.kernel;
   const int window_extent[3] = {shape.dimension == 3 ? edge : 1, edge, edge};
   for (int layer = first ? 0 : 1; layer < 3; ++layer) {
-    const std::size_t count = size_of(inputs(layer)) * kHidden, cells = weight_cells[layer];
-    const Transform& t = plan[layer].transform;
+    const Plan& p = plan[layer];
+    const int count = inputs(layer) * kHidden, cells = weight_cells[layer];
     const float* w = weights.parameters.data() + parameter_offset(layer, false);
     float* planes = kernel_planes.need(taps * kCell);
-    float* spectrum = kernel_spectrum.need(plan[layer].frequencies() * cells * kCell);
-    float* scratch = kernel_scratch.need(transform_scratch(t, window_extent));
-    for (std::size_t j = 0; j < cells; ++j) {
-      for (std::size_t r = 0; r < kCell; ++r) {
-        const std::size_t q = j * kCell + r;
-        for (std::size_t tap = 0; tap < taps; ++tap) planes[tap * kCell + r] = q < count ? w[q * taps + tap] : 0.0f;
+    const Half half{kernel_half.need(Half::floats(p, cells, window_extent)), cells, window_extent};
+    float* scratch = kernel_scratch.need(kernel_scratch_size(p, cells, window_extent));
+    for (int j = 0; j < cells; ++j) {
+      for (int r = 0; r < kCell; ++r) {
+        const int q = j * kCell + r;
+        for (std::size_t tap = 0; tap < taps; ++tap)
+          planes[tap * kCell + size_of(r)] = q < count ? w[size_of(q) * taps + tap] : 0.0f;
       }
-      k.forward(t, window_extent, planes, spectrum + j * kCell, cells * kCell, scratch);
+      along_x(p, false, planes, half, j, scratch);
     }
-    float* out = weight_spectrum[layer].need(size_of(t.pairs) * 2 * cells * kCell);
-    k.split(t, cells, spectrum, 1.0f / static_cast<float>(plan[layer].frequencies()), out);
+    const std::size_t pair = size_of(2 * cells * kCell);
+    float* out = weight_spectrum[layer].need(size_of(p.pairs) * pair);
+    const float scale = 1.0f / static_cast<float>(p.frequencies());
+    sweep(p, half, nullptr, {nullptr, 0, window_extent}, scratch,
+          [&](const Pairs& pairs, std::size_t first_pair, const float* spectrum, float*) {
+            k.split(pairs, size_of(cells), spectrum, scale, out + first_pair * pair);
+          });
   }
 }
 
@@ -475,10 +606,11 @@ void QTraining::Impl::make_stamps(const QNetworkWeights& weights) {
   stamp_size = size_of(stamp.out[0]) * size_of(stamp.out[1]) * size_of(stamp.out_row);
   row_begin = 8;
   row_size = row_begin + (extent[1][2] + 7) / 8 * 8 + 8;
+  slab_rows = std::max(1, (1 << 13) / (8 * row_size));  // 32 KB
   const std::size_t kernel_size = size_of(stamp.kernel[0]) * size_of(stamp.kernel[1]) * size_of(stamp.kernel[2]);
   const std::size_t tap_size = size_of(stamp.taps[0]) * size_of(stamp.taps[1]) * size_of(stamp.tap_row);
 
-  lattice.assign(species * size_of(phases) * kernel_size, 0.0f);
+  lattice.assign(species * size_of(phases) * kernel_size + 8, 0.0f);  // the kernels look beyond the end
   const int edge_y = 2 * reach[1] + 1, edge_x = 2 * reach[2] + 1;
   std::size_t at = 0;
   for (std::size_t s = 0; s < species; ++s)
@@ -546,7 +678,7 @@ bool QTraining::Impl::is_clean(const StateActions& pairs, std::size_t sample, bo
 
 /// Appends the stamps of a sample's atoms. Their rows may stick out of the box by a stamp's width.
 void QTraining::Impl::find_pieces(const Call& call, std::size_t lane, std::size_t sample,
-                                  std::vector<Piece>& pieces) const {
+                                  std::vector<std::vector<Piece>>& pieces) const {
   std::vector<Run> runs[3];
   int action[3], atom[3];
   position(call.pairs.actions[2 * sample + 1], action);
@@ -580,22 +712,32 @@ void QTraining::Impl::find_pieces(const Call& call, std::size_t lane, std::size_
             const int row_at = (z.box + z.stamp + i) * extent[1][1] + y.box + y.stamp;
             // whole vectors of the columns that meet the box
             const int first = x.stamp / 8 * 8, end = (x.stamp + x.count + 7) / 8 * 8;
-            pieces.push_back(
-                {base + size_of((z.stamp + i) * stamp.out[1] + y.stamp) * size_of(stamp.out_row) + size_of(first),
-                 (lane * size_of(extent[1][0] * extent[1][1]) + size_of(row_at)) * size_of(row_size) +
-                     size_of(row_begin + x.box + first),
-                 y.count, end - first});
+            std::size_t from =
+                base + size_of((z.stamp + i) * stamp.out[1] + y.stamp) * size_of(stamp.out_row) + size_of(first);
+            for (int r = row_at, left = y.count; left > 0;) {
+              const int slab = r / slab_rows, count = std::min(left, (slab + 1) * slab_rows - r);
+              const std::size_t line = lane * size_of(slab_rows) + size_of(r % slab_rows);
+              pieces[size_of(slab)].push_back(
+                  {from, line * size_of(row_size) + size_of(row_begin + x.box + first), count, end - first});
+              from += size_of(count * stamp.out_row);
+              r += count;
+              left -= count;
+            }
           }
         }
   }
 }
 
-void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot& slot, bool add) {
+/// spectra: whose sums of spectra the group's are put into, with `add` on top of what is there.
+void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot& slot, Slot& spectra, bool add) {
   const TrainingKernels& k = training_kernels();
   const std::size_t begin = g * kGroup, count = std::min<std::size_t>(kGroup, call.pairs.size() - begin);
   const float* parameters = call.weights.parameters.data();
-  const std::size_t image_stride = size_of(call.channel_pairs) * kCell, stride = kHiddenCells * kCell;
   float* scratch = arena.scratch.need(scratch_size);
+  const bool stamped = begin + count <= call.stamped, few = stamped && count <= 8;
+  const int hidden_cells = few ? kFewCells : kHiddenCells;
+  // channel and samples of each eighth float of a cell
+  const auto channel_of = [&](int cell, int part) { return few ? 4 * cell + part : 2 * cell + part % 2; };
 
   // what lies inside the grid
   bool masked = false;
@@ -613,18 +755,21 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
           masked = true;
           float* m = mask + l % 8 + (l < 8 ? 0 : kImaginary);
           m[0] = m[kSecond] = 0.0f;
+          if (few) m[kImaginary] = m[kImaginary + kSecond] = 0.0f;
         }
       }
   }
 
   // images, and their spectra
-  const bool stamped = begin + count <= call.stamped;
   const std::size_t image_plane = points(0) * kCell;
   const Box image_box = box(0, arena, masked);
   float* image = nullptr;
-  float* spectrum[3];
+  float* spectrum[3] = {};
+  const auto cells_of = [&](int layer) { return layer == 0 ? call.channel_pairs : hidden_cells; };
   for (int layer = stamped ? 1 : 0; layer < 3; ++layer)
-    spectrum[layer] = arena.spectrum[layer].need(plan[layer].frequencies() * (layer == 0 ? image_stride : stride));
+    spectrum[layer] = arena.spectrum[layer].need(plan[layer].columns.size() * plan[layer].column(cells_of(layer)));
+  // what a layer's transforms start from, and what they leave
+  float *from = arena.half[0].need(half_size), *to = arena.half[1].need(half_size);
   if (!stamped) {
     image = arena.image.need(size_of(call.channel_pairs) * image_plane);
     std::memset(image, 0, size_of(call.channel_pairs) * image_plane * sizeof(float));
@@ -643,50 +788,92 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
                                       image_box.mask[2][x * kCell + l];
     }
     for (int j = 0; j < call.channel_pairs; ++j)
-      k.forward(plan[0].transform, extent[0], image + size_of(j) * image_plane, spectrum[0] + j * kCell, image_stride,
-                scratch);
+      along_x(plan[0], false, image + size_of(j) * image_plane, {from, call.channel_pairs, extent[0]}, j, scratch);
   }
 
   // forward
-  const std::size_t image_rows = size_of(extent[1][0] * extent[1][1] * row_size);
-  for (std::vector<Piece>& pieces : arena.pieces) pieces.clear();
+  std::size_t few_floats = 0;
+  for (int layer = 1; layer < 3; ++layer)
+    few_floats = std::max(few_floats, size_of(plan[layer].size[plan[layer].inner]) * kFewChannels * kCell);
+  float *few_in = few ? arena.few[0].need(few_floats) : nullptr,
+        *few_out = few ? arena.few[1].need(few_floats) : nullptr,
+        *few_kept = few ? arena.few[2].need(few_floats) : nullptr;
+  // The last layer knows full groups only: a cell of few samples from or to their planes.
+  const auto move_few = [&](int cell, bool to_planes, float* few_plane, float* planes) {
+    for (int part = 0; part < 4; ++part) {
+      const int channel = channel_of(cell, part);
+      float *own = few_plane + part * 8,
+            *other = planes + size_of(channel / 2) * points(3) * kCell + channel % 2 * kSecond;
+      for (std::size_t at = 0; at < points(3); ++at, own += kCell, other += kCell)
+        if (!to_planes) {
+          for (int l = 0; l < 8; ++l) own[l] = channel < kHidden ? other[l] : 0.0f;
+        } else if (channel < kHidden) {
+          std::copy(own, own + 8, other);
+          std::fill(other + kImaginary, other + kImaginary + 8, 0.0f);
+        }
+    }
+  };
+  const int rows_of_a1 = extent[1][0] * extent[1][1], slabs = (rows_of_a1 + slab_rows - 1) / slab_rows;
+  const std::size_t image_rows = size_of(slab_rows) * size_of(row_size);
+  for (std::vector<std::vector<Piece>>& pieces : arena.pieces) {
+    pieces.resize(size_of(slabs));
+    for (std::vector<Piece>& slab : pieces) slab.clear();
+  }
   if (stamped)
     for (std::size_t l = 0; l < count; ++l) find_pieces(call, l % 8, call.order[begin + l], arena.pieces[l / 8]);
   float* rows = stamped ? arena.rows.need(8 * image_rows) : nullptr;
-  std::size_t most = 0;
-  for (const Plan& p : plan) most = std::max(most, p.frequencies());
-  float* product = arena.product[0].need(most * std::max(stride, image_stride));
   float* activation = arena.activation.need(std::max(points(1), points(2)) * kCell);  // one plane at a time
   float* last_activation = arena.last.need(kHiddenCells * points(3) * kCell);
   for (int layer = 0; layer < 3; ++layer) {
-    const Transform& t = plan[layer].transform;
     const int n_in = inputs(layer);
     const bool by_stamps = layer == 0 && stamped;
-    if (!by_stamps)
-      k.multiply(t, weight_spectrum[layer].data(), weight_cells[layer], n_in, 1, kHidden, n_in, true, spectrum[layer],
-                 layer == 0 ? image_stride : stride, product, stride);
+    const std::size_t pair_weights = size_of(2 * weight_cells[layer] * kCell);
+    if (!by_stamps) {
+      sweep(plan[layer], {from, cells_of(layer), extent[layer]}, spectrum[layer], {to, hidden_cells, extent[layer + 1]},
+            scratch, [&](const Pairs& pairs, std::size_t first, const float* in, float* out) {
+              const float* w = weight_spectrum[layer].data() + first * pair_weights;
+              if (few) {
+                k.unpack(pairs, in, few_in);
+                k.multiply_few(pairs.count, w, size_of(weight_cells[layer]), true, few_in, few_out);
+                k.pack(pairs, few_out, out);
+              } else {
+                k.multiply(pairs, w, size_of(weight_cells[layer]), n_in, 1, kHidden, n_in, true, in, out);
+              }
+            });
+      std::swap(from, to);
+    }
     const std::size_t plane = points(layer + 1) * kCell;
     arena.signs[layer + 1].resize(kHiddenCells * points(layer + 1));
     const float* bias = by_stamps ? first_bias.data() : parameters + parameter_offset(layer, true);
     const Box inside = box(layer + 1, arena, masked);
-    for (int j = 0; j < kHiddenCells; ++j) {
-      float* a = layer == 2 ? last_activation + size_of(j) * plane : activation;
+    for (int j = 0; j < hidden_cells; ++j) {
+      float* a = layer == 2 && !few ? last_activation + size_of(j) * plane : activation;
       if (by_stamps)
-        for (int part = 0; part < 4; ++part) {  // channel, half of the samples
-          std::memset(rows, 0, 8 * image_rows * sizeof(float));
-          for (const Piece& p : arena.pieces[part / 2])
-            k.add_rows(p.rows, p.width, stamps.data() + size_of(2 * j + part % 2) * stamp_size + p.stamp, stamp.out_row,
-                       rows + p.row, row_size);
-          k.interleave(extent[1][0] * extent[1][1], extent[1][2], rows + row_begin,
-                       static_cast<std::ptrdiff_t>(image_rows), row_size,
-                       a + part % 2 * kSecond + part / 2 * kImaginary);
-        }
+        for (int slab = 0; slab < slabs; ++slab)
+          for (int part = 0; part < 4; ++part) {
+            const std::vector<Piece>& pieces = arena.pieces[few ? 0 : part / 2][size_of(slab)];
+            const int channel = channel_of(j, part);
+            std::memset(rows, 0, 8 * image_rows * sizeof(float));
+            if (channel < kHidden)
+              k.add_rows(pieces.data(), static_cast<int>(pieces.size()), true,
+                         stamps.data() + size_of(channel) * stamp_size, stamp.out_row, rows, row_size);
+            k.interleave(
+                std::min(slab_rows, rows_of_a1 - slab * slab_rows), extent[1][2], rows + row_begin,
+                static_cast<std::ptrdiff_t>(image_rows), row_size,
+                a + size_of(slab * slab_rows * extent[1][2]) * kCell + part % 2 * kSecond + part / 2 * kImaginary);
+          }
       else
-        k.inverse(t, extent[layer + 1], product + j * kCell, stride, a, scratch);
-      k.activate(inside, bias + 2 * j, shape.slope, a, arena.signs[layer + 1].data() + size_of(j) * points(layer + 1));
+        along_x(plan[layer], true, a, {from, hidden_cells, extent[layer + 1]}, j, scratch);
+      float biases[4];
+      for (int part = 0; part < 4; ++part)
+        biases[part] = channel_of(j, part) < kHidden ? bias[channel_of(j, part)] : 0.0f;
+      k.activate(inside, biases, shape.slope, a, arena.signs[layer + 1].data() + size_of(j) * points(layer + 1));
       if (layer < 2)
-        k.forward(plan[layer + 1].transform, extent[layer + 1], a, spectrum[layer + 1] + j * kCell, stride, scratch);
+        along_x(plan[layer + 1], false, a, {to, hidden_cells, extent[layer + 1]}, j, scratch);
+      else if (few)
+        move_few(j, true, a, last_activation);
     }
+    std::swap(from, to);
   }
   const float* last = parameters + parameter_offset(3, false);
   const float* last_bias = parameters + parameter_offset(3, true);
@@ -715,61 +902,89 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
 
   // backward
   float* delta = arena.delta.need(std::max({points(0), points(1), points(2), kHiddenCells * points(3)}) * kCell);
-  // what the layer above left, and what this one makes of it
-  float* from = product;
-  float* delta_spectrum = arena.product[1].need(most * std::max(stride, image_stride));
   k.last_back(static_cast<int>(taps), shape.species, last, last_activation, arena.du.data(), delta, slot.last.data());
   for (int layer = 2; layer >= 0; --layer) {
-    const Transform& t = plan[layer].transform;
     const std::size_t plane = points(layer + 1) * kCell;
     const Box inside = box(layer + 1, arena, masked);
-    for (int j = 0; j < kHiddenCells; ++j) {
-      float* d = delta + (layer == 2 ? size_of(j) * plane : 0);
-      if (layer < 2) k.inverse(plan[layer + 1].transform, extent[layer + 1], from + j * kCell, stride, d, scratch);
+    for (int j = 0; j < hidden_cells; ++j) {
+      float* d = layer < 2 ? delta : few ? activation : delta + size_of(j) * plane;
+      if (layer < 2)
+        along_x(plan[layer + 1], true, d, {from, hidden_cells, extent[layer + 1]}, j, scratch);
+      else if (few)
+        move_few(j, false, d, delta);
       k.pull(inside, shape.slope, arena.signs[layer + 1].data() + size_of(j) * points(layer + 1), d);
       if (layer == 0 && stamped) {
         alignas(64) float sum[kCell];
         k.total(points(1), d, sum);
         for (int c = 0; c < kCell; ++c) {
-          slot.bias[0][size_of(2 * j + c / kSecond % 2)] += sum[c];
-          slot.constant[size_of(2 * j + c / kSecond % 2)] += sum[c];
+          const int channel = channel_of(j, c / kSecond);
+          if (channel >= kHidden) break;
+          slot.bias[0][size_of(channel)] += static_cast<double>(sum[c]);
+          slot.constant[size_of(channel)] += static_cast<double>(sum[c]);
         }
         float* delta_rows = arena.delta_rows.need(8 * image_rows);  // what lies beyond the box stays zero
-        for (int part = 0; part < 4; ++part) {
-          k.separate(extent[1][0] * extent[1][1], extent[1][2], d + part % 2 * kSecond + part / 2 * kImaginary,
-                     delta_rows + row_begin, static_cast<std::ptrdiff_t>(image_rows), row_size);
-          for (const Piece& p : arena.pieces[part / 2])
-            k.add_rows(p.rows, p.width, delta_rows + p.row, row_size,
-                       slot.stamps.data() + size_of(2 * j + part % 2) * stamp_size + p.stamp, stamp.out_row);
-        }
+        for (int slab = 0; slab < slabs; ++slab)
+          for (int part = 0; part < 4; ++part) {
+            const std::vector<Piece>& pieces = arena.pieces[few ? 0 : part / 2][size_of(slab)];
+            const int channel = channel_of(j, part);
+            if (channel >= kHidden) break;
+            k.separate(
+                std::min(slab_rows, rows_of_a1 - slab * slab_rows), extent[1][2],
+                d + size_of(slab * slab_rows * extent[1][2]) * kCell + part % 2 * kSecond + part / 2 * kImaginary,
+                delta_rows + row_begin, static_cast<std::ptrdiff_t>(image_rows), row_size);
+            k.add_rows(pieces.data(), static_cast<int>(pieces.size()), false,
+                       slot.stamps.data() + size_of(channel) * stamp_size, stamp.out_row, delta_rows, row_size);
+          }
         continue;
       }
-      k.forward(t, extent[layer + 1], d, delta_spectrum + j * kCell, stride, scratch);
-      for (int c = 0; c < kCell; ++c)  // frequency zero is the sum over points
-        slot.bias[size_of(layer)][size_of(2 * j + c / kSecond % 2)] += delta_spectrum[j * kCell + c];
+      along_x(plan[layer], false, d, {to, hidden_cells, extent[layer + 1]}, j, scratch);
     }
     if (layer == 0 && stamped) return;
+    std::swap(from, to);
     const int n_in = inputs(layer);
-    const std::size_t in_stride = layer == 0 ? image_stride : stride;
-    float* sums = slot.sums[layer].need(size_of(t.pairs) * size_of(n_in) * kSums);
-    const bool on_top = layer == 0 ? slot.has_sums : add, go_on = layer > 0 || call.wants_kernels;
-    if (layer == 0) slot.has_sums = true;
-    // Few frequencies at a time: what one loop has read, the other finds in the cache.
-    Transform part = t;
-    for (int p = 0; p < t.pairs; p += kChunk) {
-      part.pair = t.pair + 2 * p;
-      part.pairs = std::min(kChunk, t.pairs - p);
-      k.correlate(part, n_in, spectrum[layer], in_stride, delta_spectrum, on_top, sums + size_of(p * n_in) * kSums);
-      if (go_on)
-        k.multiply(part, weight_spectrum[layer].data() + size_of(p) * 2 * weight_cells[layer] * kCell,
-                   weight_cells[layer], kHidden, n_in, n_in, 1, false, delta_spectrum, stride,
-                   layer == 0 ? from : delta_spectrum, in_stride);
-    }
-    if (layer > 0) std::swap(from, delta_spectrum);
+    const std::size_t pair_sums = size_of(2 * 8 * sum_blocks(n_in)),
+                      pair_weights = size_of(2 * weight_cells[layer] * kCell);
+    float* sums = spectra.sums[layer].need(size_of(plan[layer].pairs) * pair_sums);
+    const bool on_top = layer == 0 ? spectra.has_sums : add, go_on = layer > 0 || call.wants_kernels;
+    if (layer == 0) spectra.has_sums = true;
+    const std::size_t column = plan[layer].column(cells_of(layer));
+    const float* kept = spectrum[layer];
+    sweep(plan[layer], {from, hidden_cells, extent[layer + 1]}, nullptr,
+          {go_on ? to : nullptr, cells_of(layer), extent[layer]}, scratch,
+          [&](const Pairs& pairs, std::size_t first, const float* in, float* out) {
+            if (first == 0)  // frequency zero is the sum over points
+              for (int c = 0; c < kHidden; ++c)
+                for (int l = 0; l < 8; ++l) {
+                  if (few) {
+                    slot.bias[size_of(layer)][size_of(c)] +=
+                        static_cast<double>(in[c / 4 * pairs.plane + c % 4 * kSecond + l]);
+                    continue;
+                  }
+                  const float* own = in + c / 2 * pairs.plane + c % 2 * kSecond + l;
+                  slot.bias[size_of(layer)][size_of(c)] +=
+                      static_cast<double>(own[0]) + static_cast<double>(own[kImaginary]);
+                }
+            float* s = sums + first * pair_sums;
+            const float* w = weight_spectrum[layer].data() + first * pair_weights;
+            if (few) {
+              k.unpack(pairs, kept, few_kept);
+              kept += column;
+              k.unpack(pairs, in, few_in);
+              k.correlate_few(pairs.count, few_kept, few_in, on_top, s);
+              k.multiply_few(pairs.count, w, size_of(weight_cells[layer]), false, few_in, few_out);
+              k.pack(pairs, few_out, out);
+              return;
+            }
+            k.correlate(pairs, n_in, kept, static_cast<std::ptrdiff_t>(column), in, on_top, s);
+            kept += column;
+            if (!go_on) return;
+            k.multiply(pairs, w, size_of(weight_cells[layer]), kHidden, n_in, n_in, 1, false, in, out);
+          });
+    std::swap(from, to);
   }
   if (!call.wants_kernels) return;
   for (int j = 0; j < call.channel_pairs; ++j)
-    k.inverse(plan[0].transform, extent[0], from + j * kCell, image_stride, image + size_of(j) * image_plane, scratch);
+    along_x(plan[0], true, image + size_of(j) * image_plane, {from, call.channel_pairs, extent[0]}, j, scratch);
   for (std::size_t l = 0; l < count; ++l) splat(call, l, call.order[begin + l], image, slot.kernels.data());
   for (int s = 0; s < shape.species; ++s) {
     const float* p = image + size_of(s / 2) * image_plane + s % 2 * kSecond;
@@ -846,13 +1061,18 @@ double QTraining::Impl::run(const QNetworkWeights& weights, const StateActions& 
     slot.last_bias.assign(size_of(shape.species), 0.0);
     slot.shift.assign(size_of(shape.species), 0.0);
   }
+  // One group a slot, and one thread: sums of spectra pile up in the first slot in the order in which those of all
+  // slots would be added up, bit for bit, and take a fraction of the memory.
+  const bool pile = threads == 1 && size_of(n_slots) == groups;
   bool failed = false;  // an exception must not leave a parallel region
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
   for (int thread = 0; thread < threads; ++thread) try {
       for (int s = thread; s < n_slots; s += threads) {
         const std::size_t first = groups * size_of(s) / size_of(n_slots),
                           end = groups * size_of(s + 1) / size_of(n_slots);
-        for (std::size_t g = first; g < end; ++g) group(call, g, arenas[size_of(thread)], slots[size_of(s)], g > first);
+        for (std::size_t g = first; g < end; ++g)
+          group(call, g, arenas[size_of(thread)], slots[size_of(s)], slots[pile ? 0 : size_of(s)],
+                g > (pile ? 0 : first));
       }
     } catch (...) {
 #pragma omp atomic write
@@ -935,24 +1155,37 @@ double QTraining::Impl::run(const QNetworkWeights& weights, const StateActions& 
   const int window_extent[3] = {shape.dimension == 3 ? shape.kernel : 1, shape.kernel, shape.kernel};
   for (int layer = 0; layer < 3; ++layer) {
     const Plan& p = plan[layer];
-    const std::size_t cells = weight_cells[layer], kernel_count = size_of(inputs(layer)) * kHidden;
+    const int channels = inputs(layer);
+    const int cells = (sum_blocks(channels) + 3) / 4;
     const float* sums[kMostSlots];
     int n_sums = 0;
-    for (int s = 0; s < n_slots; ++s)
+    for (int s = 0; s < (pile ? 1 : n_slots); ++s)
       if (layer > 0 || slots[size_of(s)].has_sums) sums[n_sums++] = slots[size_of(s)].sums[layer].data();
     float* bias = out.parameters.data() + parameter_offset(layer, true);
     for (std::size_t c = 0; c < kHidden; ++c)
       bias[c] = static_cast<float>(over_slots([&](const Slot& slot) { return slot.bias[size_of(layer)][c]; }));
     if (n_sums == 0) continue;
-    float* spectrum = kernel_spectrum.need(p.frequencies() * cells * kCell);
+    const Half half{kernel_half.need(Half::floats(p, cells, window_extent)), cells, window_extent};
     float* planes = kernel_planes.need(taps * kCell);
-    float* scratch = kernel_scratch.need(transform_scratch(p.transform, window_extent));
-    k.join(p.transform, inputs(layer), n_sums, sums, cells, 1.0f / static_cast<float>(p.frequencies()), spectrum);
+    float* scratch = kernel_scratch.need(kernel_scratch_size(p, cells, window_extent));
+    const float scale = 1.0f / static_cast<float>(p.frequencies());
+    const std::size_t pair_sums = size_of(2 * 8 * sum_blocks(channels));
+    sweep(p, {nullptr, 0, window_extent}, nullptr, half, scratch,
+          [&](const Pairs& column, std::size_t first, const float*, float* spectrum) {
+            const float* own[kMostSlots];
+            for (int s = 0; s < n_sums; ++s) own[s] = sums[s] + first * pair_sums;
+            k.join(column, channels, n_sums, own, size_of(cells), scale, spectrum);
+          });
     float* w = out.parameters.data() + parameter_offset(layer, false);
-    for (std::size_t j = 0; j < cells; ++j) {
-      k.inverse(p.transform, window_extent, spectrum + j * kCell, cells * kCell, planes, scratch);
-      for (std::size_t r = 0; r < kCell && j * kCell + r < kernel_count; ++r)
-        for (std::size_t tap = 0; tap < taps; ++tap) w[(j * kCell + r) * taps + tap] = planes[tap * kCell + r];
+    for (int j = 0; j < cells; ++j) {
+      along_x(p, true, planes, half, j, scratch);
+      for (int o = 0; o < kHidden; ++o)
+        for (int c = 0; c < channels; ++c) {
+          const std::size_t at = size_of(sum_at(channels, o, c));
+          if (at / kCell != size_of(j)) continue;
+          float* kernel = w + size_of(o * channels + c) * taps;
+          for (std::size_t tap = 0; tap < taps; ++tap) kernel[tap] = planes[tap * kCell + at % kCell];
+        }
     }
   }
   if (stamped > 0)

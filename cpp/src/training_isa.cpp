@@ -48,9 +48,9 @@ struct Complex {
   V re, im;
 };
 
-template <bool v>
-struct Constant {
-  static constexpr bool value = v;
+template <int v>
+struct Index {
+  static constexpr int value = v;
 };
 
 // ---- transforms -------------------------------------------------------------------------------------------------
@@ -87,7 +87,8 @@ struct Roots<13> {
 
 template <int radix>
 THALWEG_INLINE void butterfly(Complex* a) {
-  if constexpr (radix == 2) {
+  if constexpr (radix == 1) {
+  } else if constexpr (radix == 2) {
     const Complex t = a[1];
     a[1] = {a[0].re - t.re, a[0].im - t.im};
     a[0] = {a[0].re + t.re, a[0].im + t.im};
@@ -120,6 +121,41 @@ THALWEG_INLINE void butterfly(Complex* a) {
     a[4] = {u1r - w1i, u1i + w1r};
     a[2] = {u2r + w2i, u2i - w2r};
     a[3] = {u2r - w2i, u2i + w2r};
+  } else if constexpr (radix == 6) {
+    Complex even[3] = {a[0], a[2], a[4]}, odd[3] = {a[3], a[5], a[1]};
+    butterfly<3>(even);
+    butterfly<3>(odd);
+#pragma GCC unroll 3
+    for (int k = 0; k < 3; ++k) {
+      const Complex sum{even[k].re + odd[k].re, even[k].im + odd[k].im};
+      const Complex difference{even[k].re - odd[k].re, even[k].im - odd[k].im};
+      a[4 * k % 6] = sum;
+      a[(4 * k + 3) % 6] = difference;
+    }
+  } else if constexpr (radix == 9) {
+    constexpr float cosine[5] = {1, 0.76604444311897801f, 0.17364817766693036f, 0, -0.93969262078590843f};
+    constexpr float sine[5] = {0, 0.64278760968653936f, 0.98480775301220802f, 0, 0.34202014332566871f};
+    Complex b[3][3];
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) {
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) b[j][i] = a[3 * i + j];
+      butterfly<3>(b[j]);
+    }
+#pragma GCC unroll 3
+    for (int k = 0; k < 3; ++k) {
+      Complex c[3] = {b[0][k], b[1][k], b[2][k]};
+      if (k > 0) {
+#pragma GCC unroll 3
+        for (int j = 1; j < 3; ++j) {
+          const V wr = spread(cosine[j * k]), wi = spread(sine[j * k]);
+          c[j] = {b[j][k].re * wr + b[j][k].im * wi, b[j][k].im * wr - b[j][k].re * wi};
+        }
+      }
+      butterfly<3>(c);
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) a[k + 3 * i] = c[i];
+    }
   } else {
     // An odd prime: sums and differences of the points k and radix - k give the frequencies j and radix - j.
     constexpr int half = radix / 2;
@@ -147,8 +183,7 @@ THALWEG_INLINE void butterfly(Complex* a) {
   }
 }
 
-// Elements of a strided line; re and im: where the parts of an element are. next: from an element to the one that a
-// later line will want in its place. Strided lines live far from the core, and hardware does not foresee them.
+// Elements of a strided line; re and im: where the parts of an element are. next: Lines::Steps::later.
 struct In {
   const float* p;
   std::ptrdiff_t stride;
@@ -232,94 +267,128 @@ THALWEG_INLINE void stage_of(int radix, int n, int s, const float* twiddles, con
   }
 }
 
-// in.count points (the rest of n is zero) to the first out.count frequencies. The inverse is the forward transform with
-// real and imaginary parts swapped on both sides. scratch: 2 n cells.
-__attribute__((noinline)) void line(const Fft& fft, In in, Out out, float* scratch) {
-  if (fft.n == 1) {
-    for (int k = 0; k < kImaginary; k += kWidth) {
-      store(out.p + out.re + k, load(in.p + in.re + k));
-      store(out.p + out.im + k, load(in.p + in.im + k));
+// Lengths a b with coprime factors need no twiddles (Good, J. R. Stat. Soc. B 20, 361 (1958)): point b i + a j and
+// frequency k = p mod a = q mod b separate into a DFT over j to q, then one over i to p.
+template <int a, int b>
+struct Coprime {
+  static constexpr int n = a * b;
+  static constexpr int point(int i, int j) { return (b * i + a * j) % n; }
+  static constexpr int frequency(int p, int q) {
+    int k = p;
+    while (k % b != q) k += a;
+    return k;
+  }
+};
+
+template <int count, class Body>
+THALWEG_INLINE void each(Body body) {
+  if constexpr (count > 0) {
+    each<count - 1>(body);
+    body(Index<count - 1>());
+  }
+}
+
+// Loops over the lines itself: arguments handed over in memory, line by line, would wait for the stores of the line
+// before. The inverse is the forward transform with real and imaginary parts swapped on both sides.
+template <int a, int b>
+__attribute__((noinline)) void coprime_lines(const Lines& all, float* scratch) {
+  using Map = Coprime<a, b>;
+  alignas(64) static constexpr float zeros[kCell] = {};
+  const int re = all.inverse ? kImaginary : 0, im = kImaginary - re, in_count = all.in_count, out_count = all.out_count;
+  const Lines::Steps in_steps = all.in_steps, out_steps = all.out_steps;
+  for (int l = 0; l < all.count; ++l)
+    for (int part = 0; part < kImaginary; part += kWidth) {
+      const float* in = all.in + l * in_steps.line + part;
+      float* out = all.out + l * out_steps.line + part;
+      each<a>([&](auto i) __attribute__((always_inline)) {
+        Complex x[b];
+        each<b>([&](auto j) __attribute__((always_inline)) {
+          constexpr int k = Map::point(i.value, j.value);
+          const float* p = k < in_count ? in + k * in_steps.element : zeros;
+          if (in_steps.later != 0) {
+            __builtin_prefetch(p + in_steps.later);
+            __builtin_prefetch(p + in_steps.later + kImaginary);
+          }
+          x[j.value] = {load(p + re), load(p + im)};
+        });
+        butterfly<b>(x);
+        each<b>([&](auto q) __attribute__((always_inline)) {
+          float* p = scratch + (q.value * a + i.value) * 2 * kWidth;
+          store(p, x[q.value].re);
+          store(p + kWidth, x[q.value].im);
+        });
+      });
+      each<b>([&](auto q) __attribute__((always_inline)) {
+        Complex x[a];
+        each<a>([&](auto i) __attribute__((always_inline)) {
+          const float* p = scratch + (q.value * a + i.value) * 2 * kWidth;
+          x[i.value] = {load(p), load(p + kWidth)};
+        });
+        butterfly<a>(x);
+        each<a>([&](auto p) __attribute__((always_inline)) {
+          constexpr int k = Map::frequency(p.value, q.value);
+          if (k >= out_count) return;
+          float* y = out + k * out_steps.element;
+          if (out_steps.later != 0) {
+            __builtin_prefetch(y + out_steps.later, 1);
+            __builtin_prefetch(y + out_steps.later + kImaginary, 1);
+          }
+          store(y + re, x[p.value].re);
+          store(y + im, x[p.value].im);
+        });
+      });
     }
+}
+
+// Any other length.
+__attribute__((noinline)) void line(const Fft& fft, const In& in, const Out& out, float* scratch) {
+  if (fft.n == 1) {
+    store(out.p + out.re, load(in.p + in.re));
+    store(out.p + out.im, load(in.p + in.im));
     return;
   }
+  if (fft.stages == 1) return stage_of<true, true>(fft.radix[0], fft.n, 1, fft.twiddles, in, out);
   float* buffers[2] = {scratch, scratch + 2 * kWidth * fft.n};
-  for (int part = 0; part < kImaginary; part += kWidth) {
-    if (fft.stages == 1) {
-      stage_of<true, true>(fft.radix[0], fft.n, 1, fft.twiddles, in, out);
-    } else {
-      int n = fft.n, s = 1;
-      stage_of<true, false>(fft.radix[0], n, s, fft.twiddles, in, {buffers[0], 2 * kWidth, n, 0, kWidth});
-      for (int k = 1; k < fft.stages; ++k) {
-        n /= fft.radix[k - 1];
-        s *= fft.radix[k - 1];
-        const In from{buffers[(k - 1) & 1], 2 * kWidth, fft.n, 0, kWidth};
-        if (k + 1 < fft.stages)
-          stage_of<false, false>(fft.radix[k], n, s, fft.twiddles, from,
-                                 {buffers[k & 1], 2 * kWidth, fft.n, 0, kWidth});
-        else
-          stage_of<false, true>(fft.radix[k], n, s, fft.twiddles, from, out);
-      }
-    }
-    in.p += kWidth;
-    out.p += kWidth;
+  int n = fft.n, s = 1;
+  stage_of<true, false>(fft.radix[0], n, s, fft.twiddles, in, {buffers[0], 2 * kWidth, n, 0, kWidth});
+  for (int k = 1; k < fft.stages; ++k) {
+    n /= fft.radix[k - 1];
+    s *= fft.radix[k - 1];
+    const In from{buffers[(k - 1) & 1], 2 * kWidth, fft.n, 0, kWidth};
+    if (k + 1 < fft.stages)
+      stage_of<false, false>(fft.radix[k], n, s, fft.twiddles, from, {buffers[k & 1], 2 * kWidth, fft.n, 0, kWidth});
+    else
+      stage_of<false, true>(fft.radix[k], n, s, fft.twiddles, from, out);
   }
 }
 
-// Odd numbers of cells between lines: columns of a power of two would share few cache sets.
-void forward(const Transform& t, const int* extent, const float* plane, float* spectrum, std::size_t stride,
-             float* scratch) {
-  const std::ptrdiff_t nx = t.size[2], ny = t.size[1], nz = t.size[0], row = (nx | 1) * kCell, column = ny | 1;
-  const std::ptrdiff_t step = static_cast<std::ptrdiff_t>(stride);
-  float* slab = scratch;
-  float* columns = slab + extent[1] * row;
-  float* buffer = columns + (t.dimension == 3 ? extent[0] * nx * column * kCell : 0);
-  for (int z = 0; z < extent[0]; ++z) {
-    for (int y = 0; y < extent[1]; ++y)
-      line(t.fft[2],
-           {plane + (z * extent[1] + y) * static_cast<std::ptrdiff_t>(extent[2]) * kCell, kCell, extent[2], 0,
-            kImaginary},
-           {slab + y * row, kCell, t.size[2], 0, kImaginary}, buffer);
-    for (std::ptrdiff_t kx = 0; kx < nx; ++kx) {
-      const In in{slab + kx * kCell, row, extent[1], 0, kImaginary, kCell};
-      if (t.dimension == 2)
-        line(t.fft[1], in, {spectrum + kx * ny * step, step, t.size[1], 0, kImaginary, ny * step}, buffer);
-      else
-        line(t.fft[1], in, {columns + (z * nx + kx) * column * kCell, kCell, t.size[1], 0, kImaginary}, buffer);
-    }
+void lines(const Fft& fft, const Lines& all, float* scratch) {
+  switch (fft.n) {  // of the thesis' networks
+    case 13:
+      return coprime_lines<13, 1>(all, scratch);
+    case 18:
+      return coprime_lines<2, 9>(all, scratch);
+    case 20:
+      return coprime_lines<4, 5>(all, scratch);
+    case 21:
+      return coprime_lines<3, 7>(all, scratch);
+    case 30:
+      return coprime_lines<6, 5>(all, scratch);
+    case 36:
+      return coprime_lines<4, 9>(all, scratch);
+    case 42:
+      return coprime_lines<6, 7>(all, scratch);
+    case 45:
+      return coprime_lines<5, 9>(all, scratch);
+    default:
+      break;
   }
-  if (t.dimension == 3)
-    for (std::ptrdiff_t kx = 0; kx < nx; ++kx)
-      for (std::ptrdiff_t ky = 0; ky < ny; ++ky)
-        line(t.fft[0], {columns + (kx * column + ky) * kCell, nx * column * kCell, extent[0], 0, kImaginary, 2 * kCell},
-             {spectrum + (kx * ny + ky) * nz * step, step, t.size[0], 0, kImaginary, nz * step}, buffer);
-}
-
-void inverse(const Transform& t, const int* extent, const float* spectrum, std::size_t stride, float* plane,
-             float* scratch) {
-  const std::ptrdiff_t nx = t.size[2], ny = t.size[1], nz = t.size[0], row = (nx | 1) * kCell, column = ny | 1;
-  const std::ptrdiff_t step = static_cast<std::ptrdiff_t>(stride);
-  float* slab = scratch;
-  float* columns = slab + extent[1] * row;
-  float* buffer = columns + (t.dimension == 3 ? extent[0] * nx * column * kCell : 0);
-  if (t.dimension == 3)
-    for (std::ptrdiff_t kx = 0; kx < nx; ++kx)
-      for (std::ptrdiff_t ky = 0; ky < ny; ++ky)
-        line(t.fft[0], {spectrum + (kx * ny + ky) * nz * step, step, t.size[0], kImaginary, 0, nz * step},
-             {columns + (kx * column + ky) * kCell, nx * column * kCell, extent[0], kImaginary, 0, 2 * kCell}, buffer);
-  for (int z = 0; z < extent[0]; ++z) {
-    for (std::ptrdiff_t kx = 0; kx < nx; ++kx) {
-      const Out out{slab + kx * kCell, row, extent[1], kImaginary, 0, kCell};
-      if (t.dimension == 2)
-        line(t.fft[1], {spectrum + kx * ny * step, step, t.size[1], kImaginary, 0, ny * step}, out, buffer);
-      else
-        line(t.fft[1], {columns + (z * nx + kx) * column * kCell, kCell, t.size[1], kImaginary, 0}, out, buffer);
-    }
-    for (int y = 0; y < extent[1]; ++y)
-      line(t.fft[2], {slab + y * row, kCell, t.size[2], kImaginary, 0},
-           {plane + (z * extent[1] + y) * static_cast<std::ptrdiff_t>(extent[2]) * kCell, kCell, extent[2], kImaginary,
-            0},
-           buffer);
-  }
+  const int re = all.inverse ? kImaginary : 0, im = kImaginary - re;
+  for (int l = 0; l < all.count; ++l)
+    for (int part = 0; part < kImaginary; part += kWidth)
+      line(fft, {all.in + l * all.in_steps.line + part, all.in_steps.element, all.in_count, re, im, all.in_steps.later},
+           {all.out + l * all.out_steps.line + part, all.out_steps.element, all.out_count, re, im, all.out_steps.later},
+           scratch);
 }
 
 // ---- products of spectra ----------------------------------------------------------------------------------------
@@ -362,27 +431,17 @@ THALWEG_INLINE void put(float* f, float* g, std::ptrdiff_t k, int pass, V re, V 
 }
 #endif
 
-// The channels of the next two frequencies: -f is walked backwards, in jumps.
-THALWEG_INLINE void prefetch_channels(const Transform& t, int p, const float* x, std::size_t stride, int channels) {
-  if (p >= t.pairs) return;
-  const float* f = x + static_cast<std::size_t>(t.pair[2 * p]) * stride;
-  const float* g = x + static_cast<std::size_t>(t.pair[2 * p + 1]) * stride;
-  for (int k = 0; k < (channels + 1) / 2 * kCell; k += 16) {
-    __builtin_prefetch(f + k);
-    __builtin_prefetch(g + k);
-  }
-}
-
-THALWEG_INLINE std::ptrdiff_t channel_at(int c) { return c / 2 * kCell + c % 2 * kSecond; }
+THALWEG_INLINE std::ptrdiff_t channel_at(std::ptrdiff_t plane, int c) { return c / 2 * plane + c % 2 * kSecond; }
 
 template <int outputs, bool conjugate>
 THALWEG_INLINE void multiply_block(const float* w, std::size_t imaginary, int n_in, int step_in, int first,
-                                   int step_out, const float* in_f, const float* in_g, float* out_f, float* out_g) {
+                                   const int step_out, const float* in_f, const float* in_g, float* out_f, float* out_g,
+                                   std::ptrdiff_t plane) {
   for (int pass = 0; pass < kPasses; ++pass) {
     const Side in(in_f, in_g, pass);
     V re[outputs] = {}, im[outputs] = {};
     for (int i = 0; i < n_in; ++i) {
-      const V ar = in.re(channel_at(i)), ai = in.im(channel_at(i));
+      const V ar = in.re(channel_at(plane, i)), ai = in.im(channel_at(plane, i));
       const float* wi = w + i * step_in + first * step_out;
 #pragma GCC unroll 10
       for (int o = 0; o < outputs; ++o) {
@@ -400,44 +459,35 @@ THALWEG_INLINE void multiply_block(const float* w, std::size_t imaginary, int n_
       }
     }
 #pragma GCC unroll 10
-    for (int o = 0; o < outputs; ++o) put(out_f, out_g, channel_at(first + o), pass, re[o], im[o]);
+    for (int o = 0; o < outputs; ++o) put(out_f, out_g, channel_at(plane, first + o), pass, re[o], im[o]);
   }
 }
 
-template <bool conjugate>
-void multiply_all(const Transform& t, const float* weights, std::size_t cells, int n_in, int step_in, int n_out,
-                  int step_out, const float* in, std::size_t in_stride, float* out, std::size_t out_stride) {
+// step: between outputs; what is known of it spares registers for addresses.
+template <bool conjugate, int step>
+void multiply_all(const Pairs& t, const float* weights, std::size_t cells, int n_in, int step_in, int n_out,
+                  int any_step, const float* in, float* out) {
+  const int step_out = step > 0 ? step : any_step;
   const std::size_t imaginary = cells * kCell;
-  for (int p = 0; p < t.pairs; ++p) {
-    const std::size_t f = static_cast<std::size_t>(t.pair[2 * p]), g = static_cast<std::size_t>(t.pair[2 * p + 1]);
-    prefetch_channels(t, p + 1, in, in_stride, n_in);
+  for (int p = 0; p < t.count; ++p) {
+    const std::ptrdiff_t f = t.pair[2 * p] * std::ptrdiff_t{kCell}, g = t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
     const float* w = weights + static_cast<std::size_t>(p) * 2 * imaginary;
-    const float *in_f = in + f * in_stride, *in_g = in + g * in_stride;
-    float *out_f = out + f * out_stride, *out_g = out + g * out_stride;
-    alignas(64) float kept[2][kHiddenCells * kCell];
-    if (in == out && n_out > kOutputs) {  // several blocks: the first must not overwrite what the next reads
-      for (int k = 0; k < kHiddenCells * kCell; ++k) {
-        kept[0][k] = in_f[k];
-        kept[1][k] = in_g[k];
-      }
-      in_f = kept[0];
-      in_g = kept[1];
-    }
+    for (std::size_t k = 0; k < 2 * imaginary; k += 16)
+      __builtin_prefetch(w + static_cast<std::size_t>(t.count) * 2 * imaginary + k);
     int o = 0;
     for (; o + kOutputs <= n_out; o += kOutputs)
-      multiply_block<kOutputs, conjugate>(w, imaginary, n_in, step_in, o, step_out, in_f, in_g, out_f, out_g);
+      multiply_block<kOutputs, conjugate>(w, imaginary, n_in, step_in, o, step_out, in + f, in + g, out + f, out + g,
+                                          t.plane);
     for (; o < n_out; ++o)
-      multiply_block<1, conjugate>(w, imaginary, n_in, step_in, o, step_out, in_f, in_g, out_f, out_g);
+      multiply_block<1, conjugate>(w, imaginary, n_in, step_in, o, step_out, in + f, in + g, out + f, out + g, t.plane);
   }
 }
 
-void multiply(const Transform& t, const float* weights, std::size_t cells, int n_in, int step_in, int n_out,
-              int step_out, bool conjugate, const float* in, std::size_t in_stride, float* out,
-              std::size_t out_stride) {
-  if (conjugate)
-    multiply_all<true>(t, weights, cells, n_in, step_in, n_out, step_out, in, in_stride, out, out_stride);
-  else
-    multiply_all<false>(t, weights, cells, n_in, step_in, n_out, step_out, in, in_stride, out, out_stride);
+void multiply(const Pairs& t, const float* weights, std::size_t cells, int n_in, int step_in, int n_out, int step_out,
+              bool conjugate, const float* in, float* out) {
+  const auto all = conjugate ? (step_out == kHidden ? multiply_all<true, kHidden> : multiply_all<true, 0>)
+                             : (step_out == 1 ? multiply_all<false, 1> : multiply_all<false, 0>);
+  all(t, weights, cells, n_in, step_in, n_out, step_out, in, out);
 }
 
 using Index8 = Lanes<8>::Integer;
@@ -467,12 +517,12 @@ THALWEG_INLINE void transpose(V8* r) {
 // each is stored as it will be loaded: a load that spans two pending stores would wait for both.
 constexpr int kRow = 32;
 
-template <bool conjugated>
-THALWEG_INLINE void sample_rows(const float* d, float* rows) {
+template <bool conjugated, bool few>
+THALWEG_INLINE void sample_rows(const float* d, std::ptrdiff_t plane, float* rows) {
   V8 re[8], im[8];
-  const auto real = [&](int c) { return load<8>(d + channel_at(c)); };
+  const auto real = [&](int c) { return few ? 2 * load<8>(d + c * kCell) : load<8>(d + channel_at(plane, c)); };
   const auto imaginary = [&](int c) {
-    const V8 v = load<8>(d + channel_at(c) + kImaginary);
+    const V8 v = few ? 2 * load<8>(d + c * kCell + 8) : load<8>(d + channel_at(plane, c) + kImaginary);
     return conjugated ? -v : v;
   };
 #pragma GCC unroll 8
@@ -504,10 +554,12 @@ constexpr int kWide = kWidth, kChannelBlock = kWidth == 8 ? 2 : 1;
 #endif
 constexpr int kWideCount = 24 / kWide;  // vectors of kWide in a row, the rest in one of 8
 
-template <int channels>
-THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, int first, const float* rows, bool add,
-                                    float* sums) {
+template <int channels, bool few>
+THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, std::ptrdiff_t plane, int first,
+                                    const float* rows, bool add, float* sums, std::ptrdiff_t imaginary,
+                                    std::ptrdiff_t tail) {
   using W = Lanes<kWide>::Type;
+  constexpr int imaginary_part = few ? 8 : kImaginary;
   constexpr bool rest = 24 % kWide != 0;
   W re[channels][kWideCount] = {}, im[channels][kWideCount] = {};  // sums with Re a and with Im a
   V8 re_rest[channels] = {}, im_rest[channels] = {};
@@ -522,30 +574,31 @@ THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, int firs
       if constexpr (rest) d_rest = load<8>(row + 16);
 #pragma GCC unroll 8
       for (int c = 0; c < channels; ++c) {
-        const float* x = a + channel_at(first + c) + l;
+        const float* x = a + (few ? (first + c) * kCell : channel_at(plane, first + c)) + l;
 #pragma GCC unroll 8
         for (int k = 0; k < kWideCount; ++k) {
           re[c][k] += x[0] * d[k];
           if constexpr (decltype(conjugated)::value)
-            im[c][k] -= x[kImaginary] * d[k];
+            im[c][k] -= x[imaginary_part] * d[k];
           else
-            im[c][k] += x[kImaginary] * d[k];
+            im[c][k] += x[imaginary_part] * d[k];
         }
         if constexpr (rest) {
           re_rest[c] += x[0] * d_rest;
           if constexpr (decltype(conjugated)::value)
-            im_rest[c] -= x[kImaginary] * d_rest;
+            im_rest[c] -= x[imaginary_part] * d_rest;
           else
-            im_rest[c] += x[kImaginary] * d_rest;
+            im_rest[c] += x[imaginary_part] * d_rest;
         }
       }
     }
   };
-  side(a_f, rows, Constant<false>());
-  side(a_g, rows + 8 * kRow, Constant<true>());
+  side(a_f, rows, Index<0>());
+  if constexpr (!few) side(a_g, rows + 8 * kRow, Index<1>());
 #pragma GCC unroll 8
   for (int c = 0; c < channels; ++c) {
-    float* s = sums + (first + c) * kSums;
+    float* s = sums + (first + c) * 8;
+    float* t = sums + tail + (first + c) * 2;
     V8 r[3], i[3];  // Re d_0..7, Im d_0..7, (Re d_8, d_9, Im d_8, d_9, 0 ...)
 #if defined(__AVX512F__)
     r[0] = __builtin_shufflevector(re[c][0], re[c][0], 0, 1, 2, 3, 4, 5, 6, 7);
@@ -568,77 +621,164 @@ THALWEG_INLINE void correlate_block(const float* a_f, const float* a_g, int firs
     const V8 out_re = r[0] + i[1], out_im = i[0] - r[1];
     using V4 = Lanes<4>::Type;
     const V4 r2 = __builtin_shufflevector(r[2], r[2], 0, 1, 2, 3), i2 = __builtin_shufflevector(i[2], i[2], 2, 3, 0, 1);
-    const V4 rest_out = __builtin_shufflevector(r2 + i2, i2 - r2, 0, 1, 6, 7);
+    const V4 tail_re = r2 + i2, tail_im = i2 - r2;
     store(s, add ? load<8>(s) + out_re : out_re);
-    store(s + 8, add ? load<8>(s + 8) + out_im : out_im);
-    store(s + 16, add ? load<4>(s + 16) + rest_out : rest_out);
+    store(s + imaginary, add ? load<8>(s + imaginary) + out_im : out_im);
+    for (int k = 0; k < 2; ++k) {
+      t[k] = add ? t[k] + tail_re[k] : tail_re[k];
+      t[imaginary + k] = add ? t[imaginary + k] + tail_im[2 + k] : tail_im[2 + k];
+    }
   }
 }
 
-void correlate(const Transform& t, int channels, const float* a, std::size_t a_stride, const float* d, bool add,
+void correlate(const Pairs& t, int channels, const float* a, std::ptrdiff_t later, const float* d, bool add,
                float* sums) {
-  constexpr std::size_t d_stride = kHiddenCells * kCell;
   alignas(64) float rows[16 * kRow];
-  for (int p = 0; p < t.pairs; ++p) {
-    const std::size_t f = static_cast<std::size_t>(t.pair[2 * p]), g = static_cast<std::size_t>(t.pair[2 * p + 1]);
-    prefetch_channels(t, p + 1, d, d_stride, kHidden);
-    prefetch_channels(t, p + 1, a, a_stride, channels);
-    sample_rows<false>(d + f * d_stride, rows);
-    sample_rows<true>(d + g * d_stride, rows + 8 * kRow);
-    float* s = sums + static_cast<std::ptrdiff_t>(p) * channels * kSums;
+  const std::ptrdiff_t imaginary = kSecond * sum_blocks(channels), tail = kSecond * channels;
+  for (int p = 0; p < t.count; ++p, sums += 2 * imaginary) {
+    const std::ptrdiff_t f = t.pair[2 * p] * std::ptrdiff_t{kCell}, g = t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
+    for (int j = 0; j < (channels + 1) / 2; ++j)
+      for (int k = 0; k < kCell; k += 16) {
+        __builtin_prefetch(a + later + f + j * t.plane + k);
+        __builtin_prefetch(a + later + g + j * t.plane + k);
+      }
+    for (int k = 0; k < 2 * imaginary; k += 16) __builtin_prefetch(sums + t.count * 2 * imaginary + k, 1);
+    sample_rows<false, false>(d + f, t.plane, rows);
+    sample_rows<true, false>(d + g, t.plane, rows + 8 * kRow);
     int c = 0;
     for (; c + kChannelBlock <= channels; c += kChannelBlock)
-      correlate_block<kChannelBlock>(a + f * a_stride, a + g * a_stride, c, rows, add, s);
-    for (; c < channels; ++c) correlate_block<1>(a + f * a_stride, a + g * a_stride, c, rows, add, s);
+      correlate_block<kChannelBlock, false>(a + f, a + g, t.plane, c, rows, add, sums, imaginary, tail);
+    for (; c < channels; ++c) correlate_block<1, false>(a + f, a + g, t.plane, c, rows, add, sums, imaginary, tail);
+  }
+}
+
+// ---- groups of few samples --------------------------------------------------------------------------------------
+
+void unpack(const Pairs& t, const float* packed, float* x) {
+  for (int p = 0; p < t.count; ++p, x += kFewChannels * kCell) {
+    const float *f = packed + t.pair[2 * p] * std::ptrdiff_t{kCell},
+                *g = packed + t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
+    for (int c = 0; c < kFewChannels; c += 4, f += t.plane, g += t.plane)
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const V8 half = spread<V8>(0.5f), f_re = half * load<8>(f + 8 * h),
+                 f_im = half * load<8>(f + kImaginary + 8 * h), g_re = half * load<8>(g + 8 * h),
+                 g_im = half * load<8>(g + kImaginary + 8 * h);
+        const auto put_channel = [&](float* to, V8 re, V8 im) __attribute__((always_inline)) {
+          store(to, re);
+          store(to + 8, im);
+          store(to + 16, im);
+          store(to + 24, -re);
+        };
+        put_channel(x + (c + h) * kCell, f_re + g_re, f_im - g_im);
+        put_channel(x + (c + 2 + h) * kCell, f_im + g_im, g_re - f_re);
+      }
+  }
+}
+
+void pack(const Pairs& t, const float* y, float* packed) {
+  for (int p = 0; p < t.count; ++p, y += kFewChannels * kCell) {
+    float *f = packed + t.pair[2 * p] * std::ptrdiff_t{kCell}, *g = packed + t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
+    for (int c = 0; c < kFewChannels; c += 4, f += t.plane, g += t.plane)
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const auto part = [&](int channel, int at) __attribute__((always_inline)) {
+          return channel < kHidden ? load<8>(y + channel * kCell + at) : V8{};
+        };
+        const V8 a_re = part(c + h, 0), a_im = part(c + h, 8), b_re = part(c + 2 + h, 0), b_im = part(c + 2 + h, 8);
+        store(f + 8 * h, a_re - b_im);
+        store(f + kImaginary + 8 * h, a_im + b_re);
+        store(g + 8 * h, a_re + b_im);
+        store(g + kImaginary + 8 * h, b_re - a_im);
+      }
+  }
+}
+
+template <bool conjugate>
+void multiply_few_all(int pairs, const float* w, std::size_t imaginary, const float* in, float* out) {
+  constexpr int step_in = conjugate ? 1 : kHidden, step_out = conjugate ? kHidden : 1;
+  for (int p = 0; p < pairs; ++p, w += 2 * imaginary, in += kFewChannels * kCell, out += kFewChannels * kCell) {
+    for (std::size_t k = 0; k < 2 * imaginary; k += 16)
+      __builtin_prefetch(w + static_cast<std::size_t>(pairs) * 2 * imaginary + k);
+    for (int part = 0; part < 16; part += kWidth)
+      for (int first = 0; first < kHidden; first += kOutputs) {
+        V a[kOutputs] = {}, b[kOutputs] = {};
+        for (int i = 0; i < kHidden; ++i) {
+          const V x = load(in + i * kCell + part), turned = load(in + i * kCell + 16 + part);
+          const float* re = w + first * step_out + i * step_in;
+#pragma GCC unroll 10
+          for (int o = 0; o < kOutputs; ++o) {
+            a[o] += re[o * step_out] * x;
+            b[o] += re[o * step_out + static_cast<std::ptrdiff_t>(imaginary)] * turned;
+          }
+        }
+#pragma GCC unroll 10
+        for (int o = 0; o < kOutputs; ++o)
+          store(out + (first + o) * kCell + part, conjugate ? a[o] + b[o] : a[o] - b[o]);
+      }
+  }
+}
+
+void multiply_few(int pairs, const float* weights, std::size_t cells, bool conjugate, const float* in, float* out) {
+  (conjugate ? multiply_few_all<true> : multiply_few_all<false>)(pairs, weights, cells * kCell, in, out);
+}
+
+void correlate_few(int pairs, const float* a, const float* d, bool add, float* sums) {
+  alignas(64) float rows[8 * kRow];
+  constexpr std::ptrdiff_t imaginary = kSecond * sum_blocks(kHidden), tail = kSecond * kHidden;
+  for (int p = 0; p < pairs; ++p, sums += 2 * imaginary, a += kFewChannels * kCell, d += kFewChannels * kCell) {
+    for (int k = 0; k < 2 * imaginary; k += 16) __builtin_prefetch(sums + pairs * 2 * imaginary + k, 1);
+    sample_rows<false, true>(d, 0, rows);
+    for (int c = 0; c < kHidden; c += kChannelBlock)
+      correlate_block<kChannelBlock, true>(a, nullptr, 0, c, rows, add, sums, imaginary, tail);
   }
 }
 
 // ---- spectra of kernels -----------------------------------------------------------------------------------------
 
-void split(const Transform& t, std::size_t cells, const float* spectrum, float scale, float* weights) {
+void split(const Pairs& t, std::size_t cells, const float* spectrum, float scale, float* weights) {
+  const V half = spread(0.5f * scale);
   const std::size_t stride = cells * kCell;
-  const float half = 0.5f * scale;
-  for (int p = 0; p < t.pairs; ++p) {
-    const float* f = spectrum + static_cast<std::size_t>(t.pair[2 * p]) * stride;
-    const float* g = spectrum + static_cast<std::size_t>(t.pair[2 * p + 1]) * stride;
-    float* re = weights + static_cast<std::size_t>(p) * 2 * stride;
-    float* im = re + stride;
-    for (std::size_t j = 0; j < cells; ++j, f += kCell, g += kCell, re += kCell, im += kCell)
-      for (int r = 0; r < 16; ++r) {
-        re[r] = half * (f[r] + g[r]);
-        im[r] = half * (f[16 + r] - g[16 + r]);
-        re[16 + r] = half * (f[16 + r] + g[16 + r]);
-        im[16 + r] = half * (g[r] - f[r]);
+  for (int p = 0; p < t.count; ++p, weights += 2 * stride) {
+    const float *f = spectrum + t.pair[2 * p] * std::ptrdiff_t{kCell},
+                *g = spectrum + t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
+    float *re = weights, *im = weights + stride;
+    for (std::size_t j = 0; j < cells; ++j, f += t.plane, g += t.plane, re += kCell, im += kCell)
+      for (int r = 0; r < kImaginary; r += kWidth) {
+        const V a = half * load(f + r), b = half * load(g + r), c = half * load(f + kImaginary + r),
+                d = half * load(g + kImaginary + r);
+        store(re + r, a + b);
+        store(im + r, c - d);
+        store(re + kImaginary + r, c + d);
+        store(im + kImaginary + r, b - a);
       }
   }
 }
 
-void join(const Transform& t, int channels, int slots, const float* const* sums, std::size_t cells, float scale,
+void join(const Pairs& t, int channels, int slots, const float* const* sums, std::size_t cells, float scale,
           float* spectrum) {
-  const std::size_t stride = cells * kCell, block = static_cast<std::size_t>(channels) * kSums;
-  const float half = 0.5f * scale;
-  for (int p = 0; p < t.pairs; ++p) {
-    float* f = spectrum + static_cast<std::size_t>(t.pair[2 * p]) * stride;
-    float* g = spectrum + static_cast<std::size_t>(t.pair[2 * p + 1]) * stride;
-    alignas(64) float re[kMostCells * kCell] = {}, im[kMostCells * kCell] = {};  // gradient of kernel o channels + c
-    for (int c = 0; c < channels; ++c) {
-      float total[kSums] = {};
-      for (int slot = 0; slot < slots; ++slot) {
-        const float* s = sums[slot] + static_cast<std::size_t>(p) * block + static_cast<std::size_t>(c) * kSums;
-        for (int k = 0; k < kSums; ++k) total[k] += s[k];
-      }
-      for (int o = 0; o < kHidden; ++o) {
-        re[o * channels + c] = half * total[o < 8 ? o : 8 + o];
-        im[o * channels + c] = half * total[o < 8 ? 8 + o : 10 + o];
-      }
-    }
-    for (std::size_t j = 0; j < cells; ++j, f += kCell, g += kCell)
-      for (int r = 0; r < 16; ++r) {
-        const std::size_t k = j * kCell + static_cast<std::size_t>(r);
-        f[r] = re[k] - im[k + 16];
-        f[16 + r] = im[k] + re[k + 16];
-        g[r] = re[k] + im[k + 16];
-        g[16 + r] = re[k + 16] - im[k];
+  const int blocks = sum_blocks(channels);
+  const std::size_t stride = 2 * static_cast<std::size_t>(blocks) * kSecond;
+  const V8 half = spread<V8>(0.5f * scale);
+  for (int p = 0; p < t.count; ++p) {
+    float *f = spectrum + t.pair[2 * p] * std::ptrdiff_t{kCell},
+          *g = spectrum + t.pair[2 * p + 1] * std::ptrdiff_t{kCell};
+    const auto total = [&](int block, int imaginary) __attribute__((always_inline)) {
+      V8 sum{};
+      if (block < blocks)
+        for (int slot = 0; slot < slots; ++slot)
+          sum += load<8>(sums[slot] + static_cast<std::size_t>(p) * stride +
+                         static_cast<std::size_t>(block + imaginary * blocks) * kSecond);
+      return half * sum;
+    };
+    for (int j = 0; j < static_cast<int>(cells); ++j, f += t.plane, g += t.plane)
+      for (int k = 0; k < 2; ++k) {
+        const V8 a_re = total(4 * j + k, 0), a_im = total(4 * j + k, 1), b_re = total(4 * j + 2 + k, 0),
+                 b_im = total(4 * j + 2 + k, 1);
+        store(f + 8 * k, a_re - b_im);
+        store(f + 8 * k + kImaginary, a_im + b_re);
+        store(g + 8 * k, a_re + b_im);
+        store(g + 8 * k + kImaginary, b_re - a_im);
       }
   }
 }
@@ -692,7 +832,7 @@ THALWEG_INLINE V by_sign(std::uint32_t bits, V yes, V no) {
 
 void activate(const Box& box, const float* bias, float slope, float* plane, std::uint32_t* signs) {
   alignas(64) float b[kCell];
-  for (int k = 0; k < kCell; ++k) b[k] = bias[k / kSecond % 2];
+  for (int k = 0; k < kCell; ++k) b[k] = bias[k / kSecond];
   const auto body = [&](std::ptrdiff_t at, const float* mask) __attribute__((always_inline)) {
     float* p = plane + at;
     std::uint32_t bits = 0;
@@ -772,12 +912,19 @@ void last_back(int points, int species, const float* w, const float* a, const fl
 
 // ---- the first layer, atom by atom ------------------------------------------------------------------------------
 
-void add_rows(int rows, int width, const float* from, std::ptrdiff_t from_row, float* to, std::ptrdiff_t to_row) {
-  for (int r = 0; r < rows; ++r, from += from_row, to += to_row) {
-    int x = 0;
-    if constexpr (kWidth == 16)
-      for (; x + 16 <= width; x += 16) store(to + x, load(to + x) + load(from + x));
-    for (; x < width; x += 8) store(to + x, load<8>(to + x) + load<8>(from + x));
+void add_rows(const Piece* pieces, int count, bool to_images, float* stamps, std::ptrdiff_t stamp_row, float* images,
+              std::ptrdiff_t image_row) {
+  for (const Piece* p = pieces; p != pieces + count; ++p) {
+    float *stamp = stamps + p->stamp, *image = images + p->image;
+    const float* from = to_images ? stamp : image;
+    float* to = to_images ? image : stamp;
+    const std::ptrdiff_t from_row = to_images ? stamp_row : image_row, to_row = to_images ? image_row : stamp_row;
+    for (int r = 0; r < p->rows; ++r, from += from_row, to += to_row) {
+      int x = 0;
+      if constexpr (kWidth == 16)
+        for (; x + 16 <= p->width; x += 16) store(to + x, load(to + x) + load(from + x));
+      for (; x < p->width; x += 8) store(to + x, load<8>(to + x) + load<8>(from + x));
+    }
   }
 }
 
@@ -821,28 +968,58 @@ void total(std::size_t points, const float* plane, float* cell) {
   for (int k = 0; k < kCell / kWidth; ++k) store(cell + k * kWidth, sum[k]);
 }
 
-// A row of the kernel at a time: its elements meet shifted copies of a row of taps, and only sums are stored.
+// Up to eight elements of the kernel's rows at a time, from `first` on: shifted copies of a row of taps stay in
+// registers while every row of the kernel meets them. kernel: eight floats longer than it is.
+constexpr int kElements = 8;
+
+template <int width>
+THALWEG_INLINE void stamp_strip(const Stamp& s, int first, const float* kernel, const float* taps, float* out) {
+  using T = Lanes<width>::Type;
+  T shifted[kElements];
+#pragma GCC unroll 8
+  for (int n = 0; n < kElements; ++n) shifted[n] = first + n < s.kernel[2] ? load<width>(taps - first - n) : T{};
+  kernel += first;
+  for (int kz = 0; kz < s.kernel[0]; ++kz, out += (s.out[1] - s.kernel[1]) * std::ptrdiff_t{s.out_row})
+    for (int ky = 0; ky < s.kernel[1]; ++ky, kernel += s.kernel[2], out += s.out_row) {
+      T sum = load<width>(out);
+#pragma GCC unroll 8
+      for (int n = 0; n < kElements; ++n) sum += kernel[n] * shifted[n];
+      store(out, sum);
+    }
+}
+
 void stamp(const Stamp& s, const float* kernel, const float* taps, float* out) {
   const std::ptrdiff_t channel = static_cast<std::ptrdiff_t>(s.out[0]) * s.out[1] * s.out_row;
-  const int columns = s.kernel[2];
-  for (int kz = 0; kz < s.kernel[0]; ++kz)
-    for (int ky = 0; ky < s.kernel[1]; ++ky, kernel += columns) {
-      int begin = 0, end = columns;
-      while (begin < end && kernel[begin] == 0) ++begin;
-      while (begin < end && kernel[end - 1] == 0) --end;
-      if (begin == end) continue;
-      const float* w = taps + s.tap_begin;
-      for (int o = 0; o < kHidden; ++o)
-        for (int z = 0; z < s.taps[0]; ++z)
-          for (int y = 0; y < s.taps[1]; ++y, w += s.tap_row) {
-            float* p = out + o * channel + (static_cast<std::ptrdiff_t>(z + kz) * s.out[1] + y + ky) * s.out_row;
-            for (int x = 0; x < s.out_row; x += 8) {
-              V8 sum = load<8>(p + x);
-              for (int n = begin; n < end; ++n) sum += kernel[n] * load<8>(w + x - n);
-              store(p + x, sum);
-            }
-          }
+  const float* w = taps + s.tap_begin;
+  for (int o = 0; o < kHidden; ++o)
+    for (int z = 0; z < s.taps[0]; ++z)
+      for (int y = 0; y < s.taps[1]; ++y, w += s.tap_row) {
+        float* p = out + o * channel + (static_cast<std::ptrdiff_t>(z) * s.out[1] + y) * s.out_row;
+        for (int first = 0; first < s.kernel[2]; first += kElements) {
+          int x = 0;
+          if constexpr (kWidth == 16)
+            for (; x + 16 <= s.out_row; x += 16) stamp_strip<16>(s, first, kernel, w + x, p + x);
+          for (; x < s.out_row; x += 8) stamp_strip<8>(s, first, kernel, w + x, p + x);
+        }
+      }
+}
+
+// Sums by element of the kernel's rows, over all rows; they are shifted into place at the end.
+template <int width>
+THALWEG_INLINE void tap_strip(const Stamp& s, int first, int x, const float* kernel, const float* out, float* taps) {
+  typename Lanes<width>::Type sum[kElements] = {};
+  kernel += first;
+  out += x;
+  for (int kz = 0; kz < s.kernel[0]; ++kz, out += (s.out[1] - s.kernel[1]) * std::ptrdiff_t{s.out_row})
+    for (int ky = 0; ky < s.kernel[1]; ++ky, kernel += s.kernel[2], out += s.out_row) {
+      const auto v = load<width>(out);
+#pragma GCC unroll 8
+      for (int n = 0; n < kElements; ++n) sum[n] += kernel[n] * v;
     }
+  // what falls on either side of the taps lands in their row's margins
+#pragma GCC unroll 8
+  for (int n = 0; n < kElements; ++n)
+    if (first + n < s.kernel[2]) store(taps + x - first - n, load<width>(taps + x - first - n) + sum[n]);
 }
 
 void stamp_taps(const Stamp& s, const float* kernel, const float* out, float* by_taps) {
@@ -850,22 +1027,15 @@ void stamp_taps(const Stamp& s, const float* kernel, const float* out, float* by
   float* w = by_taps + s.tap_begin;
   for (int o = 0; o < kHidden; ++o)
     for (int z = 0; z < s.taps[0]; ++z)
-      for (int y = 0; y < s.taps[1]; ++y, w += s.tap_row)
-        for (int x = 0; x < s.taps[2]; x += 8) {
-          V8 sum[4] = {};
-          const float* k = kernel;
-          for (int kz = 0; kz < s.kernel[0]; ++kz)
-            for (int ky = 0; ky < s.kernel[1]; ++ky, k += s.kernel[2]) {
-              const float* p =
-                  out + o * channel + (static_cast<std::ptrdiff_t>(z + kz) * s.out[1] + y + ky) * s.out_row + x;
-              int n = 0;
-              for (; n + 4 <= s.kernel[2]; n += 4)
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i) sum[i] += k[n + i] * load<8>(p + n + i);
-              for (; n < s.kernel[2]; ++n) sum[0] += k[n] * load<8>(p + n);
-            }
-          store(w + x, load<8>(w + x) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+      for (int y = 0; y < s.taps[1]; ++y, w += s.tap_row) {
+        const float* p = out + o * channel + (static_cast<std::ptrdiff_t>(z) * s.out[1] + y) * s.out_row;
+        for (int first = 0; first < s.kernel[2]; first += kElements) {
+          int x = 0;
+          if constexpr (kWidth == 16)
+            for (; x + 16 <= s.out_row; x += 16) tap_strip<16>(s, first, x, kernel, p, w);
+          for (; x < s.out_row; x += 8) tap_strip<8>(s, first, x, kernel, p, w);
         }
+      }
 }
 
 void stamp_kernel(const Stamp& s, const float* taps, const float* out, float* by_kernel) {
@@ -899,9 +1069,10 @@ void adam(std::size_t n, const float* gradient, float beta1, float beta2, float 
 }  // namespace
 
 const TrainingKernels& training_kernels() {
-  static constexpr TrainingKernels table{forward,  inverse, multiply, correlate,  activate,     pull,
-                                         split,    join,    last,     last_back,  add_rows,     interleave,
-                                         separate, total,   stamp,    stamp_taps, stamp_kernel, adam};
+  static constexpr TrainingKernels table{lines,         multiply,     correlate,  unpack,   pack,  multiply_few,
+                                         correlate_few, activate,     pull,       split,    join,  last,
+                                         last_back,     add_rows,     interleave, separate, total, stamp,
+                                         stamp_taps,    stamp_kernel, adam};
   return table;
 }
 

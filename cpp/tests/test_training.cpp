@@ -249,6 +249,28 @@ TEST(gradients_without_images_are_the_same) {
   }
 }
 
+// Eight actions or fewer make another kind of group, where none needs images. The lengths of the thesis' network.
+TEST(gradients_of_a_few_actions_are_the_same) {
+  const QNetworkShape shapes[] = {shape_of(2, 1, 15, 1, 2, {36, 41, 1}, {true, true, false}),
+                                  shape_of(2, 2, 5, 1, 0, {9, 12, 1}, {false, true, false}),
+                                  shape_of(3, 2, 3, 2, 0, {6, 7, 8}, {false, false, true})};
+  for (const QNetworkShape& shape : shapes)
+    for (const int n : {3, 24}) {
+      if (n > 8 && shape.kernel > 5) continue;  // the reference would take long
+      Example e = example(shape, n, 4, 12);
+      std::fill(e.shift.begin(), e.shift.end(), 0.0f);
+      const Reference wanted = reference(e);
+      at_every_level([&] {
+        QTraining training(shape);
+        std::vector<float> q(e.size()), gradient(e.parameters.size()), kernels(e.kernels.size());
+        training.gradient(e.weights(), e.pairs(), e.targets, q, {gradient, kernels, {}});
+        CLOSE(difference(q, wanted.q), 0, 5e-6);
+        CLOSE(difference(gradient, wanted.parameters), 0, 1e-5);
+        CLOSE(difference(kernels, wanted.kernels), 0, 1e-5);
+      });
+    }
+}
+
 TEST(the_reference_is_the_derivative_of_its_loss) {
   Example e = example(kShapes[5], 5, 4, 2);
   const Reference r = reference(e);
@@ -282,6 +304,9 @@ TEST(threads_change_no_bit_and_calls_leave_nothing_behind) {
     CHECK(a.loss == b.loss && a.q == b.q && a.parameters == b.parameters && a.kernels == b.kernels);
     CHECK(a.shift == b.shift);
   }
+  const Example some = example(shape, 100, 4, 13);  // no more groups than partial sums
+  const Result c = step(one, some, 1), d = step(three, some, 3);
+  CHECK(c.loss == d.loss && c.q == d.q && c.parameters == d.parameters && c.kernels == d.kernels);
   const Reference wanted = reference(many);
   CLOSE(difference(a.parameters, wanted.parameters), 0, 1e-5);
 }
