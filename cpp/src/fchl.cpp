@@ -7,6 +7,7 @@
 
 #include "buffer.hpp"
 #include "centers.hpp"
+#include "expect.hpp"
 #include "fchl_kernels.hpp"
 #include "isa.hpp"
 #include "spare.hpp"
@@ -18,13 +19,13 @@ THALWEG_DISPATCH(Fchl19Kernels, fchl19_kernels)
 
 namespace {
 
+void expect(bool good, const char* name, const char* wanted, double came) {
+  expect_setting(good, "FCHL19", name, wanted, came);
+}
+
 constexpr double kPi = 3.14159265358979323846;
 constexpr double kOnOnePoint = 1e-6;  // angstrom
 constexpr double kChunk = 8.0;  // how far chunks of Gaussians reach, in units of eta^-1/2: fchl_isa.cpp needs < 10
-
-void expect_setting(bool good, const char* name, const char* wanted, double came) {
-  if (!good) throw Error(std::string("FCHL19: ") + name + " must be " + wanted + ", but it is " + std::to_string(came));
-}
 
 }  // namespace
 
@@ -54,21 +55,21 @@ Fchl19::Fchl19(const Fchl19Settings& settings, std::span<const std::int32_t> spe
   Layout& l = *layout;
   const Fchl19Settings& s = settings;
   const auto expect_length = [](const char* name, double value) {
-    expect_setting(value > 0 && value < 100, name, "above 0 and below 100 angstrom", value);
+    expect(value > 0 && value < 100, name, "above 0 and below 100 angstrom", value);
   };
   expect_length("cutoff_pairs", s.cutoff_pairs);
   expect_length("cutoff_triplets", s.cutoff_triplets);
-  expect_setting(s.n_pairs >= 1 && s.n_pairs <= 128, "n_pairs", "1 to 128", s.n_pairs);
-  expect_setting(s.n_triplets >= 1 && s.n_triplets <= 128, "n_triplets", "1 to 128", s.n_triplets);
-  expect_setting(s.n_fourier >= 1 && s.n_fourier <= 8, "n_fourier", "1 to 8", s.n_fourier);
+  expect(s.n_pairs >= 1 && s.n_pairs <= 128, "n_pairs", "1 to 128", s.n_pairs);
+  expect(s.n_triplets >= 1 && s.n_triplets <= 128, "n_triplets", "1 to 128", s.n_triplets);
+  expect(s.n_fourier >= 1 && s.n_fourier <= 8, "n_fourier", "1 to 8", s.n_fourier);
   const char* const width = "between 0.0001 and 10000";
-  expect_setting(s.eta_pairs >= 1e-4 && s.eta_pairs <= 1e4, "eta_pairs", width, s.eta_pairs);
-  expect_setting(s.eta_triplets >= 1e-4 && s.eta_triplets <= 1e4, "eta_triplets", width, s.eta_triplets);
-  expect_setting(s.zeta >= 0 && s.zeta < 1e3, "zeta", "0 or more and below 1000", s.zeta);
+  expect(s.eta_pairs >= 1e-4 && s.eta_pairs <= 1e4, "eta_pairs", width, s.eta_pairs);
+  expect(s.eta_triplets >= 1e-4 && s.eta_triplets <= 1e4, "eta_triplets", width, s.eta_triplets);
+  expect(s.zeta >= 0 && s.zeta < 1e3, "zeta", "0 or more and below 1000", s.zeta);
   const char* const power = "0 to 20";
-  expect_setting(s.decay_pairs >= 0 && s.decay_pairs <= 20, "decay_pairs", power, s.decay_pairs);
-  expect_setting(s.decay_triplets >= 0 && s.decay_triplets <= 20, "decay_triplets", power, s.decay_triplets);
-  expect_setting(std::isfinite(s.weight_triplets), "weight_triplets", "finite", s.weight_triplets);
+  expect(s.decay_pairs >= 0 && s.decay_pairs <= 20, "decay_pairs", power, s.decay_pairs);
+  expect(s.decay_triplets >= 0 && s.decay_triplets <= 20, "decay_triplets", power, s.decay_triplets);
+  expect(std::isfinite(s.weight_triplets), "weight_triplets", "finite", s.weight_triplets);
   static_assert(kFchlMostRadial == 128 && kFchlMostAngles == 16);
   l.settings = settings;
   l.numbers.assign(species.begin(), species.end());

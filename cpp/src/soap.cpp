@@ -7,6 +7,7 @@
 
 #include "buffer.hpp"
 #include "centers.hpp"
+#include "expect.hpp"
 #include "isa.hpp"
 #include "soap_tables.hpp"
 #include "spare.hpp"
@@ -18,14 +19,14 @@ THALWEG_DISPATCH(SoapKernels, soap_kernels)
 
 namespace {
 
+void expect(bool good, const char* name, const char* wanted, double came) {
+  expect_setting(good, "SOAP", name, wanted, came);
+}
+
 constexpr long double kPi = 3.14159265358979323846264338327950288L;
 constexpr double kLogThreshold = 6.907755278982137;  // ln 1000: where basis functions and neighbours have faded
 constexpr int kMostRadial = 16, kMostDegree = 12;    // also in soap_isa.cpp
 constexpr long double kLeastEigenvalue = 1e-14L;     // of S_l with unit diagonal; dscribe's double precision ends there
-
-void expect_setting(bool good, const char* name, const char* wanted, double came) {
-  if (!good) throw Error(std::string("SOAP: ") + name + " must be " + wanted + ", but it is " + std::to_string(came));
-}
 
 /// Eigenvalues and eigenvectors (columns) of a symmetric matrix (n, n): Jacobi's rotations in extended precision.
 void eigen(std::size_t n, std::vector<long double>& matrix, std::vector<long double>& vectors) {
@@ -114,10 +115,10 @@ Soap::Soap(const SoapSettings& settings, std::span<const std::int32_t> species) 
   auto layout = std::make_unique<Layout>();
   Layout& l = *layout;
   const SoapSettings& s = settings;
-  expect_setting(s.r_cut > 1 && s.r_cut < 1e3, "r_cut", "above 1 and below 1000 angstrom", s.r_cut);
-  expect_setting(s.sigma > 1e-2 && s.sigma < 1e2, "sigma", "between 0.01 and 100 angstrom", s.sigma);
-  expect_setting(s.n_max >= 1 && s.n_max <= kMostRadial, "n_max", "1 to 16", s.n_max);
-  expect_setting(s.l_max >= 0 && s.l_max <= kMostDegree, "l_max", "0 to 12", s.l_max);
+  expect(s.r_cut > 1 && s.r_cut < 1e3, "r_cut", "above 1 and below 1000 angstrom", s.r_cut);
+  expect(s.sigma > 1e-2 && s.sigma < 1e2, "sigma", "between 0.01 and 100 angstrom", s.sigma);
+  expect(s.n_max >= 1 && s.n_max <= kMostRadial, "n_max", "1 to 16", s.n_max);
+  expect(s.l_max >= 0 && s.l_max <= kMostDegree, "l_max", "0 to 12", s.l_max);
   l.settings = settings;
   l.numbers.assign(species.begin(), species.end());
   std::sort(l.numbers.begin(), l.numbers.end());

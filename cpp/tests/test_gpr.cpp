@@ -83,6 +83,23 @@ double cpu_seconds() {
 
 }  // namespace
 
+// A mean without sigma is read off block by block.
+TEST(a_mean_alone_is_the_same_bits) {
+  const std::size_t n = 300, dimension = 270;
+  const Data train = smooth_data(n, dimension, 1), other = smooth_data(13, dimension, 2);
+  Gpr gpr(dimension, test_kernel(dimension));
+  gpr.fit(train.features(0, n), train.targets(0, n));
+  for (const std::size_t count : {1u, 4u, 8u, 13u}) {
+    const Prediction all = predict(gpr, other.features(0, count), 0);
+    std::vector<double> mean(count), gradient(count * dimension);
+    gpr.predict(count, other.features(0, count).data(), 0, mean.data(), nullptr, gradient.data(), nullptr);
+    CHECK(mean == all.mean);
+    CHECK(gradient == all.gradient);
+    gpr.predict(count, other.features(0, count).data(), 0, mean.data(), nullptr, nullptr, nullptr);
+    CHECK(mean == all.mean);
+  }
+}
+
 TEST(mean_sigma_and_likelihood_match_dense_formulas) {
   const std::size_t n = 90, dimension = 12;
   const Data train = smooth_data(n, dimension, 1), other = smooth_data(11, dimension, 2);

@@ -160,11 +160,15 @@ TEST(tiles_match_formulas_and_do_not_depend_on_their_width) {
           for (std::size_t lane = 0; lane < lanes; ++lane) f[d * lanes + lane] = points(first + lane, d);
         tile.products(n, dimension, x.data(), f.data(), out.products.data());
         tile.squared_distances(n, dimension, x.data(), f.data(), k.data());
-        tile.evaluate(n, terms, weights.data(), k.data(), slope.data(), out.mean.data());
+        // mean and gradient add up: in two parts as at once
+        const std::size_t half = n / 2, rest = n - half, at = half * lanes;
+        tile.evaluate(half, terms, weights.data(), k.data(), slope.data(), out.mean.data());
+        tile.evaluate(rest, terms, weights.data() + half, k.data() + at, slope.data() + at, out.mean.data());
         tile.forward(n, factor.data(), n, k.data(), out.norm.data());
         tile.backward(n, factor.data(), n, k.data());
         tile.combine(n, weights.data(), coefficient + first, k.data(), slope.data(), g.data());
-        tile.gradient(n, dimension, x.data(), f.data(), g.data(), out.gradient.data());
+        tile.gradient(half, dimension, x.data(), f.data(), g.data(), out.gradient.data());
+        tile.gradient(rest, dimension, x.data() + half * dimension, f.data(), g.data() + at, out.gradient.data());
         return out;
       };
       const Result wide = run(kernels.tile8, 8, 0);
@@ -317,6 +321,8 @@ int main(int argc, char** argv) {
     std::fill_n(v.get(), 8 * n, 1.0);
     std::fill_n(f.get(), 8 * 270, 0.1);
     std::fill_n(out.get(), 8 * n, 0.5);
+    std::fill_n(norm.get(), 8, 0.0);
+    std::fill_n(w.get(), 8 * 270, 0.0);
     const auto& tile = linalg_kernels().tile8;
     const double t_forward = best([&] { tile.forward(n, factor.data(), ld, v.get(), norm.get()); });
     const double t_backward = best([&] { tile.backward(n, factor.data(), ld, v.get()); });

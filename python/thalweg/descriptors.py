@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -170,6 +170,7 @@ class SOAP:
     average: Literal["off", "mean", "sum"] = "off"
 
     def __post_init__(self) -> None:
+        _check_whole(self)
         object.__setattr__(self, "species", _numbers_of(self.species))
 
     def bind(self, numbers: ArrayLike = ()) -> _core.Soap:
@@ -263,7 +264,7 @@ class FCHL19:
     eta_pairs, eta_triplets : float
         Widths: of log-normal functions [angstrom^2], of Gaussians [1/angstrom^2].
     zeta : float
-        Order o counts with exp(-(zeta o)^2 / 2).
+        Order o counts with exp(-(zeta o)^2 / 2): with pi, as published, orders beyond the first are next to nothing.
     decay_pairs, decay_triplets, weight_triplets : float
         Exponents of the distances, and the weight of triplets.
     species : sequence of symbols or atomic numbers, or None
@@ -285,6 +286,7 @@ class FCHL19:
     species: Sequence[str | int] | None = None
 
     def __post_init__(self) -> None:
+        _check_whole(self)
         object.__setattr__(self, "species", _numbers_of(self.species))
 
     def bind(self, numbers: ArrayLike = ()) -> _core.Fchl19:
@@ -353,6 +355,7 @@ class LocalDensity:
     species: Sequence[str | int] | None = None
 
     def __post_init__(self) -> None:
+        _check_whole(self)
         object.__setattr__(self, "species", _numbers_of(self.species))
 
     def bind(self, numbers: ArrayLike = ()) -> _core.LocalDensity:
@@ -470,6 +473,14 @@ def _numbers_of(species: Sequence[str | int] | None) -> tuple[int, ...] | None:
         if isinstance(name, str) and name not in NUMBERS:
             raise ConfigurationError(f"'{name}' is no chemical symbol.{nearest(name, NUMBERS)}")
     return tuple(sorted({NUMBERS[name] if isinstance(name, str) else int(name) for name in species}))
+
+
+def _check_whole(descriptor: SOAP | FCHL19 | LocalDensity) -> None:
+    """Raises ConfigurationError for a count that is no whole number."""
+    for field in fields(descriptor):
+        value = getattr(descriptor, field.name)
+        if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
+            raise ConfigurationError(f"{field.name} must be a whole number, but {value!r} came")
 
 
 def _size(descriptor: SOAP | FCHL19) -> int:
