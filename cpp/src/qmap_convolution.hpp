@@ -186,7 +186,7 @@ struct LayerFft {
   Fft fft[3];
   int subs = 1, half_subs = 1;
   mutable std::once_flag made;
-  mutable std::vector<float> spectrum;
+  mutable Floats spectrum;
 
   int64_t cells() const { return int64_t{1} * axis[0].cells * axis[1].cells * axis[2].cells; }
 };
@@ -237,7 +237,7 @@ inline std::unique_ptr<LayerFft> plan_fft(const Layer& layer, const Grid& grid, 
 
 // Working memory of one thread.
 struct Scratch {
-  Floats buffer, row, line, column[2], column_out[2], padded;
+  Floats buffer, row, column[2], column_out[2], padded;
   Floats box[2];  // changes of a layer, and of the next
 };
 
@@ -321,7 +321,7 @@ struct Transform {
   }
 };
 
-inline const std::vector<float>& spectrum_of(const LayerFft& f, const Layer& layer, const QmapKernels& kernels) {
+inline const float* spectrum_of(const LayerFft& f, const Layer& layer, const QmapKernels& kernels) {
   std::call_once(f.made, [&] {
     // Kernels of (input, output) pairs are the signals: the first half of them real, the second half imaginary parts.
     const int inputs = layer.inputs, outputs = layer.outputs, half = (inputs * outputs + 1) / 2;
@@ -354,8 +354,7 @@ inline const std::vector<float>& spectrum_of(const LayerFft& f, const Layer& lay
     const int64_t step = 2 * int64_t{inputs} * outputs;
     int64_t columns = 0;
     t.pairs([&](int, int, int, int) { ++columns; });
-    f.spectrum.assign(static_cast<std::size_t>(columns * cells[0] * step + kernels.lanes), 0.0f);
-    float* out = f.spectrum.data();
+    float* out = f.spectrum.need(columns * cells[0] * step + kernels.lanes);
     t.pairs([&](int y, int x, int my, int mx) {
       t.column_in(y, x, valid[0], t.column[0], 0);
       t.column_in(my, mx, valid[0], t.column[1], 0);
@@ -372,7 +371,7 @@ inline const std::vector<float>& spectrum_of(const LayerFft& f, const Layer& lay
       }
     });
   });
-  return f.spectrum;
+  return f.spectrum.data();
 }
 
 // A stretch of a row of cells that goes to, or comes from, consecutive voxels of a phase.
@@ -381,13 +380,13 @@ struct Stretch {
 };
 
 // The layer applied to in, without bias, for `states` arrays of the same box. Calls done(state, z, y, row) once for
-// every row of the result (coordinates in its box), (n_x, outputs) numbers that it may change: at once where rows come
-// whole, else at the end, from `out`, in which their parts are added up.
+// every row of the result (coordinates in its box), (n_x, outputs) numbers of `out` that it may change: at once where
+// rows come whole, else at the end, when their parts are added up.
 template <class Done>
 void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const QmapKernels& kernels, Scratch& scratch,
                   int states, const float* const* in, const QBox& in_box, float* const* out, const QBox& out_box,
                   Done done) {
-  const std::vector<float>& spectrum = spectrum_of(f, layer, kernels);
+  const float* w = spectrum_of(f, layer, kernels);
   const int inputs = layer.inputs, outputs = layer.outputs, columns = states * f.half_subs;
   const Transform t(kernels, f, columns * inputs, columns * outputs, scratch);
   const FftAxis *az = f.axis, *ay = f.axis + 1, *ax = f.axis + 2;
@@ -420,7 +419,6 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
     whole_rows = whole_rows && axis.tiles == 1 && targets == out_box.count[a];
   }
   const int64_t row_size = int64_t{out_box.count[2]} * outputs;
-  float* lines = scratch.line.need(states * row_size);  // a row of each state, put together from its phases along x
   if (!whole_rows)
     for (int s = 0; s < states; ++s) std::fill_n(out[s], out_box.voxels() * outputs, 0.0f);
   std::vector<std::vector<Stretch>> stretches(static_cast<std::size_t>(ax->subs()));
@@ -448,6 +446,7 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
     for (int x = 0; x < valid[2]; ++x)
       for (int s = 0; s < states; ++s)
         std::fill_n(t.row_data + x * step + t.part + ((s + 1) * f.half_subs - 1) * inputs, inputs, 0.0f);
+  const int64_t ahead = int64_t{ay->dilation} * in_box.count[2] * inputs;  // what the next y needs
   for (int z = 0; z < valid[0]; ++z) {
     for (int y = 0; y < valid[1]; ++y) {
       each_sub([&](int sz, int sy, int sx, int lane, int64_t part) {
@@ -456,7 +455,8 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
         const int64_t start = ((int64_t{iz} * in_box.count[1] + iy) * in_box.count[2] + ax->first(sx)) * inputs;
         for (int s = 0; s < states; ++s) {
           float* row = t.row_data + part + (s * f.half_subs + lane) * inputs;
-          if (count > 0) kernels.copy_runs(count, inputs, in[s] + start, int64_t{ax->dilation} * inputs, row, step);
+          if (count > 0)
+            kernels.copy_runs(count, inputs, in[s] + start, int64_t{ax->dilation} * inputs, ahead, row, step);
           for (int x = count; x < valid[2]; ++x) std::fill_n(row + x * step, inputs, 0.0f);
         }
       });
@@ -466,7 +466,6 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
   }
 
   const int nz = az->cells;
-  const float* w = spectrum.data();
   const int64_t w_step = 2 * int64_t{inputs} * outputs;
   SpectrumProduct job{};
   job.count = nz;
@@ -491,7 +490,6 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
     w += nz * w_step;
   });
 
-  const auto put_runs = whole_rows ? kernels.copy_runs : kernels.add_runs;
   for (int z = from[0]; z < to[0]; ++z) {
     t.plane_out(z, from[1], to[1]);
     for (int y = from[1]; y < to[1]; ++y) {
@@ -500,11 +498,17 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
         const int oz = target[0][sz * az->cells + z], oy = target[1][sy * ay->cells + y];
         if (oz < 0 || oy < 0) return;
         for (int s = 0; s < states; ++s) {
-          float* row = whole_rows ? lines + s * row_size : out[s] + (int64_t{oz} * out_box.count[1] + oy) * row_size;
+          float* row = out[s] + (int64_t{oz} * out_box.count[1] + oy) * row_size;
           const float* cells = t.row_data + part + (s * f.half_subs + lane) * outputs;
-          for (const Stretch& stretch : stretches[sx])
-            put_runs(stretch.count, outputs, cells + stretch.cell * step, step, row + int64_t{stretch.voxel} * outputs,
-                     int64_t{ax->dilation} * outputs);
+          for (const Stretch& stretch : stretches[sx]) {
+            const float* from_cell = cells + stretch.cell * step;
+            float* to_voxel = row + int64_t{stretch.voxel} * outputs;
+            const int64_t to_step = int64_t{ax->dilation} * outputs;
+            if (whole_rows)
+              kernels.copy_runs(stretch.count, outputs, from_cell, step, 0, to_voxel, to_step);
+            else
+              kernels.add_runs(stretch.count, outputs, from_cell, step, to_voxel, to_step);
+          }
           if (whole_rows && sx + 1 == ax->subs()) done(s, oz, oy, row);
         }
       });

@@ -352,11 +352,18 @@ THALWEG_INLINE int multiply_columns(const SpectrumProduct& job, int column, cons
   return column;
 }
 
+// A spectrum is larger than the second cache, and its rows are too short for the processor to read ahead by itself.
+THALWEG_INLINE void ask_for_weights(const SpectrumProduct& job, const float* w) {
+  constexpr int frequencies = 3;
+  for (std::int64_t k = 0; k < job.weight_step; k += 16) __builtin_prefetch(w + frequencies * job.weight_step + k);
+}
+
 template <bool paired>
 void product_as(const SpectrumProduct& job) {
   constexpr int most = paired && kLanes < 16 ? 2 : 4;
   for (int k = 0; k < job.count; ++k) {
     const float* w = job.weights + k * job.weight_step;
+    ask_for_weights(job, w);
     const int minus = k == 0 ? 0 : job.count - k;
     const float* const in[2] = {job.in[0] + k * job.in_step, job.in[1] + minus * job.in_step};
     float* const out[2] = {job.out[0] + k * job.out_step, job.out[1] + minus * job.out_step};
@@ -369,7 +376,146 @@ void product_as(const SpectrumProduct& job) {
   }
 }
 
-void product(const SpectrumProduct& job) { job.paired ? product_as<true>(job) : product_as<false>(job); }
+// Few outputs: with an output a lane most lanes would be idle. Here four columns of each side are lanes, every one with
+// two outputs. The sums are those of `multiply` to the bit: which of the two is used may depend on how many columns
+// there are.
+constexpr int kFew = 4;
+
+template <int number>
+struct Group {
+  static constexpr int value = number;
+};
+
+#if defined(__AVX__)
+#if defined(__AVX512F__)
+#define THALWEG_SHUFFLE(a, b, i, j, k, l)                                                                      \
+  __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, l + 8, i + 12, j + 12, \
+                          k + 12, l + 12)
+#define THALWEG_TWICE(a, b, i)                                                                                     \
+  __builtin_shufflevector(a, b, i, i, i + 1, i + 1, i + 2, i + 2, i + 3, i + 3, 16 + i, 16 + i, 17 + i, 17 + i, 18 + i, \
+                          18 + i, 19 + i, 19 + i)
+#else
+#define THALWEG_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4)
+#define THALWEG_TWICE(a, b, i) __builtin_shufflevector(a, b, i, i, i + 1, i + 1, i + 2, i + 2, i + 3, i + 3)
+#endif
+
+// Four rows: out[k] holds their elements k, then their elements k + 4, ...
+THALWEG_INLINE void transpose(const float* const (&row)[4], Real (&out)[4]) {
+  constexpr int n = kLanes;
+  const Real a = load(row[0]), b = load(row[1]), c = load(row[2]), d = load(row[3]);
+  const Real ab = THALWEG_SHUFFLE(a, b, 0, n, 1, n + 1), ab2 = THALWEG_SHUFFLE(a, b, 2, n + 2, 3, n + 3),
+             cd = THALWEG_SHUFFLE(c, d, 0, n, 1, n + 1), cd2 = THALWEG_SHUFFLE(c, d, 2, n + 2, 3, n + 3);
+  out[0] = THALWEG_SHUFFLE(ab, cd, 0, 1, n, n + 1);
+  out[1] = THALWEG_SHUFFLE(ab, cd, 2, 3, n + 2, n + 3);
+  out[2] = THALWEG_SHUFFLE(ab2, cd2, 0, 1, n, n + 1);
+  out[3] = THALWEG_SHUFFLE(ab2, cd2, 2, 3, n + 2, n + 3);
+}
+
+THALWEG_INLINE Real broadcast_pair(const float* p) {
+  using Pairs = std::int64_t __attribute__((vector_size(kLanes * sizeof(float))));
+  std::int64_t pair;
+  __builtin_memcpy(&pair, p, sizeof(pair));
+  return (Real)(pair - Pairs{});
+}
+
+// Elements 4 l + k, l = `group`, of the rows of both sides, each twice.
+template <int group>
+THALWEG_INLINE void few_input(const Real (&re)[2][4], const Real (&im)[2][4], int k, int inputs, const float* w, int first,
+                              int outputs, int inputs_all, Real sign, Real& sum_re, Real& sum_im) {
+  if (4 * group + k >= inputs) return;
+  const float* weight = w + (first + 4 * group + k) * outputs;
+  const Real wr = broadcast_pair(weight), wi = sign * broadcast_pair(weight + inputs_all * outputs);
+  const Real xr = THALWEG_TWICE(re[0][k], re[1][k], 4 * group), xi = THALWEG_TWICE(im[0][k], im[1][k], 4 * group);
+  sum_re += wr * xr;
+  sum_im += wi * xr;
+  sum_re -= wi * xi;
+  sum_im += wr * xi;
+}
+
+// sides: how many of them a register holds
+template <int sides>
+THALWEG_INLINE void few(const SpectrumProduct& job, const float* w, int column, int o, const float* const (&in)[2],
+                        float* const (&out)[2], Real sign) {
+  const int columns = job.columns - column < 4 ? job.columns - column : 4;
+  Real sum_re = {}, sum_im = {};
+  for (int first = 0; first < job.inputs; first += kLanes) {
+    Real re[2][4], im[2][4];
+#pragma GCC unroll 2
+    for (int side = 0; side < sides; ++side) {
+      const float *row_re[4], *row_im[4];
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) {
+        row_re[c] = in[side] + (column + (c < columns ? c : 0)) * job.inputs + first;
+        row_im[c] = row_re[c] + job.in_im;
+      }
+      transpose(row_re, re[side]);
+      transpose(row_im, im[side]);
+    }
+#pragma GCC unroll 4
+    for (int k = sides; k < 2; ++k)
+      for (int i = 0; i < 4; ++i) re[k][i] = re[0][i], im[k][i] = im[0][i];
+    const int inputs = job.inputs - first < kLanes ? job.inputs - first : kLanes;
+    const auto add = [&](auto group) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k)
+        few_input<decltype(group)::value>(re, im, k, inputs, w + o, first, job.outputs, job.inputs, sign, sum_re,
+                                          sum_im);
+    };
+    add(Group<0>{});
+    add(Group<1>{});
+    if constexpr (kLanes > 8) {
+      add(Group<2>{});
+      add(Group<3>{});
+    }
+  }
+  const int outputs = job.outputs - o < 2 ? 1 : 2;
+  float part[2][kLanes];
+  store(part[0], sum_re);
+  store(part[1], sum_im);
+#pragma GCC unroll 2
+  for (int side = 0; side < sides; ++side)
+    for (int c = 0; c < columns; ++c)
+      for (int k = 0; k < outputs; ++k) {
+        float* to = out[side] + (column + c) * job.outputs + o + k;
+        to[0] = part[0][8 * side + 2 * c + k];
+        to[job.out_im] = part[1][8 * side + 2 * c + k];
+      }
+}
+
+void product_of_few(const SpectrumProduct& job) {
+  Real plus = broadcast(1.0f), minus = broadcast(-1.0f), both = plus;
+  for (int k = 8; k < kLanes; ++k) both[k] = -1.0f;
+  for (int k = 0; k < job.count; ++k) {
+    const float* w = job.weights + k * job.weight_step;
+    ask_for_weights(job, w);
+    const int other = k == 0 ? 0 : job.count - k;
+    const float* const in[2] = {job.in[0] + k * job.in_step, job.in[1] + other * job.in_step};
+    float* const out[2] = {job.out[0] + k * job.out_step, job.out[1] + other * job.out_step};
+    for (int o = 0; o < job.outputs; o += 2)
+      for (int column = 0; column < job.columns; column += 4) {
+        if (!job.paired) {
+          few<1>(job, w, column, o, in, out, plus);
+        } else if constexpr (kLanes > 8) {
+          few<2>(job, w, column, o, in, out, both);
+        } else {
+          few<1>(job, w, column, o, in, out, plus);
+          few<1>(job, w, column, o, {in[1], in[0]}, {out[1], out[0]}, minus);
+        }
+      }
+  }
+}
+#undef THALWEG_SHUFFLE
+#undef THALWEG_TWICE
+#else
+void product_of_few(const SpectrumProduct& job) { job.paired ? product_as<true>(job) : product_as<false>(job); }
+#endif
+
+void product(const SpectrumProduct& job) {
+  if (job.outputs <= kFew && job.columns > 2)
+    product_of_few(job);
+  else
+    job.paired ? product_as<true>(job) : product_as<false>(job);
+}
 
 // ---- direct convolution -------------------------------------------------------------------------------------
 // Sums of a row of taps are rounded before they enter the total: a single chain over thousands of taps loses two
@@ -523,11 +669,17 @@ THALWEG_INLINE void by_runs(std::int64_t n, int channels, Two two, Each each) {
   }
 }
 
-void copy_runs(std::int64_t n, std::int32_t channels, const float* in, std::int64_t in_step, float* out,
-               std::int64_t out_step) {
+void copy_runs(std::int64_t n, std::int32_t channels, const float* in, std::int64_t in_step, std::int64_t ahead,
+               float* out, std::int64_t out_step) {
+  if (channels == 2) {  // the last layer's of two species
+    using Two = float __attribute__((vector_size(2 * sizeof(float))));
+    for (std::int64_t k = 0; k < n; ++k) store(out + k * out_step, load<Two>(in + k * in_step));
+    return;
+  }
   by_runs(
       n, channels,
       [=](std::int64_t k) {
+        __builtin_prefetch(in + k * in_step + ahead);
         const Eight a = load<Eight>(in + k * in_step), b = load<Eight>(in + k * in_step + 2);
         store(out + k * out_step, a);
         store(out + k * out_step + 2, b);
@@ -566,58 +718,69 @@ void add_runs(std::int64_t n, std::int32_t channels, const float* in, std::int64
 
 constexpr float kSlope = 0.01f, kInverseSlope = 100.0f;
 
-// What a change of its pre-activation does to an activation. The pre-activation is not kept: leaky ReLU is one to one.
-template <class V>
-THALWEG_INLINE V changed(V activation, V change) {
-  const V before = activation > V{} ? activation : activation * kInverseSlope;
-  const V after = before + change;
-  return after > V{} ? after : after * kSlope;
+// Calls body(place in state, place in the runs, vector type as a value) for every vector of the runs at state +
+// offset[k]; runs that follow each other in the state are taken as one.
+template <class V, class Body>
+THALWEG_INLINE void vectors(std::int64_t from, std::int64_t to, Body body) {
+  constexpr int lanes = sizeof(V) / sizeof(float);
+  for (; from + lanes <= to; from += lanes) body(from, V{});
+  if constexpr (lanes > 2) {
+    using Half = float __attribute__((vector_size(sizeof(V) / 2)));
+    vectors<Half>(from, to, body);
+  } else if (from < to) {
+    body(from, 0.0f);
+  }
+}
+template <class Body>
+THALWEG_INLINE void each_vector(std::int64_t n, int channels, const std::int64_t* offset, float* state,
+                                std::int64_t ahead, Body body) {
+  for (std::int64_t k = 0; k < n;) {
+    std::int64_t end = k + 1;
+    while (end < n && offset[end] == offset[end - 1] + channels) ++end;
+    float* s = state + offset[k];
+    const std::int64_t first = k * channels;
+    vectors<Real>(0, (end - k) * channels, [=](std::int64_t at, auto v) __attribute__((always_inline)) {
+      __builtin_prefetch(s + at + ahead, 1);
+      body(s + at, first + at, v);
+    });
+    k = end;
+  }
 }
 
-void update(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, std::int64_t ahead,
-            float* change, float* saved) {
-  by_runs(
-      n, channels,
-      [=](std::int64_t k) {
-        float *s = state + offset[k], *d = change + k * 10, *o = saved + k * 10;
-        __builtin_prefetch(s + ahead, 1);
-        const Eight a = load<Eight>(s), b = load<Eight>(s + 2);
-        const Eight a_new = changed(a, load<Eight>(d)), b_new = changed(b, load<Eight>(d + 2));
-        store(o, a);
-        store(o + 2, b);
-        store(s, a_new);
-        store(s + 2, b_new);
-        store(d, a_new - a);
-        store(d + 2, b_new - b);
-      },
-      [=](std::int64_t k, int c) {
-        float &s = state[offset[k] + c], &d = change[k * channels + c];
-        const float a = s, before = a > 0 ? a : a * kInverseSlope, after = before + d;
-        saved[k * channels + c] = a;
-        s = after > 0 ? after : after * kSlope;
-        d = s - a;
-      });
+// What a change of its pre-activation does to an activation. The pre-activation is not kept: leaky ReLU is one to one.
+template <bool linear>
+void update_as(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, std::int64_t ahead,
+               float* change, float* saved) {
+  each_vector(n, channels, offset, state, ahead,
+              [=](float* s, std::int64_t at, auto zero) __attribute__((always_inline)) {
+                using V = decltype(zero);
+                const V a = load<V>(s), d = load<V>(change + at);
+                store(saved + at, a);
+                if constexpr (linear) {
+                  store(s, a + d);
+                } else {
+                  const V before = a > zero ? a : a * kInverseSlope, after = before + d;
+                  const V now = after > zero ? after : after * kSlope;
+                  store(s, now);
+                  store(change + at, now - a);
+                }
+              });
+}
+
+void update(std::int64_t n, std::int32_t channels, bool linear, const std::int64_t* offset, float* state,
+            std::int64_t ahead, float* change, float* saved) {
+  (linear ? update_as<true> : update_as<false>)(n, channels, offset, state, ahead, change, saved);
 }
 
 void exchange(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, std::int64_t ahead,
               float* saved) {
-  by_runs(
-      n, channels,
-      [=](std::int64_t k) {
-        float *s = state + offset[k], *o = saved + k * 10;
-        __builtin_prefetch(s + ahead, 1);
-        const Eight a = load<Eight>(s), b = load<Eight>(s + 2);
-        const Eight c = load<Eight>(o), d = load<Eight>(o + 2);
-        store(s, c);
-        store(s + 2, d);
-        store(o, a);
-        store(o + 2, b);
-      },
-      [=](std::int64_t k, int c) {
-        const float a = state[offset[k] + c];
-        state[offset[k] + c] = saved[k * channels + c];
-        saved[k * channels + c] = a;
-      });
+  each_vector(n, channels, offset, state, ahead,
+              [=](float* s, std::int64_t at, auto zero) __attribute__((always_inline)) {
+                using V = decltype(zero);
+                const V a = load<V>(s), b = load<V>(saved + at);
+                store(s, b);
+                store(saved + at, a);
+              });
 }
 
 void leaky(std::int64_t n, float* x) {
