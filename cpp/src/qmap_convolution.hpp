@@ -374,9 +374,9 @@ inline const float* spectrum_of(const LayerFft& f, const Layer& layer, const Qma
   return f.spectrum.data();
 }
 
-// A stretch of a row of cells that goes to, or comes from, consecutive voxels of a phase.
+// A stretch of a row of cells that goes to, or comes from, consecutive voxels of a phase, or of so many phases.
 struct Stretch {
-  int cell, count, voxel;
+  int cell, count, voxel, phases;
 };
 
 // The layer applied to in, without bias, for `states` arrays of the same box. Calls done(state, z, y, row) once for
@@ -421,25 +421,38 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
   const int64_t row_size = int64_t{out_box.count[2]} * outputs;
   if (!whole_rows)
     for (int s = 0; s < states; ++s) std::fill_n(out[s], out_box.voxels() * outputs, 0.0f);
-  std::vector<std::vector<Stretch>> stretches(static_cast<std::size_t>(ax->subs()));
-  for (int sub = 0; sub < ax->subs(); ++sub)
-    for (int cell = from[2]; cell < to[2]; ++cell) {
-      const int voxel = target[2][sub * ax->cells + cell];
-      auto& list = stretches[sub];
-      if (voxel < 0) continue;
-      if (!list.empty() && list.back().cell + list.back().count == cell &&
-          list.back().voxel + list.back().count * ax->dilation == voxel)
-        ++list.back().count;
-      else
-        list.push_back({cell, 1, voxel});
+  // Per phase, and of what the phases have in common in the first one.
+  std::vector<std::vector<Stretch>> stretches(static_cast<std::size_t>(ax->subs())), shared = stretches;
+  const auto extend = [&](std::vector<Stretch>& list, int cell, int voxel, int phases) {
+    if (!list.empty() && list.back().cell + list.back().count == cell && list.back().phases == phases &&
+        list.back().voxel + list.back().count * ax->dilation == voxel)
+      ++list.back().count;
+    else
+      list.push_back({cell, 1, voxel, phases});
+  };
+  for (int cell = from[2]; cell < to[2]; ++cell) {
+    const auto voxel = [&](int sub) { return target[2][static_cast<std::size_t>(sub * ax->cells + cell)]; };
+    bool common = whole_rows && voxel(0) >= 0;
+    for (int sub = 1; sub < ax->subs(); ++sub) common = common && voxel(sub) == voxel(0) + sub;
+    if (common) extend(shared[0], cell, voxel(0), ax->subs());
+    for (int sub = 0; sub < ax->subs(); ++sub) {
+      if (voxel(sub) < 0) continue;
+      extend(stretches[static_cast<std::size_t>(sub)], cell, voxel(sub), 1);
+      if (!common) extend(shared[static_cast<std::size_t>(sub)], cell, voxel(sub), 1);
     }
+  }
 
+  // Phases along x lie side by side in rows as in lanes: `together` of them are copied as one run as far as all have
+  // cells.
   const auto each_sub = [&](auto body) {
-    int sub = 0;
     for (int sz = 0; sz < az->subs(); ++sz)
       for (int sy = 0; sy < ay->subs(); ++sy)
-        for (int sx = 0; sx < ax->subs(); ++sx, ++sub)
-          body(sz, sy, sx, sub % f.half_subs, sub < f.half_subs ? int64_t{0} : t.part);
+        for (int sx = 0; sx < ax->subs();) {
+          const int sub = (sz * ay->subs() + sy) * ax->subs() + sx, lane = sub % f.half_subs;
+          const int together = ax->tiles == 1 && sx == 0 && lane + ax->subs() <= f.half_subs ? ax->subs() : 1;
+          body(sz, sy, sx, together, lane, sub < f.half_subs ? int64_t{0} : t.part);
+          sx += together;
+        }
   };
   const int64_t step = 2 * t.part;
   if (f.subs % 2 != 0)  // the imaginary part without a sub
@@ -449,15 +462,25 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
   const int64_t ahead = int64_t{ay->dilation} * in_box.count[2] * inputs;  // what the next y needs
   for (int z = 0; z < valid[0]; ++z) {
     for (int y = 0; y < valid[1]; ++y) {
-      each_sub([&](int sz, int sy, int sx, int lane, int64_t part) {
+      each_sub([&](int sz, int sy, int sx, int together, int lane, int64_t part) {
         const int iz = az->first(sz) + z * az->dilation, iy = ay->first(sy) + y * ay->dilation;
-        const int count = z < given[0][sz] && y < given[1][sy] ? given[2][sx] : 0;
+        const bool inside = z < given[0][sz] && y < given[1][sy];
         const int64_t start = ((int64_t{iz} * in_box.count[1] + iy) * in_box.count[2] + ax->first(sx)) * inputs;
+        const int64_t in_step = int64_t{ax->dilation} * inputs;
+        const int all = inside ? given[2][sx + together - 1] : 0;  // the last one has the fewest
         for (int s = 0; s < states; ++s) {
           float* row = t.row_data + part + (s * f.half_subs + lane) * inputs;
-          if (count > 0)
-            kernels.copy_runs(count, inputs, in[s] + start, int64_t{ax->dilation} * inputs, ahead, row, step);
-          for (int x = count; x < valid[2]; ++x) std::fill_n(row + x * step, inputs, 0.0f);
+          if (all > 0) kernels.copy_runs(all, together * inputs, in[s] + start, in_step, ahead, row, step);
+          for (int k = 0; k < together; ++k) {
+            const int count = inside ? given[2][sx + k] : 0;
+            for (int x = all; x < valid[2]; ++x) {
+              float* cell = row + x * step + k * inputs;
+              if (x < count)
+                std::copy_n(in[s] + start + x * in_step + k * inputs, inputs, cell);
+              else
+                std::fill_n(cell, inputs, 0.0f);
+            }
+          }
         }
       });
       t.row_in(z, y, valid[2]);
@@ -494,22 +517,23 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
     t.plane_out(z, from[1], to[1]);
     for (int y = from[1]; y < to[1]; ++y) {
       t.row_out(z, y, from[2], to[2]);
-      each_sub([&](int sz, int sy, int sx, int lane, int64_t part) {
+      each_sub([&](int sz, int sy, int sx, int together, int lane, int64_t part) {
         const int oz = target[0][sz * az->cells + z], oy = target[1][sy * ay->cells + y];
         if (oz < 0 || oy < 0) return;
         for (int s = 0; s < states; ++s) {
           float* row = out[s] + (int64_t{oz} * out_box.count[1] + oy) * row_size;
           const float* cells = t.row_data + part + (s * f.half_subs + lane) * outputs;
-          for (const Stretch& stretch : stretches[sx]) {
-            const float* from_cell = cells + stretch.cell * step;
-            float* to_voxel = row + int64_t{stretch.voxel} * outputs;
-            const int64_t to_step = int64_t{ax->dilation} * outputs;
-            if (whole_rows)
-              kernels.copy_runs(stretch.count, outputs, from_cell, step, 0, to_voxel, to_step);
-            else
-              kernels.add_runs(stretch.count, outputs, from_cell, step, to_voxel, to_step);
-          }
-          if (whole_rows && sx + 1 == ax->subs()) done(s, oz, oy, row);
+          const int64_t to_step = int64_t{ax->dilation} * outputs;
+          for (int k = 0; k < together; ++k)
+            for (const Stretch& stretch : (together > 1 ? shared : stretches)[static_cast<std::size_t>(sx + k)]) {
+              const float* from_cell = cells + stretch.cell * step + k * outputs;
+              float* to_voxel = row + int64_t{stretch.voxel} * outputs;
+              if (whole_rows)
+                kernels.copy_runs(stretch.count, stretch.phases * outputs, from_cell, step, 0, to_voxel, to_step);
+              else
+                kernels.add_runs(stretch.count, outputs, from_cell, step, to_voxel, to_step);
+            }
+          if (whole_rows && sx + together == ax->subs()) done(s, oz, oy, row);
         }
       });
     }

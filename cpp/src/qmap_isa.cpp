@@ -411,6 +411,12 @@ THALWEG_INLINE void transpose(const float* const (&row)[4], Real (&out)[4]) {
   out[3] = THALWEG_SHUFFLE(ab2, cd2, 2, 3, n + 2, n + 3);
 }
 
+THALWEG_INLINE Eight eight(Real v, int number) {
+  Eight half[kLanes / 8];
+  __builtin_memcpy(half, &v, sizeof(v));
+  return half[number];
+}
+
 THALWEG_INLINE Real broadcast_pair(const float* p) {
   using Pairs = std::int64_t __attribute__((vector_size(kLanes * sizeof(float))));
   std::int64_t pair;
@@ -432,10 +438,16 @@ THALWEG_INLINE void few_input(const Real (&re)[2][4], const Real (&im)[2][4], in
   sum_im += wr * xi;
 }
 
-// sides: how many of them a register holds
-template <int sides>
-THALWEG_INLINE void few(const SpectrumProduct& job, const float* w, int column, int o, const float* const (&in)[2],
+// sides: how many of them a register holds. usual: four columns of ten inputs and two outputs, for the compiler to know.
+template <int sides, bool usual>
+THALWEG_INLINE void few(SpectrumProduct job, const float* w, int column, int o, const float* const (&in)[2],
                         float* const (&out)[2], Real sign) {
+  if constexpr (usual) {
+    job.columns = 4;
+    job.inputs = 10;
+    job.outputs = 2;
+    column = o = 0;
+  }
   const int columns = job.columns - column < 4 ? job.columns - column : 4;
   Real sum_re = {}, sum_im = {};
   for (int first = 0; first < job.inputs; first += kLanes) {
@@ -468,6 +480,14 @@ THALWEG_INLINE void few(const SpectrumProduct& job, const float* w, int column, 
       add(Group<3>{});
     }
   }
+  if constexpr (usual) {
+#pragma GCC unroll 2
+    for (int side = 0; side < sides; ++side) {
+      store(out[side], eight(sum_re, side));
+      store(out[side] + job.out_im, eight(sum_im, side));
+    }
+    return;
+  }
   const int outputs = job.outputs - o < 2 ? 1 : 2;
   float part[2][kLanes];
   store(part[0], sum_re);
@@ -482,7 +502,8 @@ THALWEG_INLINE void few(const SpectrumProduct& job, const float* w, int column, 
       }
 }
 
-void product_of_few(const SpectrumProduct& job) {
+template <bool usual>
+void product_of_few_as(const SpectrumProduct& job) {
   Real plus = broadcast(1.0f), minus = broadcast(-1.0f), both = plus;
   for (int k = 8; k < kLanes; ++k) both[k] = -1.0f;
   for (int k = 0; k < job.count; ++k) {
@@ -494,18 +515,25 @@ void product_of_few(const SpectrumProduct& job) {
     for (int o = 0; o < job.outputs; o += 2)
       for (int column = 0; column < job.columns; column += 4) {
         if (!job.paired) {
-          few<1>(job, w, column, o, in, out, plus);
+          few<1, usual>(job, w, column, o, in, out, plus);
         } else if constexpr (kLanes > 8) {
-          few<2>(job, w, column, o, in, out, both);
+          few<2, usual>(job, w, column, o, in, out, both);
         } else {
-          few<1>(job, w, column, o, in, out, plus);
-          few<1>(job, w, column, o, {in[1], in[0]}, {out[1], out[0]}, minus);
+          few<1, usual>(job, w, column, o, in, out, plus);
+          few<1, usual>(job, w, column, o, {in[1], in[0]}, {out[1], out[0]}, minus);
         }
       }
   }
 }
 #undef THALWEG_SHUFFLE
 #undef THALWEG_TWICE
+
+void product_of_few(const SpectrumProduct& job) {
+  if (job.columns == 4 && job.inputs == 10 && job.outputs == 2)
+    product_of_few_as<true>(job);
+  else
+    product_of_few_as<false>(job);
+}
 #else
 void product_of_few(const SpectrumProduct& job) { job.paired ? product_as<true>(job) : product_as<false>(job); }
 #endif
@@ -669,22 +697,35 @@ THALWEG_INLINE void by_runs(std::int64_t n, int channels, Two two, Each each) {
   }
 }
 
-void copy_runs(std::int64_t n, std::int32_t channels, const float* in, std::int64_t in_step, std::int64_t ahead,
-               float* out, std::int64_t out_step) {
-  if (channels == 2) {  // the last layer's of two species
-    using Two = float __attribute__((vector_size(2 * sizeof(float))));
-    for (std::int64_t k = 0; k < n; ++k) store(out + k * out_step, load<Two>(in + k * in_step));
-    return;
+template <int length>
+void copy_runs_of(std::int64_t n, const float* in, std::int64_t in_step, std::int64_t ahead, float* out,
+                  std::int64_t out_step) {
+  for (std::int64_t k = 0; k < n; ++k, in += in_step, out += out_step) {
+    __builtin_prefetch(in + ahead);
+    if (length > 16) __builtin_prefetch(in + ahead + 16);
+    __builtin_memcpy(out, in, length * sizeof(float));
   }
-  by_runs(
-      n, channels,
-      [=](std::int64_t k) {
-        __builtin_prefetch(in + k * in_step + ahead);
-        const Eight a = load<Eight>(in + k * in_step), b = load<Eight>(in + k * in_step + 2);
-        store(out + k * out_step, a);
-        store(out + k * out_step + 2, b);
-      },
-      [=](std::int64_t k, int c) { out[k * out_step + c] = in[k * in_step + c]; });
+}
+
+void copy_runs(std::int64_t n, std::int32_t length, const float* in, std::int64_t in_step, std::int64_t ahead,
+               float* out, std::int64_t out_step) {
+  switch (length) {  // ten channels, one and two species; two and three phases of them
+    case 1:
+      return copy_runs_of<1>(n, in, in_step, ahead, out, out_step);
+    case 2:
+      return copy_runs_of<2>(n, in, in_step, ahead, out, out_step);
+    case 4:
+      return copy_runs_of<4>(n, in, in_step, ahead, out, out_step);
+    case 10:
+      return copy_runs_of<10>(n, in, in_step, ahead, out, out_step);
+    case 20:
+      return copy_runs_of<20>(n, in, in_step, ahead, out, out_step);
+    case 30:
+      return copy_runs_of<30>(n, in, in_step, ahead, out, out_step);
+    default:
+      for (std::int64_t k = 0; k < n; ++k)
+        for (int c = 0; c < length; ++c) out[k * out_step + c] = in[k * in_step + c];
+  }
 }
 
 void scaled_runs(std::int64_t n, std::int32_t channels, float weight, const float* in, std::int64_t in_step, float* out,

@@ -72,9 +72,10 @@ struct QmapKernels {
   void (*direct_row)(const DirectRow& row, const float* in, float* out, std::int64_t n);
   /// voxels: (n, 3) z, y, x. out: (n, outputs)
   void (*gather)(const Gather& job, const std::int32_t* voxels, std::int64_t n, float* out);
-  /// Runs of `channels`: copied, or added to what is there. What is copied soon lies `ahead` floats behind `in`.
-  void (*copy_runs)(std::int64_t n, std::int32_t channels, const float* in, std::int64_t in_step, std::int64_t ahead,
+  /// Runs of `length` are copied. What is copied soon lies `ahead` floats behind `in`.
+  void (*copy_runs)(std::int64_t n, std::int32_t length, const float* in, std::int64_t in_step, std::int64_t ahead,
                     float* out, std::int64_t out_step);
+  /// Runs of `channels` are added to what is there.
   void (*add_runs)(std::int64_t n, std::int32_t channels, const float* in, std::int64_t in_step, float* out,
                    std::int64_t out_step);
   /// out[run k] += weight * in[run k]
