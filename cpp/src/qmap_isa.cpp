@@ -780,6 +780,14 @@ THALWEG_INLINE void each_vector(std::int64_t n, int channels, const std::int64_t
     while (end < n && offset[end] == offset[end - 1] + channels) ++end;
     float* s = state + offset[k];
     const std::int64_t first = k * channels;
+    if (end == k + 1 && channels == 10) {
+      using Two = float __attribute__((vector_size(2 * sizeof(float))));
+      __builtin_prefetch(s + ahead, 1);
+      body(s, first, Eight{});
+      body(s + 8, first + 8, Two{});
+      k = end;
+      continue;
+    }
     vectors<Real>(0, (end - k) * channels, [=](std::int64_t at, auto v) __attribute__((always_inline)) {
       __builtin_prefetch(s + at + ahead, 1);
       body(s + at, first + at, v);
