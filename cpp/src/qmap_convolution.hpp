@@ -177,8 +177,7 @@ struct FftAxis {
 
 // The transforms of one layer for boxes up to a given size.
 //
-//   buffer[block][z][y][x][re | im]   a block: as many numbers as a register holds, channels of all subs; the last one
-//   half as many if that is enough
+//   buffer[block][z][y][x][re | im]   a block: as many numbers as a register holds, channels of all subs
 //   lane of (state, sub, channel):    (state half_subs + sub % half_subs) channels + channel, re or im by sub /
 //   half_subs spectrum[column][z][i][o], re then im; columns (y, x): one of each pair f, -f, whose spectra are
 //   conjugate
@@ -246,30 +245,17 @@ struct Scratch {
 struct Transform {
   const QmapKernels& kernels;
   const LayerFft& f;
-  int lanes;
-  struct Blocks {
-    int full;
-    bool half;  // and one of half the width
-    float* start;
-  } in, out;
+  int lanes, blocks_in, blocks_out;
   int64_t part, element, row, plane, block;  // floats: between re and im of a row or column; strides of the buffer
   FftPlan plan[3];
-  float *row_data, *column[2], *column_out[2];
+  float *buffer, *row_data, *column[2], *column_out[2];
 
   // in, out: numbers per cell before and behind the product
-  Transform(const QmapKernels& k, const LayerFft& layer, int numbers_in, int numbers_out, Scratch& scratch)
+  Transform(const QmapKernels& k, const LayerFft& layer, int in, int out, Scratch& scratch)
       : kernels(k), f(layer), lanes(k.lanes) {
-    const auto blocks_of = [&](int numbers) {
-      const int rest = numbers % lanes;
-      const bool half = rest > 0 && rest <= lanes / 2 && lanes > 4;
-      return Blocks{(numbers + lanes - 1) / lanes - (half ? 1 : 0), half, nullptr};
-    };
-    in = blocks_of(numbers_in);
-    out = blocks_of(numbers_out);
-    const int blocks_in = in.full + (in.half ? 1 : 0), blocks_out = out.full + (out.half ? 1 : 0),
-              blocks = std::max(blocks_in, blocks_out);
-    // A column that comes back must lie over itself, or apart.
-    const bool apart = (in.half || out.half) && (in.full != out.full || in.half != out.half);
+    blocks_in = (in + lanes - 1) / lanes;
+    blocks_out = (out + lanes - 1) / lanes;
+    const int blocks = std::max(blocks_in, blocks_out);
     part = int64_t{blocks + 1} * lanes;
     element = 2 * lanes;
     // One element more than needed: else strides are powers of two, and all of a column falls into one set of the
@@ -277,8 +263,7 @@ struct Transform {
     row = (f.axis[2].cells + 1) * element;
     plane = f.axis[1].cells * row + element;
     block = f.axis[0].cells * plane;
-    in.start = scratch.buffer.need(block * (apart ? blocks_in + blocks_out : blocks));
-    out.start = in.start + (apart ? block * blocks_in : 0);
+    buffer = scratch.buffer.need(block * blocks);
     row_data = scratch.row.need(f.axis[2].cells * 2 * part);
     for (int side = 0; side < 2; ++side) {
       column[side] = scratch.column[side].need(f.axis[0].cells * 2 * part);
@@ -287,58 +272,42 @@ struct Transform {
     for (int a = 0; a < 3; ++a) plan[a] = f.fft[a].view();
   }
 
-  // The transform of a row or column that lies at `place` of each block, from or to `line`, which holds all numbers of
-  // a cell side by side. Inverse: re and im change places.
-  void to_buffer(const Blocks& blocks, int axis, int64_t stride, float* line, int64_t place, int valid, int from,
-                 int to, bool inverse) const {
-    const auto run = [&](int count, int first, float* base, int width, int64_t at, int64_t step) {
-      float *re = line + first, *im = re + part, *out_re = base + at, *out_im = out_re + width;
-      if (inverse) std::swap(re, im), std::swap(out_re, out_im);
-      kernels.fft(plan[axis],
-                  {count, re, im, lanes, 2 * part, valid, out_re, out_im, block, step, from, to, 0, width < lanes});
-    };
-    if (blocks.full > 0) run(blocks.full, 0, blocks.start, lanes, place, stride);
-    if (blocks.half) run(1, blocks.full * lanes, blocks.start + blocks.full * block, lanes / 2, place / 2, stride / 2);
-  }
-  void from_buffer(const Blocks& blocks, int axis, int64_t stride, float* line, int64_t place, int valid, int from,
-                   int to, int64_t ahead, bool inverse) const {
-    const auto run = [&](int count, int first, float* base, int width, int64_t at, int64_t step, int64_t soon) {
-      float *re = base + at, *im = re + width, *out_re = line + first, *out_im = out_re + part;
-      if (inverse) std::swap(re, im), std::swap(out_re, out_im);
-      kernels.fft(plan[axis],
-                  {count, re, im, block, step, valid, out_re, out_im, lanes, 2 * part, from, to, soon, width < lanes});
-    };
-    if (blocks.full > 0) run(blocks.full, 0, blocks.start, lanes, place, stride, ahead);
-    if (blocks.half)
-      run(1, blocks.full * lanes, blocks.start + blocks.full * block, lanes / 2, place / 2, stride / 2, ahead / 2);
-  }
-  void along_y(const Blocks& blocks, int z, int valid, int from, int to, bool inverse) const {
-    if (f.axis[1].cells == 1) return;
-    const auto run = [&](float* base, int width) {
-      const int scale = lanes / width;
-      float *re = base + z * plane / scale, *im = re + width;
-      if (inverse) std::swap(re, im);
-      kernels.fft(plan[1], {f.axis[2].cells, re, im, element / scale, row / scale, valid, re, im, element / scale,
-                            row / scale, from, to, 0, width < lanes});
-    };
-    for (int b = 0; b < blocks.full; ++b) run(blocks.start + b * block, lanes);
-    if (blocks.half) run(blocks.start + blocks.full * block, lanes / 2);
-  }
-
   // The row (z, y) from row_data, of whose cells the first `valid` are given.
   void row_in(int z, int y, int valid) const {
-    to_buffer(in, 2, element, row_data, z * plane + y * row, valid, 0, f.axis[2].cells, false);
+    float* out = buffer + z * plane + y * row;
+    kernels.fft(plan[2], {blocks_in, row_data, row_data + part, lanes, 2 * part, valid, out, out + lanes, block,
+                          element, 0, f.axis[2].cells, 0});
   }
   void row_out(int z, int y, int from, int to) const {
-    from_buffer(out, 2, element, row_data, z * plane + y * row, f.axis[2].cells, from, to, 0, true);
+    const float* in = buffer + z * plane + y * row;
+    kernels.fft(plan[2], {blocks_out, in + lanes, in, block, element, f.axis[2].cells, row_data + part, row_data, lanes,
+                          2 * part, from, to, 0});
   }
-  void plane_in(int z, int valid) const { along_y(in, z, valid, 0, f.axis[1].cells, false); }
-  void plane_out(int z, int from, int to) const { along_y(out, z, f.axis[1].cells, from, to, true); }
-  void column_in(int y, int x, int valid, float* line, int64_t ahead) const {
-    from_buffer(in, 0, plane, line, y * row + x * element, valid, 0, f.axis[0].cells, ahead, false);
+  void plane_in(int z, int valid) const {
+    if (f.axis[1].cells == 1) return;
+    for (int b = 0; b < blocks_in; ++b) {
+      float* x = buffer + b * block + z * plane;
+      kernels.fft(plan[1], {f.axis[2].cells, x, x + lanes, element, row, valid, x, x + lanes, element, row, 0,
+                            f.axis[1].cells, 0});
+    }
   }
-  void column_back(int y, int x, int from, int to, float* line) const {
-    to_buffer(out, 0, plane, line, y * row + x * element, f.axis[0].cells, from, to, true);
+  void plane_out(int z, int from, int to) const {
+    if (f.axis[1].cells == 1) return;
+    for (int b = 0; b < blocks_out; ++b) {
+      float* x = buffer + b * block + z * plane;
+      kernels.fft(plan[1], {f.axis[2].cells, x + lanes, x, element, row, f.axis[1].cells, x + lanes, x, element, row,
+                            from, to, 0});
+    }
+  }
+  void column_in(int y, int x, int valid, float* out, int64_t ahead) const {
+    const float* in = buffer + y * row + x * element;
+    kernels.fft(plan[0], {blocks_in, in, in + lanes, block, plane, valid, out, out + part, lanes, 2 * part, 0,
+                          f.axis[0].cells, ahead});
+  }
+  void column_back(int y, int x, int from, int to, const float* in) const {
+    float* out = buffer + y * row + x * element;
+    kernels.fft(plan[0], {blocks_out, in + part, in, lanes, 2 * part, f.axis[0].cells, out + lanes, out, block, plane,
+                          from, to, 0});
   }
   // Calls body(y, x, y of -f, x of -f) for one column of each pair.
   template <class Body>

@@ -15,7 +15,6 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 using Real = float __attribute__((vector_size(kLanes * sizeof(float))));
-using Half = float __attribute__((vector_size(kLanes / 2 * sizeof(float))));
 using Eight = float __attribute__((vector_size(8 * sizeof(float))));
 
 #define THALWEG_INLINE static inline __attribute__((always_inline))
@@ -35,47 +34,32 @@ THALWEG_INLINE Real broadcast(float x) { return x - Real{}; }  // x - 0 is x for
 // ---- Fourier transforms: Stockham's, decimation in frequency ------------------------------------------------
 // With n = radix m left of a transform, s finished: element q + s (p + m j) of the input, j = 0 .. radix - 1, goes
 // through a butterfly and, times exp(-2 pi i p j / n), to q + s (radix p + j) of the output.
-template <class V>
 struct Complex {
-  V re, im;
+  Real re, im;
 };
-template <class V>
-THALWEG_INLINE Complex<V> operator+(Complex<V> a, Complex<V> b) {
-  return {a.re + b.re, a.im + b.im};
-}
-template <class V>
-THALWEG_INLINE Complex<V> operator-(Complex<V> a, Complex<V> b) {
-  return {a.re - b.re, a.im - b.im};
-}
-template <class V>
-THALWEG_INLINE Complex<V> operator*(float a, Complex<V> b) {
-  return {a * b.re, a * b.im};
-}
-template <class V>
-THALWEG_INLINE Complex<V> minus_i(Complex<V> a) {
-  return {a.im, -a.re};
-}
+THALWEG_INLINE Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
+THALWEG_INLINE Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
+THALWEG_INLINE Complex operator*(float a, Complex b) { return {a * b.re, a * b.im}; }
+THALWEG_INLINE Complex minus_i(Complex a) { return {a.im, -a.re}; }
 
-template <class V>
-THALWEG_INLINE void butterfly3(Complex<V> a0, Complex<V> a1, Complex<V> a2, Complex<V>& b0, Complex<V>& b1,
-                               Complex<V>& b2) {
-  const Complex<V> sum = a1 + a2, turned = minus_i(0.866025403784438647f * (a1 - a2));
-  const Complex<V> middle = a0 - 0.5f * sum;
+THALWEG_INLINE void butterfly3(Complex a0, Complex a1, Complex a2, Complex& b0, Complex& b1, Complex& b2) {
+  const Complex sum = a1 + a2, turned = minus_i(0.866025403784438647f * (a1 - a2));
+  const Complex middle = a0 - 0.5f * sum;
   b0 = a0 + sum;
   b1 = middle + turned;
   b2 = middle - turned;
 }
 
-template <int radix, class V>
-THALWEG_INLINE void butterfly(Complex<V>* a) {
+template <int radix>
+THALWEG_INLINE void butterfly(Complex* a) {
   if constexpr (radix == 2) {
-    const Complex<V> b = a[0] - a[1];
+    const Complex b = a[0] - a[1];
     a[0] = a[0] + a[1];
     a[1] = b;
   } else if constexpr (radix == 3) {
     butterfly3(a[0], a[1], a[2], a[0], a[1], a[2]);
   } else if constexpr (radix == 4) {
-    const Complex<V> b0 = a[0] + a[2], b1 = a[0] - a[2], b2 = a[1] + a[3], b3 = minus_i(a[1] - a[3]);
+    const Complex b0 = a[0] + a[2], b1 = a[0] - a[2], b2 = a[1] + a[3], b3 = minus_i(a[1] - a[3]);
     a[0] = b0 + b2;
     a[1] = b1 + b3;
     a[2] = b0 - b2;
@@ -83,16 +67,16 @@ THALWEG_INLINE void butterfly(Complex<V>* a) {
   } else if constexpr (radix == 5) {
     const float c1 = 0.309016994374947424f, c2 = -0.809016994374947424f, s1 = 0.951056516295153572f,
                 s2 = 0.587785252292473129f;
-    const Complex<V> p1 = a[1] + a[4], q1 = a[1] - a[4], p2 = a[2] + a[3], q2 = a[2] - a[3];
-    const Complex<V> u1 = a[0] + c1 * p1 + c2 * p2, u2 = a[0] + c2 * p1 + c1 * p2;
-    const Complex<V> w1 = minus_i(s1 * q1 + s2 * q2), w2 = minus_i(s2 * q1 - s1 * q2);
+    const Complex p1 = a[1] + a[4], q1 = a[1] - a[4], p2 = a[2] + a[3], q2 = a[2] - a[3];
+    const Complex u1 = a[0] + c1 * p1 + c2 * p2, u2 = a[0] + c2 * p1 + c1 * p2;
+    const Complex w1 = minus_i(s1 * q1 + s2 * q2), w2 = minus_i(s2 * q1 - s1 * q2);
     a[0] = a[0] + p1 + p2;
     a[1] = u1 + w1;
     a[4] = u1 - w1;
     a[2] = u2 + w2;
     a[3] = u2 - w2;
   } else {  // 6 = 2 x 3 without twiddles (Good): element 3 i + 2 j mod 6 goes in, 3 i + 4 j mod 6 comes out
-    Complex<V> e0, e1, e2, o0, o1, o2;
+    Complex e0, e1, e2, o0, o1, o2;
     butterfly3(a[0], a[2], a[4], e0, e1, e2);
     butterfly3(a[3], a[5], a[1], o0, o1, o2);
     a[0] = e0 + o0;
@@ -104,11 +88,11 @@ THALWEG_INLINE void butterfly(Complex<V>* a) {
   }
 }
 
-template <class V, int radix, class Load, class Store>
+template <int radix, class Load, class Store>
 THALWEG_INLINE void pass(int m, int s, const float* twiddle, Load take, Store put) {
   for (int p = 0; p < m; ++p) {
     for (int q = 0; q < s; ++q) {
-      Complex<V> a[radix];
+      Complex a[radix];
 #pragma GCC unroll 8
       for (int j = 0; j < radix; ++j) a[j] = take(q + s * (p + m * j));
       butterfly<radix>(a);
@@ -121,44 +105,43 @@ THALWEG_INLINE void pass(int m, int s, const float* twiddle, Load take, Store pu
 #pragma GCC unroll 8
         for (int j = 1; j < radix; ++j) {
           const float c = twiddle[2 * ((radix - 1) * p + j - 1)], d = twiddle[2 * ((radix - 1) * p + j - 1) + 1];
-          put(out + s * j, Complex<V>{a[j].re * c - a[j].im * d, a[j].im * c + a[j].re * d});
+          put(out + s * j, Complex{a[j].re * c - a[j].im * d, a[j].im * c + a[j].re * d});
         }
       }
     }
   }
 }
 
-template <class V, class Load, class Store>
+template <class Load, class Store>
 THALWEG_INLINE void any_pass(int radix, int m, int s, const float* twiddle, Load take, Store put) {
   switch (radix) {
     case 2:
-      return pass<V, 2>(m, s, twiddle, take, put);
+      return pass<2>(m, s, twiddle, take, put);
     case 3:
-      return pass<V, 3>(m, s, twiddle, take, put);
+      return pass<3>(m, s, twiddle, take, put);
     case 4:
-      return pass<V, 4>(m, s, twiddle, take, put);
+      return pass<4>(m, s, twiddle, take, put);
     case 5:
-      return pass<V, 5>(m, s, twiddle, take, put);
+      return pass<5>(m, s, twiddle, take, put);
     default:
-      return pass<V, 6>(m, s, twiddle, take, put);
+      return pass<6>(m, s, twiddle, take, put);
   }
 }
 
 // Transforms of two or (third > 1) three passes, with everything but the strides known to the compiler. clipped: not
 // all elements are given or wanted.
-template <class V>
-THALWEG_INLINE Complex<V> turned(Complex<V> a, const float* twiddle) {
+THALWEG_INLINE Complex turned(Complex a, const float* twiddle) {
   const float c = twiddle[0], d = twiddle[1];
   return {a.re * c - a.im * d, a.im * c + a.re * d};
 }
 
-template <class V, int first, int second, int third, bool clipped>
+template <int first, int second, int third, bool clipped>
 THALWEG_INLINE void fft_in(const FftPlan& plan, const FftRun& run) {
   constexpr int n = first * second * third, m = second * third, s = third == 1 ? first : first * second;
   constexpr int last = third == 1 ? second : third;
   const std::int64_t in_im = run.in_im - run.in_re, out_im = run.out_im - run.out_re;
   const int valid = clipped ? run.valid : n, from = clipped ? run.from : 0, to = clipped ? run.to : n;
-  Complex<V> one[n], two[third == 1 ? 1 : n];
+  Complex one[n], two[third == 1 ? 1 : n];
   for (std::int64_t k = 0; k < run.count; ++k) {
     const float* in = run.in_re + k * run.in_step;
     float* out = run.out_re + k * run.out_step;
@@ -169,14 +152,14 @@ THALWEG_INLINE void fft_in(const FftPlan& plan, const FftRun& run) {
       }
     }
     for (int p = 0; p < m; ++p) {
-      Complex<V> a[first];
+      Complex a[first];
 #pragma GCC unroll 8
       for (int j = 0; j < first; ++j) {
         const float* here = in + (p + m * j) * run.in_stride;
-        a[j] = p + m * j < valid ? Complex<V>{load<V>(here), load<V>(here + in_im)} : Complex<V>{};
+        a[j] = p + m * j < valid ? Complex{load(here), load(here + in_im)} : Complex{};
       }
       butterfly<first>(a);
-      Complex<V>* here = one + first * p;
+      Complex* here = one + first * p;
       const float* twiddle = plan.twiddle + 2 * (first - 1) * p;
       here[0] = a[0];
 #pragma GCC unroll 8
@@ -186,20 +169,20 @@ THALWEG_INLINE void fft_in(const FftPlan& plan, const FftRun& run) {
       for (int p = 0; p < third; ++p) {
         const float* twiddle = plan.twiddle + 2 * m * (first - 1) + 2 * (second - 1) * p;
         for (int q = 0; q < first; ++q) {
-          Complex<V> a[second];
+          Complex a[second];
 #pragma GCC unroll 8
           for (int j = 0; j < second; ++j) a[j] = one[q + first * (p + third * j)];
           butterfly<second>(a);
-          Complex<V>* here = two + q + first * second * p;
+          Complex* here = two + q + first * second * p;
           here[0] = a[0];
 #pragma GCC unroll 8
           for (int j = 1; j < second; ++j) here[first * j] = p == 0 ? a[j] : turned(a[j], twiddle + 2 * j - 2);
         }
       }
     }
-    const Complex<V>* ready = third == 1 ? one : two;
+    const Complex* ready = third == 1 ? one : two;
     for (int q = 0; q < s; ++q) {
-      Complex<V> a[last];
+      Complex a[last];
 #pragma GCC unroll 8
       for (int j = 0; j < last; ++j) a[j] = ready[q + s * j];
       butterfly<last>(a);
@@ -215,17 +198,16 @@ THALWEG_INLINE void fft_in(const FftPlan& plan, const FftRun& run) {
   }
 }
 
-template <class V, int first, int second, int third = 1>
+template <int first, int second, int third = 1>
 void fft_of(const FftPlan& plan, const FftRun& run) {
   if (third == 1 && run.valid == plan.n && run.from == 0 && run.to == plan.n)
-    fft_in<V, first, second, third, false>(plan, run);
+    fft_in<first, second, third, false>(plan, run);
   else
-    fft_in<V, first, second, third, true>(plan, run);
+    fft_in<first, second, third, true>(plan, run);
 }
 
-template <class V>
 void fft_any(const FftPlan& plan, const FftRun& run) {
-  Complex<V> first[kMostFft], second[kMostFft];
+  Complex first[kMostFft], second[kMostFft];
   for (std::int64_t k = 0; k < run.count; ++k) {
     const float *in_re = run.in_re + k * run.in_step, *in_im = run.in_im + k * run.in_step;
     float *out_re = run.out_re + k * run.out_step, *out_im = run.out_im + k * run.out_step;
@@ -234,31 +216,30 @@ void fft_any(const FftPlan& plan, const FftRun& run) {
         __builtin_prefetch(in_re + j * run.in_stride + run.ahead);
         __builtin_prefetch(in_im + j * run.in_stride + run.ahead);
       }
-      return j < run.valid ? Complex<V>{load<V>(in_re + j * run.in_stride), load<V>(in_im + j * run.in_stride)}
-                           : Complex<V>{};
+      return j < run.valid ? Complex{load(in_re + j * run.in_stride), load(in_im + j * run.in_stride)} : Complex{};
     };
-    const auto put = [&](int j, Complex<V> v) __attribute__((always_inline)) {
+    const auto put = [&](int j, Complex v) __attribute__((always_inline)) {
       if (j < run.from || j >= run.to) return;
       store(out_re + j * run.out_stride, v.re);
       store(out_im + j * run.out_stride, v.im);
     };
-    Complex<V>*x = first, *y = second;
+    Complex *x = first, *y = second;
     int n = plan.n, s = 1;
     const float* twiddle = plan.twiddle;
     for (int stage = 0; stage < plan.passes; ++stage) {
       const int radix = plan.radix[stage], m = n / radix;
       const auto take_local = [x](int j) __attribute__((always_inline)) { return x[j]; };
-      const auto put_local = [y](int j, Complex<V> v) __attribute__((always_inline)) { y[j] = v; };
+      const auto put_local = [y](int j, Complex v) __attribute__((always_inline)) { y[j] = v; };
       if (stage == 0 && m == 1)
-        any_pass<V>(radix, m, s, twiddle, take, put);
+        any_pass(radix, m, s, twiddle, take, put);
       else if (stage == 0)
-        any_pass<V>(radix, m, s, twiddle, take, put_local);
+        any_pass(radix, m, s, twiddle, take, put_local);
       else if (m == 1)
-        any_pass<V>(radix, m, s, twiddle, take_local, put);
+        any_pass(radix, m, s, twiddle, take_local, put);
       else
-        any_pass<V>(radix, m, s, twiddle, take_local, put_local);
+        any_pass(radix, m, s, twiddle, take_local, put_local);
       twiddle += 2 * m * (radix - 1);
-      Complex<V>* swap = x;
+      Complex* swap = x;
       x = y;
       y = swap;
       n = m;
@@ -267,55 +248,46 @@ void fft_any(const FftPlan& plan, const FftRun& run) {
   }
 }
 
-template <class V>
-void fft_on(const FftPlan& plan, const FftRun& run) {
+void fft(const FftPlan& plan, const FftRun& run) {
   if (plan.passes == 2 || plan.passes == 3) {
     switch (100 * plan.radix[0] + 10 * plan.radix[1] + (plan.passes == 3 ? plan.radix[2] : 0)) {
       case 440:
-        return fft_of<V, 4, 4>(plan, run);
+        return fft_of<4, 4>(plan, run);
       case 540:
-        return fft_of<V, 5, 4>(plan, run);
+        return fft_of<5, 4>(plan, run);
       case 550:
-        return fft_of<V, 5, 5>(plan, run);
+        return fft_of<5, 5>(plan, run);
       case 560:
-        return fft_of<V, 5, 6>(plan, run);
+        return fft_of<5, 6>(plan, run);
       case 620:
-        return fft_of<V, 6, 2>(plan, run);
+        return fft_of<6, 2>(plan, run);
       case 630:
-        return fft_of<V, 6, 3>(plan, run);
+        return fft_of<6, 3>(plan, run);
       case 640:
-        return fft_of<V, 6, 4>(plan, run);
+        return fft_of<6, 4>(plan, run);
       case 660:
-        return fft_of<V, 6, 6>(plan, run);
+        return fft_of<6, 6>(plan, run);
       case 442:
-        return fft_of<V, 4, 4, 2>(plan, run);
+        return fft_of<4, 4, 2>(plan, run);
       case 533:
-        return fft_of<V, 5, 3, 3>(plan, run);
+        return fft_of<5, 3, 3>(plan, run);
       case 542:
-        return fft_of<V, 5, 4, 2>(plan, run);
+        return fft_of<5, 4, 2>(plan, run);
       case 552:
-        return fft_of<V, 5, 5, 2>(plan, run);
+        return fft_of<5, 5, 2>(plan, run);
       case 562:
-        return fft_of<V, 5, 6, 2>(plan, run);
+        return fft_of<5, 6, 2>(plan, run);
       case 633:
-        return fft_of<V, 6, 3, 3>(plan, run);
+        return fft_of<6, 3, 3>(plan, run);
       case 642:
-        return fft_of<V, 6, 4, 2>(plan, run);
+        return fft_of<6, 4, 2>(plan, run);
       case 662:
-        return fft_of<V, 6, 6, 2>(plan, run);
+        return fft_of<6, 6, 2>(plan, run);
       default:
         break;
     }
   }
-  fft_any<V>(plan, run);
-}
-
-void fft(const FftPlan& plan, const FftRun& run) {
-  if (!run.half) {
-    fft_on<Real>(plan, run);
-  } else if constexpr (kLanes > 4) {
-    fft_on<Half>(plan, run);
-  }
+  fft_any(plan, run);
 }
 
 // ---- products of spectra ------------------------------------------------------------------------------------
@@ -416,12 +388,12 @@ struct Group {
 
 #if defined(__AVX__)
 #if defined(__AVX512F__)
-#define THALWEG_SHUFFLE(a, b, i, j, k, l)                                                                           \
+#define THALWEG_SHUFFLE(a, b, i, j, k, l)                                                                      \
   __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, l + 8, i + 12, j + 12, \
                           k + 12, l + 12)
-#define THALWEG_TWICE(a, b, i)                                                                                  \
-  __builtin_shufflevector(a, b, i, i, i + 1, i + 1, i + 2, i + 2, i + 3, i + 3, 16 + i, 16 + i, 17 + i, 17 + i, \
-                          18 + i, 18 + i, 19 + i, 19 + i)
+#define THALWEG_TWICE(a, b, i)                                                                                     \
+  __builtin_shufflevector(a, b, i, i, i + 1, i + 1, i + 2, i + 2, i + 3, i + 3, 16 + i, 16 + i, 17 + i, 17 + i, 18 + i, \
+                          18 + i, 19 + i, 19 + i)
 #else
 #define THALWEG_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4)
 #define THALWEG_TWICE(a, b, i) __builtin_shufflevector(a, b, i, i, i + 1, i + 1, i + 2, i + 2, i + 3, i + 3)
@@ -454,8 +426,8 @@ THALWEG_INLINE Real broadcast_pair(const float* p) {
 
 // Elements 4 l + k, l = `group`, of the rows of both sides, each twice.
 template <int group>
-THALWEG_INLINE void few_input(const Real (&re)[2][4], const Real (&im)[2][4], int k, int inputs, const float* w,
-                              int first, int outputs, int inputs_all, Real sign, Real& sum_re, Real& sum_im) {
+THALWEG_INLINE void few_input(const Real (&re)[2][4], const Real (&im)[2][4], int k, int inputs, const float* w, int first,
+                              int outputs, int inputs_all, Real sign, Real& sum_re, Real& sum_im) {
   if (4 * group + k >= inputs) return;
   const float* weight = w + (first + 4 * group + k) * outputs;
   const Real wr = broadcast_pair(weight), wi = sign * broadcast_pair(weight + inputs_all * outputs);
@@ -466,8 +438,7 @@ THALWEG_INLINE void few_input(const Real (&re)[2][4], const Real (&im)[2][4], in
   sum_im += wr * xi;
 }
 
-// sides: how many of them a register holds. usual: four columns of ten inputs and two outputs, for the compiler to
-// know.
+// sides: how many of them a register holds. usual: four columns of ten inputs and two outputs, for the compiler to know.
 template <int sides, bool usual>
 THALWEG_INLINE void few(SpectrumProduct job, const float* w, int column, int o, const float* const (&in)[2],
                         float* const (&out)[2], Real sign) {
@@ -795,8 +766,8 @@ THALWEG_INLINE void vectors(std::int64_t from, std::int64_t to, Body body) {
   constexpr int lanes = sizeof(V) / sizeof(float);
   for (; from + lanes <= to; from += lanes) body(from, V{});
   if constexpr (lanes > 2) {
-    using Narrow = float __attribute__((vector_size(sizeof(V) / 2)));
-    vectors<Narrow>(from, to, body);
+    using Half = float __attribute__((vector_size(sizeof(V) / 2)));
+    vectors<Half>(from, to, body);
   } else if (from < to) {
     body(from, 0.0f);
   }

@@ -29,7 +29,6 @@ struct FftRun {
   std::int64_t out_step, out_stride;
   std::int32_t from, to;  // only these elements are written
   std::int64_t ahead;     // this far from what is read lies what comes next: asks for it
-  bool half = false;      // of lanes / 2 numbers each; not where lanes are 4
 };
 
 /// out[column][o] = sum over i of weight[i][o] in[column][i], all complex, at frequencies k = 0 .. count - 1 of in[0]
