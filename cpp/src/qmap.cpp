@@ -884,8 +884,8 @@ struct QState::Impl {
       const auto update = [&](int, int z, int y, float* row) {
         const int64_t position = (int64_t{z} * box.count[1] + y) * size;
         float* data = activations[l].data() + row_of(m.grid, layout, box, z, y);
-        m.kernels.update(box.count[2], layout.channels, l == static_cast<std::size_t>(m.hidden()), offsets.data(), data, ahead * layout.row, row,
-                         saved.data() + position);
+        m.kernels.update(box.count[2], layout.channels, l == static_cast<std::size_t>(m.hidden()), offsets.data(), data,
+                         ahead * layout.row, row, saved.data() + position);
         repeat_images(m.grid, layout, box, data);
       };
       if (l > 0 && method != QMethod::direct) {

@@ -388,12 +388,12 @@ struct Group {
 
 #if defined(__AVX__)
 #if defined(__AVX512F__)
-#define THALWEG_SHUFFLE(a, b, i, j, k, l)                                                                      \
+#define THALWEG_SHUFFLE(a, b, i, j, k, l)                                                                           \
   __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, l + 8, i + 12, j + 12, \
                           k + 12, l + 12)
-#define THALWEG_TWICE(a, b, i)                                                                                     \
-  __builtin_shufflevector(a, b, i, i, i + 1, i + 1, i + 2, i + 2, i + 3, i + 3, 16 + i, 16 + i, 17 + i, 17 + i, 18 + i, \
-                          18 + i, 19 + i, 19 + i)
+#define THALWEG_TWICE(a, b, i)                                                                                  \
+  __builtin_shufflevector(a, b, i, i, i + 1, i + 1, i + 2, i + 2, i + 3, i + 3, 16 + i, 16 + i, 17 + i, 17 + i, \
+                          18 + i, 18 + i, 19 + i, 19 + i)
 #else
 #define THALWEG_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4)
 #define THALWEG_TWICE(a, b, i) __builtin_shufflevector(a, b, i, i, i + 1, i + 1, i + 2, i + 2, i + 3, i + 3)
@@ -426,8 +426,8 @@ THALWEG_INLINE Real broadcast_pair(const float* p) {
 
 // Elements 4 l + k, l = `group`, of the rows of both sides, each twice.
 template <int group>
-THALWEG_INLINE void few_input(const Real (&re)[2][4], const Real (&im)[2][4], int k, int inputs, const float* w, int first,
-                              int outputs, int inputs_all, Real sign, Real& sum_re, Real& sum_im) {
+THALWEG_INLINE void few_input(const Real (&re)[2][4], const Real (&im)[2][4], int k, int inputs, const float* w,
+                              int first, int outputs, int inputs_all, Real sign, Real& sum_re, Real& sum_im) {
   if (4 * group + k >= inputs) return;
   const float* weight = w + (first + 4 * group + k) * outputs;
   const Real wr = broadcast_pair(weight), wi = sign * broadcast_pair(weight + inputs_all * outputs);
@@ -438,7 +438,8 @@ THALWEG_INLINE void few_input(const Real (&re)[2][4], const Real (&im)[2][4], in
   sum_im += wr * xi;
 }
 
-// sides: how many of them a register holds. usual: four columns of ten inputs and two outputs, for the compiler to know.
+// sides: how many of them a register holds. usual: four columns of ten inputs and two outputs, for the compiler to
+// know.
 template <int sides, bool usual>
 THALWEG_INLINE void few(SpectrumProduct job, const float* w, int column, int o, const float* const (&in)[2],
                         float* const (&out)[2], Real sign) {

@@ -39,7 +39,8 @@ struct SpectrumProduct {
   const float*
       weights;  // per frequency (inputs, outputs) real, then imaginary parts; may be read `lanes` beyond the end
   std::int64_t weight_step;
-  const float* in[2];  // the second is not used unless paired, but must be a pointer that may be moved
+  const float* in[2];  // `lanes` floats behind each of the two parts may be read; the second is not used unless paired,
+                       // but must be a pointer that may be moved
   float* out[2];       // `lanes` floats behind each of the two parts are overwritten
   std::int64_t in_step, in_im, out_step, out_im;
 };
