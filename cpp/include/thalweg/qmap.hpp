@@ -16,9 +16,7 @@
 //
 //            |<- stamp ->|                       change of layer 1
 //        |<-- 2 (r + h d) + 1 + 2 h d -->|       change of layer 2, by local Fourier transforms
-//    |<---------- ... + 4 h d --------------->|  change of layer 3; the last layer likewise, or summed at the voxels
-//    asked
-//                                              for
+//    |<---------- ... + 4 h d --------------->|  change of layer 3; the last layer likewise, or summed where asked
 //
 // undo() puts back what the boxes held; nothing is ever subtracted, so a state does not drift along a tree.
 #pragma once
