@@ -496,6 +496,7 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
   job.inputs = inputs;
   job.outputs = outputs;
   job.weight_step = w_step;
+  job.weights_ahead = f.spectrum.size() > (int64_t{1} << 18) ? 3 * w_step : 0;  // a smaller one stays in the cache
   for (int side = 0; side < 2; ++side) {
     job.in[side] = t.column[side];
     job.out[side] = t.column_out[side];

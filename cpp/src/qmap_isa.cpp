@@ -352,10 +352,10 @@ THALWEG_INLINE int multiply_columns(const SpectrumProduct& job, int column, cons
   return column;
 }
 
-// A spectrum is larger than the second cache, and its rows are too short for the processor to read ahead by itself.
+// Rows of weights are too short for the processor to read ahead by itself.
 THALWEG_INLINE void ask_for_weights(const SpectrumProduct& job, const float* w) {
-  constexpr int frequencies = 3;
-  for (std::int64_t k = 0; k < job.weight_step; k += 16) __builtin_prefetch(w + frequencies * job.weight_step + k);
+  if (job.weights_ahead == 0) return;
+  for (std::int64_t k = 0; k < job.weight_step; k += 16) __builtin_prefetch(w + job.weights_ahead + k);
 }
 
 template <bool paired>
@@ -376,10 +376,11 @@ void product_as(const SpectrumProduct& job) {
   }
 }
 
-// Few outputs: with an output a lane most lanes would be idle. Here four columns of each side are lanes, every one with
-// two outputs. The sums are those of `multiply` to the bit: which of the two is used may depend on how many columns
-// there are.
-constexpr int kFew = 4;
+// The last layer of two species on a lattice of eight phases: with an output a lane most lanes would be idle. Here the
+// columns of both sides are lanes, each with two outputs. The sums are those of `multiply`, to the bit.
+constexpr struct {
+  int columns = 4, inputs = 10, outputs = 2;
+} kFew;
 
 template <int number>
 struct Group {
@@ -424,88 +425,54 @@ THALWEG_INLINE Real broadcast_pair(const float* p) {
   return (Real)(pair - Pairs{});
 }
 
-// Elements 4 l + k, l = `group`, of the rows of both sides, each twice.
+// Elements 4 l + k, l = `group`, of the rows of both sides, each twice, times their weights.
 template <int group>
-THALWEG_INLINE void few_input(const Real (&re)[2][4], const Real (&im)[2][4], int k, int inputs, const float* w,
-                              int first, int outputs, int inputs_all, Real sign, Real& sum_re, Real& sum_im) {
-  if (4 * group + k >= inputs) return;
-  const float* weight = w + (first + 4 * group + k) * outputs;
-  const Real wr = broadcast_pair(weight), wi = sign * broadcast_pair(weight + inputs_all * outputs);
-  const Real xr = THALWEG_TWICE(re[0][k], re[1][k], 4 * group), xi = THALWEG_TWICE(im[0][k], im[1][k], 4 * group);
+THALWEG_INLINE void few_input(const Real (&re)[2][4], const Real (&im)[2][4], int k, const float* w, Real sign,
+                              Real& sum_re, Real& sum_im) {
+  if (4 * group + k >= kFew.inputs) return;
+  const float* weight = w + (4 * group + k) * kFew.outputs;
+  const Real wr = broadcast_pair(weight), wi = sign * broadcast_pair(weight + kFew.inputs * kFew.outputs);
+  const Real xr = THALWEG_TWICE(re[0][k], re[1][k], 4 * (group % (kLanes / 4))),
+             xi = THALWEG_TWICE(im[0][k], im[1][k], 4 * (group % (kLanes / 4)));
   sum_re += wr * xr;
   sum_im += wi * xr;
   sum_re -= wi * xi;
   sum_im += wr * xi;
 }
 
-// sides: how many of them a register holds. usual: four columns of ten inputs and two outputs, for the compiler to
-// know.
-template <int sides, bool usual>
-THALWEG_INLINE void few(SpectrumProduct job, const float* w, int column, int o, const float* const (&in)[2],
-                        float* const (&out)[2], Real sign) {
-  if constexpr (usual) {
-    job.columns = 4;
-    job.inputs = 10;
-    job.outputs = 2;
-    column = o = 0;
-  }
-  const int columns = job.columns - column < 4 ? job.columns - column : 4;
-  Real sum_re = {}, sum_im = {};
-  for (int first = 0; first < job.inputs; first += kLanes) {
-    Real re[2][4], im[2][4];
+// sides: how many of them a register holds
+template <int sides>
+THALWEG_INLINE void few(const SpectrumProduct& job, const float* w, const float* const (&in)[2], float* const (&out)[2],
+                        Real sign) {
+  Real sum_re = {}, sum_im = {}, re[2][4] = {}, im[2][4] = {};
+  const auto take = [&](int first) __attribute__((always_inline)) {
 #pragma GCC unroll 2
     for (int side = 0; side < sides; ++side) {
-      const float *row_re[4], *row_im[4];
-#pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) {
-        row_re[c] = in[side] + (column + (c < columns ? c : 0)) * job.inputs + first;
-        row_im[c] = row_re[c] + job.in_im;
-      }
-      transpose(row_re, re[side]);
-      transpose(row_im, im[side]);
+      const float* a = in[side] + first;
+      transpose({a, a + kFew.inputs, a + 2 * kFew.inputs, a + 3 * kFew.inputs}, re[side]);
+      a += job.in_im;
+      transpose({a, a + kFew.inputs, a + 2 * kFew.inputs, a + 3 * kFew.inputs}, im[side]);
     }
+  };
+  const auto add = [&](auto group) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int k = sides; k < 2; ++k)
-      for (int i = 0; i < 4; ++i) re[k][i] = re[0][i], im[k][i] = im[0][i];
-    const int inputs = job.inputs - first < kLanes ? job.inputs - first : kLanes;
-    const auto add = [&](auto group) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k)
-        few_input<decltype(group)::value>(re, im, k, inputs, w + o, first, job.outputs, job.inputs, sign, sum_re,
-                                          sum_im);
-    };
-    add(Group<0>{});
-    add(Group<1>{});
-    if constexpr (kLanes > 8) {
-      add(Group<2>{});
-      add(Group<3>{});
-    }
-  }
-  if constexpr (usual) {
+    for (int k = 0; k < 4; ++k) few_input<decltype(group)::value>(re, im, k, w, sign, sum_re, sum_im);
+  };
+  take(0);
+  add(Group<0>{});
+  add(Group<1>{});
+  if (kLanes == 8) take(8);
+  add(Group<2>{});
 #pragma GCC unroll 2
-    for (int side = 0; side < sides; ++side) {
-      store(out[side], eight(sum_re, side));
-      store(out[side] + job.out_im, eight(sum_im, side));
-    }
-    return;
+  for (int side = 0; side < sides; ++side) {
+    store(out[side], eight(sum_re, side));
+    store(out[side] + job.out_im, eight(sum_im, side));
   }
-  const int outputs = job.outputs - o < 2 ? 1 : 2;
-  float part[2][kLanes];
-  store(part[0], sum_re);
-  store(part[1], sum_im);
-#pragma GCC unroll 2
-  for (int side = 0; side < sides; ++side)
-    for (int c = 0; c < columns; ++c)
-      for (int k = 0; k < outputs; ++k) {
-        float* to = out[side] + (column + c) * job.outputs + o + k;
-        to[0] = part[0][8 * side + 2 * c + k];
-        to[job.out_im] = part[1][8 * side + 2 * c + k];
-      }
 }
 
-template <bool usual>
-void product_of_few_as(const SpectrumProduct& job) {
-  Real plus = broadcast(1.0f), minus = broadcast(-1.0f), both = plus;
+void product_of_few(const SpectrumProduct& job) {
+  const Real plus = broadcast(1.0f), minus = broadcast(-1.0f);
+  Real both = plus;
   for (int k = 8; k < kLanes; ++k) both[k] = -1.0f;
   for (int k = 0; k < job.count; ++k) {
     const float* w = job.weights + k * job.weight_step;
@@ -513,34 +480,24 @@ void product_of_few_as(const SpectrumProduct& job) {
     const int other = k == 0 ? 0 : job.count - k;
     const float* const in[2] = {job.in[0] + k * job.in_step, job.in[1] + other * job.in_step};
     float* const out[2] = {job.out[0] + k * job.out_step, job.out[1] + other * job.out_step};
-    for (int o = 0; o < job.outputs; o += 2)
-      for (int column = 0; column < job.columns; column += 4) {
-        if (!job.paired) {
-          few<1, usual>(job, w, column, o, in, out, plus);
-        } else if constexpr (kLanes > 8) {
-          few<2, usual>(job, w, column, o, in, out, both);
-        } else {
-          few<1, usual>(job, w, column, o, in, out, plus);
-          few<1, usual>(job, w, column, o, {in[1], in[0]}, {out[1], out[0]}, minus);
-        }
-      }
+    if (!job.paired) {
+      few<1>(job, w, in, out, plus);
+    } else if constexpr (kLanes > 8) {
+      few<2>(job, w, in, out, both);
+    } else {
+      few<1>(job, w, in, out, plus);
+      few<1>(job, w, {in[1], in[0]}, {out[1], out[0]}, minus);
+    }
   }
 }
 #undef THALWEG_SHUFFLE
 #undef THALWEG_TWICE
-
-void product_of_few(const SpectrumProduct& job) {
-  if (job.columns == 4 && job.inputs == 10 && job.outputs == 2)
-    product_of_few_as<true>(job);
-  else
-    product_of_few_as<false>(job);
-}
 #else
 void product_of_few(const SpectrumProduct& job) { job.paired ? product_as<true>(job) : product_as<false>(job); }
 #endif
 
 void product(const SpectrumProduct& job) {
-  if (job.outputs <= kFew && job.columns > 2)
+  if (job.columns == kFew.columns && job.inputs == kFew.inputs && job.outputs == kFew.outputs)
     product_of_few(job);
   else
     job.paired ? product_as<true>(job) : product_as<false>(job);

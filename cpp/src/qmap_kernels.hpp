@@ -38,7 +38,7 @@ struct SpectrumProduct {
   bool paired;
   const float*
       weights;  // per frequency (inputs, outputs) real, then imaginary parts; may be read `lanes` beyond the end
-  std::int64_t weight_step;
+  std::int64_t weight_step, weights_ahead;  // the second: how far from what is read to ask for more, or 0
   const float* in[2];  // `lanes` floats behind each of the two parts may be read; the second is not used unless paired,
                        // but must be a pointer that may be moved
   float* out[2];       // `lanes` floats behind each of the two parts are overwritten
