@@ -273,9 +273,10 @@ struct QMap::Impl {
 
   // Per layer, null: not possible. Local ones, of what one atom changes, from the second layer on.
   std::vector<std::unique_ptr<LayerFft>> local, whole;
+  bool keeps_last = false;
   std::vector<QBox> largest;  // unfolded boxes that one atom changes, at the origin
 
-  // Activations of the hidden layers without atoms: values[l] on a smaller grid, to which index leads.
+  // Activations of the layers that may be kept, without atoms: values[l] on a smaller grid, to which index leads.
   struct Empty {
     Grid grid;
     std::vector<int> index[3];
@@ -302,6 +303,9 @@ struct QMap::Impl {
 
   int species() const { return network->species(); }
   int hidden() const { return static_cast<int>(layers.size()) - 1; }
+  // Layers that a state of local transforms keeps: the last one if its change costs less than sums at the voxels that
+  // are asked for.
+  int kept() const { return hidden() + (keeps_last ? 1 : 0); }
 
   const std::vector<PackedLayer>& packed_layers() const {
     std::call_once(packed_made, [&] {
@@ -445,6 +449,7 @@ struct QMap::Impl {
   const Empty& empty_state() const;
   const std::vector<float>& start_of_layer_1() const;
 
+  int64_t usually_asked() const { return std::min<int64_t>(25000, grid.voxels()); }
   bool grid_fft_possible() const {
     return std::all_of(whole.begin() + 1, whole.end(), [](const auto& plan) { return plan != nullptr; });
   }
@@ -458,6 +463,8 @@ struct QMap::Impl {
   const float* packed_gather() const;
   double cost(const LayerFft* plan, const Layer& layer) const;
   double direct_cost(int l) const;
+  double keeping_cost(int l) const;
+  double gather_cost(int64_t asked) const;
 };
 
 // A row of a whole grid's result with the bias added, to its place (where it may be already).
@@ -507,19 +514,20 @@ const QMap::Impl::Empty& QMap::Impl::empty_state() const {
       const int d = layers[0].dilation[a];
       const bool shared =
           std::all_of(layers.begin(), layers.end() - 1, [&](const Layer& l) { return l.dilation[a] == d; });
-      const int step = shared ? d : 1;
+      const int step = shared ? d : 1, cells = grid.n[a] / step;
       int reach = 0;
-      for (int l = 0; l < hidden(); ++l) reach += layers[static_cast<std::size_t>(l)].reach(a) / step;
+      for (int l = 0; l < kept(); ++l) reach += layers[static_cast<std::size_t>(l)].reach(a) / step;
       const int enough = grid.periodic[a] ? 1 : 2 * reach + 1;
-      const bool reduced = grid.periodic[a] || grid.n[a] / step >= enough;
+      const bool reduced = cells >= enough || grid.n[a] % step == 0;  // all phases of an open direction are alike
       if (reduced) {
-        small.n[a] = enough;
+        small.n[a] = std::min(enough, cells);
         for (Layer& layer : small_layers) layer.dilation[a] /= grid.periodic[a] ? layer.dilation[a] : step;
       }
       for (int x = 0; x < grid.n[a]; ++x) {
         const int low = x / step, high = (grid.n[a] - 1 - x) / step;
         empty.index[a].push_back(!reduced           ? x
                                  : grid.periodic[a] ? 0
+                                 : cells < enough   ? low
                                  : low < reach      ? low
                                  : high < reach     ? enough - 1 - high
                                                     : reach);
@@ -531,7 +539,7 @@ const QMap::Impl::Empty& QMap::Impl::empty_state() const {
     for (int64_t v = 0; v < small.voxels(); ++v) std::copy(r.bias.begin(), r.bias.end(), in.begin() + v * r.channels);
     Scratch scratch;
     const QBox all = small.whole();
-    for (int l = 0; l < hidden(); ++l) {
+    for (int l = 0; l < kept(); ++l) {
       const Layer& layer = small_layers[static_cast<std::size_t>(l)];
       std::vector<float> out(static_cast<std::size_t>(small.voxels() * layer.outputs));
       const auto plan = small.voxels() > 1000 ? plan_fft(layer, small, small.n, true) : nullptr;
@@ -544,7 +552,7 @@ const QMap::Impl::Empty& QMap::Impl::empty_state() const {
         convolve_direct(layer, packed_layers()[static_cast<std::size_t>(l)], small, kernels, scratch, in.data(), all,
                         out.data(), all, true);
       }
-      kernels.leaky(static_cast<int64_t>(out.size()), out.data());
+      if (l < hidden()) kernels.leaky(static_cast<int64_t>(out.size()), out.data());
       empty.values.push_back(out);
       in = std::move(out);
     }
@@ -669,6 +677,8 @@ QMap::QMap(std::shared_ptr<const QNetwork> network, std::span<const std::int64_t
     m.largest.push_back(box);
   }
   m.make_gather();
+  m.keeps_last = m.local_fft_possible() && m.cost(m.local.back().get(), m.layers.back()) + m.keeping_cost(m.hidden()) <
+                                               m.gather_cost(m.usually_asked());
   static std::atomic<std::uint64_t> maps{0};
   m.id = ++maps;
 }
@@ -770,17 +780,26 @@ double QMap::Impl::direct_cost(int l) const {
   return 2.0 * pairs * layer.inputs * layer.outputs / 15e9;
 }
 
+// A layer's activations changed and what they were put aside.
+double QMap::Impl::keeping_cost(int l) const {
+  double floats = layers[static_cast<std::size_t>(l)].outputs;
+  for (int a = 0; a < 3; ++a) floats *= std::min(largest[static_cast<std::size_t>(l)].count[a], grid.n[a]);
+  return floats * 1.5e-9;
+}
+
+double QMap::Impl::gather_cost(int64_t asked) const {
+  const Layer& last = layers.back();
+  return 2.0 * static_cast<double>(asked * last.taps()) * last.inputs * last.outputs / 25e9;
+}
+
 QMethod QMap::choose(std::int64_t asked) const {
   const Impl& m = *impl_;
-  double direct = 0, local = 0, whole = 0;
-  for (int l = 1; l < m.hidden(); ++l) {
-    direct += m.direct_cost(l);
-    local += m.cost(m.local[l].get(), m.layers[l]);
-  }
+  const double gather = m.gather_cost(asked);
+  double direct = gather, local = m.keeps_last ? 0 : gather, whole = 0;
+  for (int l = 1; l < m.hidden(); ++l) direct += m.direct_cost(l) + m.keeping_cost(l);
+  for (int l = 1; l < m.kept(); ++l) local += m.cost(m.local[l].get(), m.layers[l]) + m.keeping_cost(l);
   for (std::size_t l = 1; l < m.layers.size(); ++l) whole += m.cost(m.whole[l].get(), m.layers[l]);
-  const Layer& last = m.layers.back();
-  const double gather = 2.0 * static_cast<double>(asked * last.taps()) * last.inputs * last.outputs / 25e9;
-  if (whole <= std::min(direct, local) + gather) return QMethod::grid_fft;
+  if (whole <= std::min(direct, local)) return QMethod::grid_fft;
   return local <= direct ? QMethod::local_fft : QMethod::direct;
 }
 
@@ -795,7 +814,8 @@ struct QState::Impl {
   std::shared_ptr<const QMap> owner;
   const QMap::Impl& m;
   QMethod method;
-  std::vector<Layout> layouts;  // of the activations that are kept: all hidden layers, or layer 1
+  bool has_last = false;        // the last layer's pre-activations are kept
+  std::vector<Layout> layouts;  // of the activations that are kept: all layers, all hidden ones, or layer 1
   std::vector<Floats> activations;
   std::vector<Placed> placed;
   std::vector<std::uint64_t> history;  // a hash of the map and the atoms placed, in order
@@ -809,17 +829,18 @@ struct QState::Impl {
 
   Impl(std::shared_ptr<const QMap> map, QMethod wanted) : owner(std::move(map)), m(*owner->impl_), method(wanted) {
     history.push_back(m.id);
-    if (method == QMethod::automatic) method = owner->choose(std::min<int64_t>(25000, m.grid.voxels()));
+    if (method == QMethod::automatic) method = owner->choose(m.usually_asked());
     if ((method == QMethod::grid_fft && !m.grid_fft_possible()) ||
         (method == QMethod::local_fft && !m.local_fft_possible()))
       throw Error("this grid needs Fourier transforms of more than " + text(kMostFft) +
                   " cells; choose the method `direct`");
-    const int kept = method == QMethod::grid_fft ? 1 : m.hidden();
+    has_last = method == QMethod::local_fft && m.keeps_last;
+    const int kept = method == QMethod::grid_fft ? 1 : has_last ? m.kept() : m.hidden();
     const QMap::Impl::Empty& empty = m.empty_state();
     for (int l = 0; l < kept; ++l) {
-      const bool last = method != QMethod::grid_fft && l + 1 == m.hidden();
+      const bool summed = method != QMethod::grid_fft && !has_last && l + 1 == kept;
       const int channels = m.layers[static_cast<std::size_t>(l)].outputs;
-      layouts.push_back(last ? m.gather_layout : Layout::plain(m.grid, channels));
+      layouts.push_back(summed ? m.gather_layout : Layout::plain(m.grid, channels));
       const Layout& layout = layouts.back();
       activations.emplace_back();
       float* data = activations.back().need(layout.floats);
@@ -863,10 +884,9 @@ struct QState::Impl {
       const auto update = [&](int, int z, int y, float* row) {
         const int64_t position = (int64_t{z} * box.count[1] + y) * size;
         float* data = activations[l].data() + row_of(m.grid, layout, box, z, y);
-        m.kernels.update(box.count[2], layout.channels, offsets.data(), data, ahead * layout.row, row,
-                         saved.data() + position);
+        m.kernels.update(box.count[2], layout.channels, l == static_cast<std::size_t>(m.hidden()), offsets.data(), data,
+                         ahead * layout.row, row, saved.data() + position);
         repeat_images(m.grid, layout, box, data);
-        if (row != change + position && l + 1 < layouts.size()) std::copy_n(row, size, change + position);
       };
       if (l > 0 && method != QMethod::direct) {
         convolve_fft(*m.local[l], layer, m.grid, m.kernels, scratch, 1, &in, from, &change, box, update);
@@ -951,12 +971,18 @@ struct QState::Impl {
           out[s * n + k] = values[static_cast<std::size_t>(s * m.grid.voxels() + asked[k])];
       return;
     }
+    values.resize(static_cast<std::size_t>(n * species));
+    if (has_last) {
+      const float* last = activations.back().data();
+      for (int64_t k = 0; k < n; ++k) std::copy_n(last + asked[k] * species, species, values.data() + k * species);
+      finish(m.kernels, n, species, values.data(), out);
+      return;
+    }
     voxels.resize(static_cast<std::size_t>(3 * n));
     for (int64_t k = 0; k < n; ++k) {
       const Three at = m.position(asked[k]);
       std::copy(at.begin(), at.end(), voxels.begin() + 3 * k);
     }
-    values.resize(static_cast<std::size_t>(n * species));
     const Layer& layer = m.layers.back();
     // Along y of a grid of two directions there is one row, and dilation is one there.
     Gather job{};

@@ -186,7 +186,7 @@ struct LayerFft {
   Fft fft[3];
   int subs = 1, half_subs = 1;
   mutable std::once_flag made;
-  mutable std::vector<float> spectrum;
+  mutable Floats spectrum;
 
   int64_t cells() const { return int64_t{1} * axis[0].cells * axis[1].cells * axis[2].cells; }
 };
@@ -237,7 +237,7 @@ inline std::unique_ptr<LayerFft> plan_fft(const Layer& layer, const Grid& grid, 
 
 // Working memory of one thread.
 struct Scratch {
-  Floats buffer, row, line, column[2], column_out[2], padded;
+  Floats buffer, row, column[2], column_out[2], padded;
   Floats box[2];  // changes of a layer, and of the next
 };
 
@@ -321,7 +321,7 @@ struct Transform {
   }
 };
 
-inline const std::vector<float>& spectrum_of(const LayerFft& f, const Layer& layer, const QmapKernels& kernels) {
+inline const float* spectrum_of(const LayerFft& f, const Layer& layer, const QmapKernels& kernels) {
   std::call_once(f.made, [&] {
     // Kernels of (input, output) pairs are the signals: the first half of them real, the second half imaginary parts.
     const int inputs = layer.inputs, outputs = layer.outputs, half = (inputs * outputs + 1) / 2;
@@ -354,8 +354,7 @@ inline const std::vector<float>& spectrum_of(const LayerFft& f, const Layer& lay
     const int64_t step = 2 * int64_t{inputs} * outputs;
     int64_t columns = 0;
     t.pairs([&](int, int, int, int) { ++columns; });
-    f.spectrum.assign(static_cast<std::size_t>(columns * cells[0] * step + kernels.lanes), 0.0f);
-    float* out = f.spectrum.data();
+    float* out = f.spectrum.need(columns * cells[0] * step + kernels.lanes);
     t.pairs([&](int y, int x, int my, int mx) {
       t.column_in(y, x, valid[0], t.column[0], 0);
       t.column_in(my, mx, valid[0], t.column[1], 0);
@@ -372,22 +371,22 @@ inline const std::vector<float>& spectrum_of(const LayerFft& f, const Layer& lay
       }
     });
   });
-  return f.spectrum;
+  return f.spectrum.data();
 }
 
-// A stretch of a row of cells that goes to, or comes from, consecutive voxels of a phase.
+// A stretch of a row of cells that goes to, or comes from, consecutive voxels of a phase, or of so many phases.
 struct Stretch {
-  int cell, count, voxel;
+  int cell, count, voxel, phases;
 };
 
 // The layer applied to in, without bias, for `states` arrays of the same box. Calls done(state, z, y, row) once for
-// every row of the result (coordinates in its box), (n_x, outputs) numbers that it may change: at once where rows come
-// whole, else at the end, from `out`, in which their parts are added up.
+// every row of the result (coordinates in its box), (n_x, outputs) numbers of `out` that it may change: at once where
+// rows come whole, else at the end, when their parts are added up.
 template <class Done>
 void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const QmapKernels& kernels, Scratch& scratch,
                   int states, const float* const* in, const QBox& in_box, float* const* out, const QBox& out_box,
                   Done done) {
-  const std::vector<float>& spectrum = spectrum_of(f, layer, kernels);
+  const float* w = spectrum_of(f, layer, kernels);
   const int inputs = layer.inputs, outputs = layer.outputs, columns = states * f.half_subs;
   const Transform t(kernels, f, columns * inputs, columns * outputs, scratch);
   const FftAxis *az = f.axis, *ay = f.axis + 1, *ax = f.axis + 2;
@@ -420,44 +419,68 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
     whole_rows = whole_rows && axis.tiles == 1 && targets == out_box.count[a];
   }
   const int64_t row_size = int64_t{out_box.count[2]} * outputs;
-  float* lines = scratch.line.need(states * row_size);  // a row of each state, put together from its phases along x
   if (!whole_rows)
     for (int s = 0; s < states; ++s) std::fill_n(out[s], out_box.voxels() * outputs, 0.0f);
-  std::vector<std::vector<Stretch>> stretches(static_cast<std::size_t>(ax->subs()));
-  for (int sub = 0; sub < ax->subs(); ++sub)
-    for (int cell = from[2]; cell < to[2]; ++cell) {
-      const int voxel = target[2][sub * ax->cells + cell];
-      auto& list = stretches[sub];
-      if (voxel < 0) continue;
-      if (!list.empty() && list.back().cell + list.back().count == cell &&
-          list.back().voxel + list.back().count * ax->dilation == voxel)
-        ++list.back().count;
-      else
-        list.push_back({cell, 1, voxel});
+  // Per phase, and of what the phases have in common in the first one.
+  std::vector<std::vector<Stretch>> stretches(static_cast<std::size_t>(ax->subs())), shared = stretches;
+  const auto extend = [&](std::vector<Stretch>& list, int cell, int voxel, int phases) {
+    if (!list.empty() && list.back().cell + list.back().count == cell && list.back().phases == phases &&
+        list.back().voxel + list.back().count * ax->dilation == voxel)
+      ++list.back().count;
+    else
+      list.push_back({cell, 1, voxel, phases});
+  };
+  for (int cell = from[2]; cell < to[2]; ++cell) {
+    const auto voxel = [&](int sub) { return target[2][static_cast<std::size_t>(sub * ax->cells + cell)]; };
+    bool common = whole_rows && voxel(0) >= 0;
+    for (int sub = 1; sub < ax->subs(); ++sub) common = common && voxel(sub) == voxel(0) + sub;
+    if (common) extend(shared[0], cell, voxel(0), ax->subs());
+    for (int sub = 0; sub < ax->subs(); ++sub) {
+      if (voxel(sub) < 0) continue;
+      extend(stretches[static_cast<std::size_t>(sub)], cell, voxel(sub), 1);
+      if (!common) extend(shared[static_cast<std::size_t>(sub)], cell, voxel(sub), 1);
     }
+  }
 
+  // Phases along x lie side by side in rows as in lanes: `together` of them are copied as one run as far as all have
+  // cells.
   const auto each_sub = [&](auto body) {
-    int sub = 0;
     for (int sz = 0; sz < az->subs(); ++sz)
       for (int sy = 0; sy < ay->subs(); ++sy)
-        for (int sx = 0; sx < ax->subs(); ++sx, ++sub)
-          body(sz, sy, sx, sub % f.half_subs, sub < f.half_subs ? int64_t{0} : t.part);
+        for (int sx = 0; sx < ax->subs();) {
+          const int sub = (sz * ay->subs() + sy) * ax->subs() + sx, lane = sub % f.half_subs;
+          const int together = ax->tiles == 1 && sx == 0 && lane + ax->subs() <= f.half_subs ? ax->subs() : 1;
+          body(sz, sy, sx, together, lane, sub < f.half_subs ? int64_t{0} : t.part);
+          sx += together;
+        }
   };
   const int64_t step = 2 * t.part;
   if (f.subs % 2 != 0)  // the imaginary part without a sub
     for (int x = 0; x < valid[2]; ++x)
       for (int s = 0; s < states; ++s)
         std::fill_n(t.row_data + x * step + t.part + ((s + 1) * f.half_subs - 1) * inputs, inputs, 0.0f);
+  const int64_t ahead = int64_t{ay->dilation} * in_box.count[2] * inputs;  // what the next y needs
   for (int z = 0; z < valid[0]; ++z) {
     for (int y = 0; y < valid[1]; ++y) {
-      each_sub([&](int sz, int sy, int sx, int lane, int64_t part) {
+      each_sub([&](int sz, int sy, int sx, int together, int lane, int64_t part) {
         const int iz = az->first(sz) + z * az->dilation, iy = ay->first(sy) + y * ay->dilation;
-        const int count = z < given[0][sz] && y < given[1][sy] ? given[2][sx] : 0;
+        const bool inside = z < given[0][sz] && y < given[1][sy];
         const int64_t start = ((int64_t{iz} * in_box.count[1] + iy) * in_box.count[2] + ax->first(sx)) * inputs;
+        const int64_t in_step = int64_t{ax->dilation} * inputs;
+        const int all = inside ? given[2][sx + together - 1] : 0;  // the last one has the fewest
         for (int s = 0; s < states; ++s) {
           float* row = t.row_data + part + (s * f.half_subs + lane) * inputs;
-          if (count > 0) kernels.copy_runs(count, inputs, in[s] + start, int64_t{ax->dilation} * inputs, row, step);
-          for (int x = count; x < valid[2]; ++x) std::fill_n(row + x * step, inputs, 0.0f);
+          if (all > 0) kernels.copy_runs(all, together * inputs, in[s] + start, in_step, ahead, row, step);
+          for (int k = 0; k < together; ++k) {
+            const int count = inside ? given[2][sx + k] : 0;
+            for (int x = all; x < valid[2]; ++x) {
+              float* cell = row + x * step + k * inputs;
+              if (x < count)
+                std::copy_n(in[s] + start + x * in_step + k * inputs, inputs, cell);
+              else
+                std::fill_n(cell, inputs, 0.0f);
+            }
+          }
         }
       });
       t.row_in(z, y, valid[2]);
@@ -466,7 +489,6 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
   }
 
   const int nz = az->cells;
-  const float* w = spectrum.data();
   const int64_t w_step = 2 * int64_t{inputs} * outputs;
   SpectrumProduct job{};
   job.count = nz;
@@ -474,6 +496,7 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
   job.inputs = inputs;
   job.outputs = outputs;
   job.weight_step = w_step;
+  job.weights_ahead = f.spectrum.size() > (int64_t{1} << 18) ? 3 * w_step : 0;  // a smaller one stays in the cache
   for (int side = 0; side < 2; ++side) {
     job.in[side] = t.column[side];
     job.out[side] = t.column_out[side];
@@ -491,21 +514,27 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
     w += nz * w_step;
   });
 
-  const auto put_runs = whole_rows ? kernels.copy_runs : kernels.add_runs;
   for (int z = from[0]; z < to[0]; ++z) {
     t.plane_out(z, from[1], to[1]);
     for (int y = from[1]; y < to[1]; ++y) {
       t.row_out(z, y, from[2], to[2]);
-      each_sub([&](int sz, int sy, int sx, int lane, int64_t part) {
+      each_sub([&](int sz, int sy, int sx, int together, int lane, int64_t part) {
         const int oz = target[0][sz * az->cells + z], oy = target[1][sy * ay->cells + y];
         if (oz < 0 || oy < 0) return;
         for (int s = 0; s < states; ++s) {
-          float* row = whole_rows ? lines + s * row_size : out[s] + (int64_t{oz} * out_box.count[1] + oy) * row_size;
+          float* row = out[s] + (int64_t{oz} * out_box.count[1] + oy) * row_size;
           const float* cells = t.row_data + part + (s * f.half_subs + lane) * outputs;
-          for (const Stretch& stretch : stretches[sx])
-            put_runs(stretch.count, outputs, cells + stretch.cell * step, step, row + int64_t{stretch.voxel} * outputs,
-                     int64_t{ax->dilation} * outputs);
-          if (whole_rows && sx + 1 == ax->subs()) done(s, oz, oy, row);
+          const int64_t to_step = int64_t{ax->dilation} * outputs;
+          for (int k = 0; k < together; ++k)
+            for (const Stretch& stretch : (together > 1 ? shared : stretches)[static_cast<std::size_t>(sx + k)]) {
+              const float* from_cell = cells + stretch.cell * step + k * outputs;
+              float* to_voxel = row + int64_t{stretch.voxel} * outputs;
+              if (whole_rows)
+                kernels.copy_runs(stretch.count, stretch.phases * outputs, from_cell, step, 0, to_voxel, to_step);
+              else
+                kernels.add_runs(stretch.count, outputs, from_cell, step, to_voxel, to_step);
+            }
+          if (whole_rows && sx + together == ax->subs()) done(s, oz, oy, row);
         }
       });
     }

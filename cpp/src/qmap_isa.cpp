@@ -352,11 +352,18 @@ THALWEG_INLINE int multiply_columns(const SpectrumProduct& job, int column, cons
   return column;
 }
 
+// Rows of weights are too short for the processor to read ahead by itself.
+THALWEG_INLINE void ask_for_weights(const SpectrumProduct& job, const float* w) {
+  if (job.weights_ahead == 0) return;
+  for (std::int64_t k = 0; k < job.weight_step; k += 16) __builtin_prefetch(w + job.weights_ahead + k);
+}
+
 template <bool paired>
 void product_as(const SpectrumProduct& job) {
   constexpr int most = paired && kLanes < 16 ? 2 : 4;
   for (int k = 0; k < job.count; ++k) {
     const float* w = job.weights + k * job.weight_step;
+    ask_for_weights(job, w);
     const int minus = k == 0 ? 0 : job.count - k;
     const float* const in[2] = {job.in[0] + k * job.in_step, job.in[1] + minus * job.in_step};
     float* const out[2] = {job.out[0] + k * job.out_step, job.out[1] + minus * job.out_step};
@@ -369,7 +376,132 @@ void product_as(const SpectrumProduct& job) {
   }
 }
 
-void product(const SpectrumProduct& job) { job.paired ? product_as<true>(job) : product_as<false>(job); }
+// The last layer of two species on a lattice of eight phases: with an output a lane most lanes would be idle. Here the
+// columns of both sides are lanes, each with two outputs. The sums are those of `multiply`, to the bit.
+constexpr struct {
+  int columns = 4, inputs = 10, outputs = 2;
+} kFew;
+
+template <int number>
+struct Group {
+  static constexpr int value = number;
+};
+
+#if defined(__AVX__)
+#if defined(__AVX512F__)
+#define THALWEG_SHUFFLE(a, b, i, j, k, l)                                                                           \
+  __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, l + 8, i + 12, j + 12, \
+                          k + 12, l + 12)
+#define THALWEG_TWICE(a, b, i)                                                                                  \
+  __builtin_shufflevector(a, b, i, i, i + 1, i + 1, i + 2, i + 2, i + 3, i + 3, 16 + i, 16 + i, 17 + i, 17 + i, \
+                          18 + i, 18 + i, 19 + i, 19 + i)
+#else
+#define THALWEG_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4)
+#define THALWEG_TWICE(a, b, i) __builtin_shufflevector(a, b, i, i, i + 1, i + 1, i + 2, i + 2, i + 3, i + 3)
+#endif
+
+// Four rows: out[k] holds their elements k, then their elements k + 4, ...
+THALWEG_INLINE void transpose(const float* const (&row)[4], Real (&out)[4]) {
+  constexpr int n = kLanes;
+  const Real a = load(row[0]), b = load(row[1]), c = load(row[2]), d = load(row[3]);
+  const Real ab = THALWEG_SHUFFLE(a, b, 0, n, 1, n + 1), ab2 = THALWEG_SHUFFLE(a, b, 2, n + 2, 3, n + 3),
+             cd = THALWEG_SHUFFLE(c, d, 0, n, 1, n + 1), cd2 = THALWEG_SHUFFLE(c, d, 2, n + 2, 3, n + 3);
+  out[0] = THALWEG_SHUFFLE(ab, cd, 0, 1, n, n + 1);
+  out[1] = THALWEG_SHUFFLE(ab, cd, 2, 3, n + 2, n + 3);
+  out[2] = THALWEG_SHUFFLE(ab2, cd2, 0, 1, n, n + 1);
+  out[3] = THALWEG_SHUFFLE(ab2, cd2, 2, 3, n + 2, n + 3);
+}
+
+THALWEG_INLINE Eight eight(Real v, int number) {
+  Eight half[kLanes / 8];
+  __builtin_memcpy(half, &v, sizeof(v));
+  return half[number];
+}
+
+THALWEG_INLINE Real broadcast_pair(const float* p) {
+  using Pairs = std::int64_t __attribute__((vector_size(kLanes * sizeof(float))));
+  std::int64_t pair;
+  __builtin_memcpy(&pair, p, sizeof(pair));
+  return (Real)(pair - Pairs{});
+}
+
+// Elements 4 l + k, l = `group`, of the rows of both sides, each twice, times their weights.
+template <int group>
+THALWEG_INLINE void few_input(const Real (&re)[2][4], const Real (&im)[2][4], int k, const float* w, Real sign,
+                              Real& sum_re, Real& sum_im) {
+  if (4 * group + k >= kFew.inputs) return;
+  const float* weight = w + (4 * group + k) * kFew.outputs;
+  const Real wr = broadcast_pair(weight), wi = sign * broadcast_pair(weight + kFew.inputs * kFew.outputs);
+  const Real xr = THALWEG_TWICE(re[0][k], re[1][k], 4 * (group % (kLanes / 4))),
+             xi = THALWEG_TWICE(im[0][k], im[1][k], 4 * (group % (kLanes / 4)));
+  sum_re += wr * xr;
+  sum_im += wi * xr;
+  sum_re -= wi * xi;
+  sum_im += wr * xi;
+}
+
+// sides: how many of them a register holds
+template <int sides>
+THALWEG_INLINE void few(const SpectrumProduct& job, const float* w, const float* const (&in)[2], float* const (&out)[2],
+                        Real sign) {
+  Real sum_re = {}, sum_im = {}, re[2][4] = {}, im[2][4] = {};
+  const auto take = [&](int first) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int side = 0; side < sides; ++side) {
+      const float* a = in[side] + first;
+      transpose({a, a + kFew.inputs, a + 2 * kFew.inputs, a + 3 * kFew.inputs}, re[side]);
+      a += job.in_im;
+      transpose({a, a + kFew.inputs, a + 2 * kFew.inputs, a + 3 * kFew.inputs}, im[side]);
+    }
+  };
+  const auto add = [&](auto group) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) few_input<decltype(group)::value>(re, im, k, w, sign, sum_re, sum_im);
+  };
+  take(0);
+  add(Group<0>{});
+  add(Group<1>{});
+  if (kLanes == 8) take(8);
+  add(Group<2>{});
+#pragma GCC unroll 2
+  for (int side = 0; side < sides; ++side) {
+    store(out[side], eight(sum_re, side));
+    store(out[side] + job.out_im, eight(sum_im, side));
+  }
+}
+
+void product_of_few(const SpectrumProduct& job) {
+  const Real plus = broadcast(1.0f), minus = broadcast(-1.0f);
+  Real both = plus;
+  for (int k = 8; k < kLanes; ++k) both[k] = -1.0f;
+  for (int k = 0; k < job.count; ++k) {
+    const float* w = job.weights + k * job.weight_step;
+    ask_for_weights(job, w);
+    const int other = k == 0 ? 0 : job.count - k;
+    const float* const in[2] = {job.in[0] + k * job.in_step, job.in[1] + other * job.in_step};
+    float* const out[2] = {job.out[0] + k * job.out_step, job.out[1] + other * job.out_step};
+    if (!job.paired) {
+      few<1>(job, w, in, out, plus);
+    } else if constexpr (kLanes > 8) {
+      few<2>(job, w, in, out, both);
+    } else {
+      few<1>(job, w, in, out, plus);
+      few<1>(job, w, {in[1], in[0]}, {out[1], out[0]}, minus);
+    }
+  }
+}
+#undef THALWEG_SHUFFLE
+#undef THALWEG_TWICE
+#else
+void product_of_few(const SpectrumProduct& job) { job.paired ? product_as<true>(job) : product_as<false>(job); }
+#endif
+
+void product(const SpectrumProduct& job) {
+  if (job.columns == kFew.columns && job.inputs == kFew.inputs && job.outputs == kFew.outputs)
+    product_of_few(job);
+  else
+    job.paired ? product_as<true>(job) : product_as<false>(job);
+}
 
 // ---- direct convolution -------------------------------------------------------------------------------------
 // Sums of a row of taps are rounded before they enter the total: a single chain over thousands of taps loses two
@@ -523,16 +655,35 @@ THALWEG_INLINE void by_runs(std::int64_t n, int channels, Two two, Each each) {
   }
 }
 
-void copy_runs(std::int64_t n, std::int32_t channels, const float* in, std::int64_t in_step, float* out,
-               std::int64_t out_step) {
-  by_runs(
-      n, channels,
-      [=](std::int64_t k) {
-        const Eight a = load<Eight>(in + k * in_step), b = load<Eight>(in + k * in_step + 2);
-        store(out + k * out_step, a);
-        store(out + k * out_step + 2, b);
-      },
-      [=](std::int64_t k, int c) { out[k * out_step + c] = in[k * in_step + c]; });
+template <int length>
+void copy_runs_of(std::int64_t n, const float* in, std::int64_t in_step, std::int64_t ahead, float* out,
+                  std::int64_t out_step) {
+  for (std::int64_t k = 0; k < n; ++k, in += in_step, out += out_step) {
+    __builtin_prefetch(in + ahead);
+    if (length > 16) __builtin_prefetch(in + ahead + 16);
+    __builtin_memcpy(out, in, length * sizeof(float));
+  }
+}
+
+void copy_runs(std::int64_t n, std::int32_t length, const float* in, std::int64_t in_step, std::int64_t ahead,
+               float* out, std::int64_t out_step) {
+  switch (length) {  // ten channels, one and two species; two and three phases of them
+    case 1:
+      return copy_runs_of<1>(n, in, in_step, ahead, out, out_step);
+    case 2:
+      return copy_runs_of<2>(n, in, in_step, ahead, out, out_step);
+    case 4:
+      return copy_runs_of<4>(n, in, in_step, ahead, out, out_step);
+    case 10:
+      return copy_runs_of<10>(n, in, in_step, ahead, out, out_step);
+    case 20:
+      return copy_runs_of<20>(n, in, in_step, ahead, out, out_step);
+    case 30:
+      return copy_runs_of<30>(n, in, in_step, ahead, out, out_step);
+    default:
+      for (std::int64_t k = 0; k < n; ++k)
+        for (int c = 0; c < length; ++c) out[k * out_step + c] = in[k * in_step + c];
+  }
 }
 
 void scaled_runs(std::int64_t n, std::int32_t channels, float weight, const float* in, std::int64_t in_step, float* out,
@@ -566,58 +717,77 @@ void add_runs(std::int64_t n, std::int32_t channels, const float* in, std::int64
 
 constexpr float kSlope = 0.01f, kInverseSlope = 100.0f;
 
-// What a change of its pre-activation does to an activation. The pre-activation is not kept: leaky ReLU is one to one.
-template <class V>
-THALWEG_INLINE V changed(V activation, V change) {
-  const V before = activation > V{} ? activation : activation * kInverseSlope;
-  const V after = before + change;
-  return after > V{} ? after : after * kSlope;
+// Calls body(place in state, place in the runs, vector type as a value) for every vector of the runs at state +
+// offset[k]; runs that follow each other in the state are taken as one.
+template <class V, class Body>
+THALWEG_INLINE void vectors(std::int64_t from, std::int64_t to, Body body) {
+  constexpr int lanes = sizeof(V) / sizeof(float);
+  for (; from + lanes <= to; from += lanes) body(from, V{});
+  if constexpr (lanes > 2) {
+    using Half = float __attribute__((vector_size(sizeof(V) / 2)));
+    vectors<Half>(from, to, body);
+  } else if (from < to) {
+    body(from, 0.0f);
+  }
+}
+template <class Body>
+THALWEG_INLINE void each_vector(std::int64_t n, int channels, const std::int64_t* offset, float* state,
+                                std::int64_t ahead, Body body) {
+  for (std::int64_t k = 0; k < n;) {
+    std::int64_t end = k + 1;
+    while (end < n && offset[end] == offset[end - 1] + channels) ++end;
+    float* s = state + offset[k];
+    const std::int64_t first = k * channels;
+    if (end == k + 1 && channels == 10) {
+      using Two = float __attribute__((vector_size(2 * sizeof(float))));
+      __builtin_prefetch(s + ahead, 1);
+      body(s, first, Eight{});
+      body(s + 8, first + 8, Two{});
+      k = end;
+      continue;
+    }
+    vectors<Real>(0, (end - k) * channels, [=](std::int64_t at, auto v) __attribute__((always_inline)) {
+      __builtin_prefetch(s + at + ahead, 1);
+      body(s + at, first + at, v);
+    });
+    k = end;
+  }
 }
 
-void update(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, std::int64_t ahead,
-            float* change, float* saved) {
-  by_runs(
-      n, channels,
-      [=](std::int64_t k) {
-        float *s = state + offset[k], *d = change + k * 10, *o = saved + k * 10;
-        __builtin_prefetch(s + ahead, 1);
-        const Eight a = load<Eight>(s), b = load<Eight>(s + 2);
-        const Eight a_new = changed(a, load<Eight>(d)), b_new = changed(b, load<Eight>(d + 2));
-        store(o, a);
-        store(o + 2, b);
-        store(s, a_new);
-        store(s + 2, b_new);
-        store(d, a_new - a);
-        store(d + 2, b_new - b);
-      },
-      [=](std::int64_t k, int c) {
-        float &s = state[offset[k] + c], &d = change[k * channels + c];
-        const float a = s, before = a > 0 ? a : a * kInverseSlope, after = before + d;
-        saved[k * channels + c] = a;
-        s = after > 0 ? after : after * kSlope;
-        d = s - a;
-      });
+// What a change of its pre-activation does to an activation. The pre-activation is not kept: leaky ReLU is one to one.
+template <bool linear>
+void update_as(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, std::int64_t ahead,
+               float* change, float* saved) {
+  each_vector(n, channels, offset, state, ahead,
+              [=](float* s, std::int64_t at, auto zero) __attribute__((always_inline)) {
+                using V = decltype(zero);
+                const V a = load<V>(s), d = load<V>(change + at);
+                store(saved + at, a);
+                if constexpr (linear) {
+                  store(s, a + d);
+                } else {
+                  const V before = a > zero ? a : a * kInverseSlope, after = before + d;
+                  const V now = after > zero ? after : after * kSlope;
+                  store(s, now);
+                  store(change + at, now - a);
+                }
+              });
+}
+
+void update(std::int64_t n, std::int32_t channels, bool linear, const std::int64_t* offset, float* state,
+            std::int64_t ahead, float* change, float* saved) {
+  (linear ? update_as<true> : update_as<false>)(n, channels, offset, state, ahead, change, saved);
 }
 
 void exchange(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, std::int64_t ahead,
               float* saved) {
-  by_runs(
-      n, channels,
-      [=](std::int64_t k) {
-        float *s = state + offset[k], *o = saved + k * 10;
-        __builtin_prefetch(s + ahead, 1);
-        const Eight a = load<Eight>(s), b = load<Eight>(s + 2);
-        const Eight c = load<Eight>(o), d = load<Eight>(o + 2);
-        store(s, c);
-        store(s + 2, d);
-        store(o, a);
-        store(o + 2, b);
-      },
-      [=](std::int64_t k, int c) {
-        const float a = state[offset[k] + c];
-        state[offset[k] + c] = saved[k * channels + c];
-        saved[k * channels + c] = a;
-      });
+  each_vector(n, channels, offset, state, ahead,
+              [=](float* s, std::int64_t at, auto zero) __attribute__((always_inline)) {
+                using V = decltype(zero);
+                const V a = load<V>(s), b = load<V>(saved + at);
+                store(s, b);
+                store(saved + at, a);
+              });
 }
 
 void leaky(std::int64_t n, float* x) {

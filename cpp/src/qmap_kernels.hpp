@@ -38,8 +38,9 @@ struct SpectrumProduct {
   bool paired;
   const float*
       weights;  // per frequency (inputs, outputs) real, then imaginary parts; may be read `lanes` beyond the end
-  std::int64_t weight_step;
-  const float* in[2];  // the second is not used unless paired, but must be a pointer that may be moved
+  std::int64_t weight_step, weights_ahead;  // the second: how far from what is read to ask for more, or 0
+  const float* in[2];  // `lanes` floats behind each of the two parts may be read; the second is not used unless paired,
+                       // but must be a pointer that may be moved
   float* out[2];       // `lanes` floats behind each of the two parts are overwritten
   std::int64_t in_step, in_im, out_step, out_im;
 };
@@ -72,18 +73,20 @@ struct QmapKernels {
   void (*direct_row)(const DirectRow& row, const float* in, float* out, std::int64_t n);
   /// voxels: (n, 3) z, y, x. out: (n, outputs)
   void (*gather)(const Gather& job, const std::int32_t* voxels, std::int64_t n, float* out);
-  /// Runs of `channels`: copied, or added to what is there.
-  void (*copy_runs)(std::int64_t n, std::int32_t channels, const float* in, std::int64_t in_step, float* out,
-                    std::int64_t out_step);
+  /// Runs of `length` are copied. What is copied soon lies `ahead` floats behind `in`.
+  void (*copy_runs)(std::int64_t n, std::int32_t length, const float* in, std::int64_t in_step, std::int64_t ahead,
+                    float* out, std::int64_t out_step);
+  /// Runs of `channels` are added to what is there.
   void (*add_runs)(std::int64_t n, std::int32_t channels, const float* in, std::int64_t in_step, float* out,
                    std::int64_t out_step);
   /// out[run k] += weight * in[run k]
   void (*scaled_runs)(std::int64_t n, std::int32_t channels, float weight, const float* in, std::int64_t in_step,
                       float* out, std::int64_t out_step);
   /// Activations at `state + offset[k]` get their pre-activation changed by change[k]; change becomes the change of the
-  /// activation, saved what was there. What comes soon lies `ahead` floats behind `state`.
-  void (*update)(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, std::int64_t ahead,
-                 float* change, float* saved);
+  /// activation, saved what was there. What comes soon lies `ahead` floats behind `state`. linear: activations are
+  /// pre-activations.
+  void (*update)(std::int64_t n, std::int32_t channels, bool linear, const std::int64_t* offset, float* state,
+                 std::int64_t ahead, float* change, float* saved);
   /// Exchanges state and saved.
   void (*exchange)(std::int64_t n, std::int32_t channels, const std::int64_t* offset, float* state, std::int64_t ahead,
                    float* saved);

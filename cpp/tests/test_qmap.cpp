@@ -156,6 +156,7 @@ const Case kCases[] = {
     {"3D mixed, d = 2", 3, {3, 5, 3, 3}, {2, 2, 2, 2}, 2, 5, {10, 12, 9}, {1, 1, 0}},
     {"3D mixed, d = 3", 3, {3, 3, 3, 3}, {3, 3, 3, 3}, 1, 3, {9, 13, 14}, {0, 1, 1}},
     {"3D thin", 3, {5, 3, 5, 3}, {1, 1, 1, 1}, 2, 3, {3, 30, 6}, {1, 0, 1}},
+    {"3D last layer kept, d = 2", 3, {3, 3, 3, 7}, {2, 2, 2, 2}, 2, 3, {21, 18, 20}, {0, 1, 0}},
     {"2D more images than channels", 2, {3, 5, 3}, {1, 1, 1}, 2, 5, {14, 13}, {0, 0}, 3, 7},
 };
 
@@ -290,7 +291,7 @@ TEST(undo_and_apply_are_exact) {
 }
 
 TEST(no_drift_over_twenty_atoms) {
-  for (const Case& c : {kCases[0], kCases[12], kCases[11]}) {
+  for (const Case& c : {kCases[0], kCases[12], kCases[11], kCases[15]}) {
     const auto map = std::make_shared<QMap>(network(c), c.shape, c.periodic);
     for (const QMethod method : kMethods) {
       QState state(map, method);
@@ -334,7 +335,7 @@ TEST(batch_does_not_depend_on_threads_or_company) {
 
 TEST(all_instruction_sets_agree) {
   const std::string before = active_isa();
-  for (const std::size_t k : {1ul, 6ul, 7ul, 12ul, 13ul}) {
+  for (const std::size_t k : {1ul, 6ul, 7ul, 12ul, 13ul, 15ul}) {
     const Case& c = kCases[k];
     for (const char* isa : {"x86-64-v2", "x86-64-v3", "x86-64-v4"}) {
       if (!force_isa(isa)) continue;
@@ -392,6 +393,12 @@ TEST(automatic_choices) {
   CHECK(QState(flat).method() == QMethod::grid_fft);
   const QMap large(network(3, Ints(4, 7), Ints(4, 2), 2, 9), Shape{60, 60, 60}, Flags{0, 0, 0});
   CHECK(large.choose(20000) == QMethod::local_fft);
+  // Whether the last layer is kept shows in the size of a change.
+  const auto bytes = [](const Case& c, QMethod method) {
+    return QState(std::make_shared<QMap>(network(c), c.shape, c.periodic), method).expand(0, 0).bytes();
+  };
+  CHECK(bytes(kCases[15], QMethod::local_fft) > bytes(kCases[15], QMethod::direct));
+  CHECK(bytes(kCases[9], QMethod::local_fft) == bytes(kCases[9], QMethod::direct));
 }
 
 TEST(bad_input) {

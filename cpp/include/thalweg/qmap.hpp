@@ -10,13 +10,13 @@
 //              layer, periodic ones go round
 //   Q          (species, voxels), float32
 //
-// State of an incremental evaluation, per layer but the last: activations, the `channels` of a voxel side by side. The
-// representation is linear, so an atom changes layer 1 by a stamp computed beforehand; each further layer changes in a
-// box that its kernel widens:
+// State of an incremental evaluation, per layer: activations, the `channels` of a voxel side by side; of the last layer
+// only where its change costs less than its sums at some 25,000 voxels. The representation is linear, so an atom
+// changes layer 1 by a stamp computed beforehand; each further layer changes in a box that its kernel widens:
 //
 //            |<- stamp ->|                       change of layer 1
 //        |<-- 2 (r + h d) + 1 + 2 h d -->|       change of layer 2, by local Fourier transforms
-//    |<---------- ... + 4 h d --------------->|  change of layer 3; the last layer is summed at the voxels asked for
+//    |<---------- ... + 4 h d --------------->|  change of layer 3; the last layer likewise, or summed where asked
 //
 // undo() puts back what the boxes held; nothing is ever subtracted, so a state does not drift along a tree.
 #pragma once
