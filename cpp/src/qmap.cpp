@@ -510,10 +510,10 @@ const QMap::Impl::Empty& QMap::Impl::empty_state() const {
     Grid small = grid;
     std::vector<Layer> small_layers = layers;
     for (int a = 0; a < 3; ++a) {
-      // Counted in steps of the dilation where all layers share it, else in voxels.
+      // Counted in steps of the dilation where all layers here share it, else in voxels.
       const int d = layers[0].dilation[a];
       const bool shared =
-          std::all_of(layers.begin(), layers.end() - 1, [&](const Layer& l) { return l.dilation[a] == d; });
+          std::all_of(layers.begin(), layers.begin() + kept(), [&](const Layer& l) { return l.dilation[a] == d; });
       const int step = shared ? d : 1, cells = grid.n[a] / step;
       int reach = 0;
       for (int l = 0; l < kept(); ++l) reach += layers[static_cast<std::size_t>(l)].reach(a) / step;

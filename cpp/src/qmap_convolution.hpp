@@ -416,7 +416,8 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
         to[a] = std::max(to[a], cell + 1);
         ++targets;
       }
-    whole_rows = whole_rows && axis.tiles == 1 && targets == out_box.count[a];
+    whole_rows = whole_rows && axis.tiles == 1 && targets == out_box.count[a] &&
+                 std::all_of(given[a].begin(), given[a].end(), [](int cells) { return cells > 0; });
   }
   const int64_t row_size = int64_t{out_box.count[2]} * outputs;
   if (!whole_rows)

@@ -223,6 +223,7 @@ void fft_any(const FftPlan& plan, const FftRun& run) {
       store(out_re + j * run.out_stride, v.re);
       store(out_im + j * run.out_stride, v.im);
     };
+    if (plan.passes == 0) put(0, take(0));
     Complex *x = first, *y = second;
     int n = plan.n, s = 1;
     const float* twiddle = plan.twiddle;

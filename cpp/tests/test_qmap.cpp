@@ -157,6 +157,12 @@ const Case kCases[] = {
     {"3D mixed, d = 3", 3, {3, 3, 3, 3}, {3, 3, 3, 3}, 1, 3, {9, 13, 14}, {0, 1, 1}},
     {"3D thin", 3, {5, 3, 5, 3}, {1, 1, 1, 1}, 2, 3, {3, 30, 6}, {1, 0, 1}},
     {"3D last layer kept, d = 2", 3, {3, 3, 3, 7}, {2, 2, 2, 2}, 2, 3, {21, 18, 20}, {0, 1, 0}},
+    {"3D last layer of another dilation", 3, {3, 3, 3, 7}, {2, 2, 2, 1}, 2, 3, {21, 18, 20}, {0, 0, 0}},
+    {"3D last layer of half the dilation", 3, {3, 3, 3, 3}, {4, 4, 4, 2}, 1, 3, {21, 18, 20}, {0, 0, 0}},
+    {"2D one row, periodic", 2, {3, 3, 3, 3}, {1, 1, 1, 1}, 2, 3, {1, 30}, {1, 1}},
+    {"2D one cell a phase", 2, {3, 3, 3, 3}, {5, 5, 5, 5}, 2, 3, {30, 5}, {0, 1}},
+    {"2D kernels of one voxel", 2, {1, 1, 3}, {1, 1, 1}, 2, 1, {20, 20}, {0, 0}},
+    {"2D change smaller than the dilation", 2, {3, 3, 3}, {1, 5, 1}, 1, 1, {9, 9}, {1, 1}},
     {"2D more images than channels", 2, {3, 5, 3}, {1, 1, 1}, 2, 5, {14, 13}, {0, 0}, 3, 7},
 };
 
@@ -291,7 +297,7 @@ TEST(undo_and_apply_are_exact) {
 }
 
 TEST(no_drift_over_twenty_atoms) {
-  for (const Case& c : {kCases[0], kCases[12], kCases[11], kCases[15]}) {
+  for (const Case& c : {kCases[0], kCases[12], kCases[11], kCases[15], kCases[21]}) {
     const auto map = std::make_shared<QMap>(network(c), c.shape, c.periodic);
     for (const QMethod method : kMethods) {
       QState state(map, method);
