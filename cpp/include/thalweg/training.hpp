@@ -18,9 +18,9 @@
 //   spectrum   [pair of columns (kx, ky), (-kx, -ky)][channel pair][column][kz] cells (two dimensions: [kx], [ky])
 //   weights    [pair of frequencies f, -f][re, im][out x in]: real kernels, so half of the frequencies suffice
 //   parameters w_1 (10, S, K^D) b_1 w_2 (10, 10, K^D) b_2 w_3 b_3 w_4 (S, 10, K^D) b_4, float32, C order
-// Of a group of 8 actions or fewer, if none needs its images, a cell holds the channels c, c + 1 | c + 2, c + 3: nothing is
-// spent on empty lanes.
-// A kx and its negative at a time go through the spectrum and back, so that they meet the larger caches only once.
+// Of a group of 8 actions or fewer, if none needs its images, a cell holds the channels c, c + 1 | c + 2, c + 3:
+// nothing is spent on empty lanes. A kx and its negative at a time go through the spectrum and back, so that they meet
+// the larger caches only once.
 //
 // Where every bias is zero, empty space has pre-activations of exactly 0; here they are rounding noise, so that the
 // leaky ReLU's slope there is one or the other. Biases leave zero with the first step. Weight gradients are summed over
