@@ -1,7 +1,6 @@
 #include "thalweg/fchl.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <vector>
 
@@ -11,6 +10,7 @@
 #include "fchl_kernels.hpp"
 #include "isa.hpp"
 #include "spare.hpp"
+#include "species_table.hpp"
 #include "thalweg/neighbors.hpp"
 
 namespace thalweg {
@@ -31,8 +31,7 @@ constexpr double kChunk = 8.0;  // how far chunks of Gaussians reach, in units o
 
 struct Fchl19::Layout {
   Fchl19Settings settings;
-  std::vector<std::int32_t> numbers;           // by species
-  std::array<std::int16_t, 128> species_of{};  // by atomic number; -1: not there
+  SpeciesTable species;
   Fchl19Basis basis{};
   std::size_t of_pairs = 0;  // features of pairs, which come first
   std::vector<double> log_grid, inverse_grid, order_weight;
@@ -40,14 +39,6 @@ struct Fchl19::Layout {
   mutable Spare<Workspace> spare;
 
   double reach() const { return std::max(settings.cutoff_pairs, settings.cutoff_triplets); }
-  std::size_t species(std::int32_t number) const {
-    const std::int16_t s = number >= 0 && number < 128 ? species_of[static_cast<std::size_t>(number)] : -1;
-    if (s >= 0) return static_cast<std::size_t>(s);
-    std::string text;
-    for (const std::int32_t known : numbers) text += (text.empty() ? "" : ", ") + std::string(chemical_symbol(known));
-    throw Error("this FCHL19 was made for " + text + ", but a structure has atomic number " + std::to_string(number) +
-                "; name all species when you make one");
-  }
 };
 
 Fchl19::Fchl19(const Fchl19Settings& settings, std::span<const std::int32_t> species) {
@@ -72,19 +63,10 @@ Fchl19::Fchl19(const Fchl19Settings& settings, std::span<const std::int32_t> spe
   expect(std::isfinite(s.weight_triplets), "weight_triplets", "finite", s.weight_triplets);
   static_assert(kFchlMostRadial == 128 && kFchlMostAngles == 16);
   l.settings = settings;
-  l.numbers.assign(species.begin(), species.end());
-  std::sort(l.numbers.begin(), l.numbers.end());
-  l.numbers.erase(std::unique(l.numbers.begin(), l.numbers.end()), l.numbers.end());
-  if (l.numbers.empty()) throw Error("FCHL19 needs at least one species, but none came");
-  l.species_of.fill(-1);
-  for (std::size_t k = 0; k < l.numbers.size(); ++k) {
-    if (l.numbers[k] < 1 || l.numbers[k] > 118)
-      throw Error("atomic numbers must be between 1 and 118, but one is " + std::to_string(l.numbers[k]));
-    l.species_of[static_cast<std::size_t>(l.numbers[k])] = static_cast<std::int16_t>(k);
-  }
+  l.species = SpeciesTable("FCHL19", species);
 
   Fchl19Basis& b = l.basis;
-  b.species = l.numbers.size();
+  b.species = l.species.numbers().size();
   b.n_pairs = static_cast<std::size_t>(s.n_pairs);
   b.n_triplets = static_cast<std::size_t>(s.n_triplets);
   b.n_angles = 2 * static_cast<std::size_t>(s.n_fourier);
@@ -119,7 +101,7 @@ Fchl19::Fchl19(const Fchl19Settings& settings, std::span<const std::int32_t> spe
 
 Fchl19::~Fchl19() = default;
 std::size_t Fchl19::size() const { return layout_->basis.size; }
-std::span<const std::int32_t> Fchl19::species() const { return layout_->numbers; }
+std::span<const std::int32_t> Fchl19::species() const { return layout_->species.numbers(); }
 const Fchl19Settings& Fchl19::settings() const { return layout_->settings; }
 
 // Neighbours of atom i and species s within the triplets' cutoff: first[i species + s], `count` of them, in the order

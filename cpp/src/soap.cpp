@@ -1,7 +1,6 @@
 #include "thalweg/soap.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <vector>
 
@@ -11,6 +10,7 @@
 #include "isa.hpp"
 #include "soap_tables.hpp"
 #include "spare.hpp"
+#include "species_table.hpp"
 #include "thalweg/neighbors.hpp"
 
 namespace thalweg {
@@ -93,22 +93,12 @@ void radial_basis(double r_cut, std::size_t n_max, std::size_t l, std::vector<lo
 
 struct Soap::Layout {
   SoapSettings settings;
-  std::vector<std::int32_t> numbers;           // by species
-  std::array<std::int16_t, 128> species_of{};  // by atomic number; -1: not there
+  SpeciesTable species;
   SoapBasis basis{};
   std::vector<double> gamma, to_basis, from_basis, norm, factor;
   std::vector<std::int32_t> exponent_of;
 
   mutable Spare<Workspace> spare;
-
-  std::size_t species(std::int32_t number) const {
-    const std::int16_t s = number >= 0 && number < 128 ? species_of[static_cast<std::size_t>(number)] : -1;
-    if (s >= 0) return static_cast<std::size_t>(s);
-    std::string text;
-    for (const std::int32_t known : numbers) text += (text.empty() ? "" : ", ") + std::string(chemical_symbol(known));
-    throw Error("this SOAP was made for " + text + ", but a structure has atomic number " + std::to_string(number) +
-                "; name all species when you make one");
-  }
 };
 
 Soap::Soap(const SoapSettings& settings, std::span<const std::int32_t> species) {
@@ -120,22 +110,13 @@ Soap::Soap(const SoapSettings& settings, std::span<const std::int32_t> species) 
   expect(s.n_max >= 1 && s.n_max <= kMostRadial, "n_max", "1 to 16", s.n_max);
   expect(s.l_max >= 0 && s.l_max <= kMostDegree, "l_max", "0 to 12", s.l_max);
   l.settings = settings;
-  l.numbers.assign(species.begin(), species.end());
-  std::sort(l.numbers.begin(), l.numbers.end());
-  l.numbers.erase(std::unique(l.numbers.begin(), l.numbers.end()), l.numbers.end());
-  if (l.numbers.empty()) throw Error("SOAP needs at least one species, but none came");
-  l.species_of.fill(-1);
-  for (std::size_t k = 0; k < l.numbers.size(); ++k) {
-    if (l.numbers[k] < 1 || l.numbers[k] > 118)
-      throw Error("atomic numbers must be between 1 and 118, but one is " + std::to_string(l.numbers[k]));
-    l.species_of[static_cast<std::size_t>(l.numbers[k])] = static_cast<std::int16_t>(k);
-  }
+  l.species = SpeciesTable("SOAP", species);
 
   SoapBasis& b = l.basis;
   b.n_max = static_cast<std::size_t>(s.n_max);
   b.l_max = static_cast<std::size_t>(s.l_max);
   b.harmonics = (b.l_max + 1) * (b.l_max + 1);
-  b.species = l.numbers.size();
+  b.species = l.species.numbers().size();
   b.padded_n = (b.n_max + 3) / 4 * 4;
   b.channels = b.species * b.padded_n;
   b.size = (b.l_max + 1) * (b.species * b.n_max) * (b.species * b.n_max + 1) / 2;
@@ -182,7 +163,7 @@ Soap::Soap(const SoapSettings& settings, std::span<const std::int32_t> species) 
 Soap::~Soap() = default;
 std::size_t Soap::size() const { return layout_->basis.size; }
 std::size_t Soap::rows(std::size_t atoms) const { return layout_->settings.average == SoapAverage::off ? atoms : 1; }
-std::span<const std::int32_t> Soap::species() const { return layout_->numbers; }
+std::span<const std::int32_t> Soap::species() const { return layout_->species.numbers(); }
 const SoapSettings& Soap::settings() const { return layout_->settings; }
 double Soap::reach() const { return layout_->basis.reach; }
 const SoapBasis& soap_basis(const Soap& soap) { return soap.layout_->basis; }

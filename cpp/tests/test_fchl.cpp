@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cmath>
-#include <random>
 
 #include "minitest.hpp"
 #include "structure.hpp"
@@ -9,21 +8,6 @@
 using namespace thalweg;
 
 namespace {
-
-Structure skewed(std::uint8_t third = 1) {
-  return {{8, 22, 8, 8, 22, 38},
-          {0.1, 0.2, 0.0, 2.3, 0.4, 0.6, 0.3, 2.4, 0.4, 2.6, 2.2, 1.9, 0.2, 0.9, 2.5, 3.6, 3.4, 3.1},
-          {5.1, 0.2, 0.1, 1.9, 4.8, -0.3, -1.2, 1.4, 5.3},
-          {1, 1, third}};
-}
-
-std::vector<double> random_vector(std::size_t n, unsigned seed) {
-  std::mt19937_64 rng(seed);
-  std::normal_distribution<double> normal;
-  std::vector<double> v(n);
-  for (double& x : v) x = normal(rng);
-  return v;
-}
 
 std::vector<double> values(const Fchl19& fchl, const Structure& s, int threads = 1) {
   Fchl19::Workspace workspace(fchl);
@@ -39,12 +23,6 @@ std::vector<double> contracted(const Fchl19& fchl, const Structure& s, const std
   fchl.values(s.view(), features.data(), workspace, threads);
   fchl.contract(weights.data(), 1.0, gradient.data(), workspace, threads);
   return gradient;
-}
-
-double largest(const std::vector<double>& v) {
-  double out = 0;
-  for (const double x : v) out = std::max(out, std::abs(x));
-  return out;
 }
 
 Fchl19Settings with(double pairs, double triplets, int n_pairs, int n_triplets, int n_fourier, double eta,
@@ -94,7 +72,7 @@ TEST(two_atoms_and_a_third_by_hand) {
 TEST(contraction_is_the_derivative) {
   for (const std::uint8_t third : {1, 0})
     for (const Fchl19Settings& settings : kAll) {
-      const Structure s = skewed(third);
+      const Structure s = skewed_oxide(third);
       const Fchl19 fchl(settings, s.numbers);
       const auto weights = random_vector(s.numbers.size() * fchl.size(), 3);
       const auto gradient = contracted(fchl, s, weights);
@@ -116,7 +94,7 @@ TEST(contraction_is_the_derivative) {
 
 TEST(jacobian_agrees_with_contraction) {
   for (const Fchl19Settings& settings : kAll) {
-    const Structure s = skewed();
+    const Structure s = skewed_oxide();
     const std::size_t n = s.numbers.size();
     const Fchl19 fchl(settings, s.numbers);
     const std::size_t D = fchl.size();
@@ -136,7 +114,7 @@ TEST(jacobian_agrees_with_contraction) {
 }
 
 TEST(threads_and_warm_workspaces_do_not_change_a_bit) {
-  Structure s = skewed();
+  Structure s = skewed_oxide();
   for (const Fchl19Settings& settings : kAll) {
     const Fchl19 fchl(settings, s.numbers);
     const auto weights = random_vector(s.numbers.size() * fchl.size(), 4);
@@ -158,7 +136,7 @@ TEST(threads_and_warm_workspaces_do_not_change_a_bit) {
 
 TEST(instruction_sets_agree) {
   const std::string before = active_isa();
-  const Structure s = skewed();
+  const Structure s = skewed_oxide();
   for (const Fchl19Settings& settings : kAll) {
     const Fchl19 fchl(settings, s.numbers);
     const auto weights = random_vector(s.numbers.size() * fchl.size(), 4);
@@ -174,7 +152,7 @@ TEST(instruction_sets_agree) {
 }
 
 TEST(bad_input_is_refused) {
-  Structure s = skewed();
+  Structure s = skewed_oxide();
   const auto make = [&](auto change) {
     Fchl19Settings settings;
     change(settings);

@@ -37,14 +37,6 @@ Structure skewed() {
   return random_structure({8, 22, 8, 8, 22, 8, 38}, {5.1, 0.2, 0.1, 1.9, 4.8, -0.3, -1.2, 1.4, 5.3}, true, 2);
 }
 
-std::vector<double> random_vector(std::size_t n, unsigned seed) {
-  std::mt19937_64 rng(seed);
-  std::normal_distribution<double> normal;
-  std::vector<double> v(n);
-  for (double& x : v) x = normal(rng);
-  return v;
-}
-
 std::vector<double> values(const Fingerprint& fingerprint, const Structure& s) {
   Fingerprint::Workspace workspace(fingerprint);
   std::vector<double> features(fingerprint.size());

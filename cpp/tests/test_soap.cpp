@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cmath>
-#include <random>
 
 #include "minitest.hpp"
 #include "structure.hpp"
@@ -9,21 +8,6 @@
 using namespace thalweg;
 
 namespace {
-
-Structure skewed(std::uint8_t third = 1) {
-  return {{8, 22, 8, 8, 22, 38},
-          {0.1, 0.2, 0.0, 2.3, 0.4, 0.6, 0.3, 2.4, 0.4, 2.6, 2.2, 1.9, 0.2, 0.9, 2.5, 3.6, 3.4, 3.1},
-          {5.1, 0.2, 0.1, 1.9, 4.8, -0.3, -1.2, 1.4, 5.3},
-          {1, 1, third}};
-}
-
-std::vector<double> random_vector(std::size_t n, unsigned seed) {
-  std::mt19937_64 rng(seed);
-  std::normal_distribution<double> normal;
-  std::vector<double> v(n);
-  for (double& x : v) x = normal(rng);
-  return v;
-}
 
 std::vector<double> values(const Soap& soap, const Structure& s, int threads = 1) {
   Soap::Workspace workspace(soap);
@@ -39,12 +23,6 @@ std::vector<double> contracted(const Soap& soap, const Structure& s, const std::
   soap.values(s.view(), features.data(), workspace, threads);
   soap.contract(weights.data(), 1.0, gradient.data(), workspace, threads);
   return gradient;
-}
-
-double largest(const std::vector<double>& v) {
-  double out = 0;
-  for (const double x : v) out = std::max(out, std::abs(x));
-  return out;
 }
 
 SoapSettings with(double r_cut, int n_max, int l_max, double sigma, SoapAverage average = SoapAverage::off) {
@@ -78,7 +56,7 @@ TEST(two_atoms_by_hand) {
 TEST(contraction_is_the_derivative) {
   for (const std::uint8_t third : {1, 0})
     for (const SoapSettings& settings : kAll) {
-      const Structure s = skewed(third);
+      const Structure s = skewed_oxide(third);
       const Soap soap(settings, s.numbers);
       const auto weights = random_vector(soap.rows(s.numbers.size()) * soap.size(), 3);
       const auto gradient = contracted(soap, s, weights);
@@ -101,7 +79,7 @@ TEST(contraction_is_the_derivative) {
 TEST(jacobian_agrees_with_contraction) {
   for (SoapSettings settings : kAll) {
     settings.average = SoapAverage::off;
-    const Structure s = skewed();
+    const Structure s = skewed_oxide();
     const std::size_t n = s.numbers.size();
     const Soap soap(settings, s.numbers);
     const std::size_t D = soap.size();
@@ -120,7 +98,7 @@ TEST(jacobian_agrees_with_contraction) {
 }
 
 TEST(threads_and_warm_workspaces_do_not_change_a_bit) {
-  Structure s = skewed();
+  Structure s = skewed_oxide();
   for (const SoapSettings& settings : kAll) {
     const Soap soap(settings, s.numbers);
     const auto weights = random_vector(soap.rows(s.numbers.size()) * soap.size(), 4);
@@ -142,7 +120,7 @@ TEST(threads_and_warm_workspaces_do_not_change_a_bit) {
 
 TEST(instruction_sets_agree) {
   const std::string before = active_isa();
-  const Structure s = skewed();
+  const Structure s = skewed_oxide();
   for (const SoapSettings& settings : kAll) {
     const Soap soap(settings, s.numbers);
     const auto weights = random_vector(soap.rows(s.numbers.size()) * soap.size(), 4);
@@ -159,7 +137,7 @@ TEST(instruction_sets_agree) {
 }
 
 TEST(coinciding_atoms_are_no_trouble) {
-  Structure s = skewed();
+  Structure s = skewed_oxide();
   std::copy_n(&s.positions[0], 3, &s.positions[3]);
   const Soap soap(kAll[0], s.numbers);
   const auto features = values(soap, s);
@@ -169,7 +147,7 @@ TEST(coinciding_atoms_are_no_trouble) {
 }
 
 TEST(bad_input_is_refused) {
-  const Structure s = skewed();
+  const Structure s = skewed_oxide();
   const auto make = [&](auto change) {
     SoapSettings settings;
     change(settings);

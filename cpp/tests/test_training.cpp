@@ -232,21 +232,22 @@ TEST(gradients_are_those_of_whole_grids) {
   }
 }
 
+static void expect_gradients_without_constants(const QNetworkShape& shape, Example e) {
+  std::fill(e.shift.begin(), e.shift.end(), 0.0f);
+  const Reference wanted = reference(e);
+  at_every_level([&] {
+    QTraining training(shape);
+    std::vector<float> q(e.size()), gradient(e.parameters.size()), kernels(e.kernels.size());
+    training.gradient(e.weights(), e.pairs(), e.targets, q, {gradient, kernels, {}});
+    CLOSE(difference(q, wanted.q), 0, 5e-6);
+    CLOSE(difference(gradient, wanted.parameters), 0, 1e-5);
+    CLOSE(difference(kernels, wanted.kernels), 0, 1e-5);
+  });
+}
+
 // Without constants and their gradient, atoms away from the walls are stamped and the others go through images.
 TEST(gradients_without_images_are_the_same) {
-  for (QNetworkShape shape : kShapes) {
-    Example e = example(shape, 24, 3, 4);
-    std::fill(e.shift.begin(), e.shift.end(), 0.0f);
-    const Reference wanted = reference(e);
-    at_every_level([&] {
-      QTraining training(shape);
-      std::vector<float> q(e.size()), gradient(e.parameters.size()), kernels(e.kernels.size());
-      training.gradient(e.weights(), e.pairs(), e.targets, q, {gradient, kernels, {}});
-      CLOSE(difference(q, wanted.q), 0, 5e-6);
-      CLOSE(difference(gradient, wanted.parameters), 0, 1e-5);
-      CLOSE(difference(kernels, wanted.kernels), 0, 1e-5);
-    });
-  }
+  for (const QNetworkShape& shape : kShapes) expect_gradients_without_constants(shape, example(shape, 24, 3, 4));
 }
 
 // Eight actions or fewer make another kind of group, where none needs images. The lengths of the thesis' network.
@@ -257,17 +258,7 @@ TEST(gradients_of_a_few_actions_are_the_same) {
   for (const QNetworkShape& shape : shapes)
     for (const int n : {3, 24}) {
       if (n > 8 && shape.kernel > 5) continue;  // the reference would take long
-      Example e = example(shape, n, 4, 12);
-      std::fill(e.shift.begin(), e.shift.end(), 0.0f);
-      const Reference wanted = reference(e);
-      at_every_level([&] {
-        QTraining training(shape);
-        std::vector<float> q(e.size()), gradient(e.parameters.size()), kernels(e.kernels.size());
-        training.gradient(e.weights(), e.pairs(), e.targets, q, {gradient, kernels, {}});
-        CLOSE(difference(q, wanted.q), 0, 5e-6);
-        CLOSE(difference(gradient, wanted.parameters), 0, 1e-5);
-        CLOSE(difference(kernels, wanted.kernels), 0, 1e-5);
-      });
+      expect_gradients_without_constants(shape, example(shape, n, 4, 12));
     }
 }
 

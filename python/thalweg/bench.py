@@ -397,6 +397,16 @@ def _crystals() -> list[tuple[str, Any]]:
     return found
 
 
+def _descriptor_calls(bound: Any, batch: Any) -> list[Callable[[], Any]]:
+    """Values, contraction and Jacobian of a compiled descriptor, of a structure that moves a little each time."""
+    shifted, weights = _Shifting(batch), np.random.default_rng(0).normal(size=(len(batch.numbers), bound.size))
+    return [
+        lambda: bound.values(shifted(), 1),
+        lambda: bound.contract(shifted(), weights, 1),
+        lambda: bound.jacobian(shifted(), 1),
+    ]
+
+
 def _soaps(table: Table, against: str | None) -> None:
     """r_cut 7 angstrom, n_max 3, l_max 2, sigma 0.5 angstrom. dscribe's derivatives: analytic for molecules, for periodic
     structures numerical, all it has. featomic has another radial basis, so its values are not compared, and no slabs."""
@@ -409,13 +419,7 @@ def _soaps(table: Table, against: str | None) -> None:
             continue
         batch = Batch.from_ase(atoms)
         bound = SOAP(7.0, 3, 2, 0.5, cutoff="hard").bind(batch.numbers)
-        shifted, values = _Shifting(batch), bound.values(batch, 1)
-        weights = np.random.default_rng(0).normal(size=values.shape)
-        calls: list[Callable[[], Any]] = [
-            lambda: bound.values(shifted(), 1),  # noqa: B023 used within the loop
-            lambda: bound.contract(shifted(), weights, 1),  # noqa: B023
-            lambda: bound.jacobian(shifted(), 1),  # noqa: B023
-        ]
+        values, calls = bound.values(batch, 1), _descriptor_calls(bound, batch)
         theirs: list[Callable[[], float] | None] = [None] * 3
         if against == "featomic":
             if len(set(atoms.pbc)) > 1:
@@ -466,13 +470,7 @@ def _fchls(table: Table, against: str | None) -> None:
             continue
         batch = Batch.from_ase(atoms)
         bound = FCHL19().bind(batch.numbers)
-        shifted, values = _Shifting(batch), bound.values(batch, 1)
-        weights = np.random.default_rng(0).normal(size=values.shape)
-        calls: list[Callable[[], Any]] = [
-            lambda: bound.values(shifted(), 1),  # noqa: B023 used within the loop
-            lambda: bound.contract(shifted(), weights, 1),  # noqa: B023
-            lambda: bound.jacobian(shifted(), 1),  # noqa: B023
-        ]
+        values, calls = bound.values(batch, 1), _descriptor_calls(bound, batch)
         theirs: list[Callable[[], float] | None] = [None] * 3
         if against == "qmllib":
             from qmllib.representations import generate_fchl19
