@@ -2,8 +2,14 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdlib>
 #include <cstring>
 #include <new>
+#include <utility>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace thalweg {
 
@@ -34,6 +40,44 @@ class Buffer {
     size_ = 0;
   }
   T* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+/// Floats on cache lines, zeroed when first had, with a line of room behind them. Grows to just what is asked, never
+/// shrinks. Large ones lie on huge pages, which spare the look-ups of addresses in long strides.
+class Floats {
+ public:
+  Floats() = default;
+  Floats(Floats&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  Floats& operator=(Floats&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    return *this;
+  }
+  ~Floats() { std::free(data_); }
+  float* need(std::size_t size) {
+    if (size > size_) {
+      std::free(data_);
+      size_ = 0;
+      constexpr std::size_t kHugePage = std::size_t{1} << 21;
+      const std::size_t wanted = size * sizeof(float) + 64;
+      const std::size_t page = wanted > kHugePage / 2 ? kHugePage : 64, bytes = (wanted + page - 1) / page * page;
+      data_ = static_cast<float*>(std::aligned_alloc(page, bytes));
+      if (data_ == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+      if (page == kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);
+#endif
+      std::memset(data_, 0, bytes);
+      size_ = size;
+    }
+    return data_;
+  }
+  float* data() { return data_; }
+  const float* data() const { return data_; }
+  std::size_t size() const { return size_; }
+
+ private:
+  float* data_ = nullptr;
   std::size_t size_ = 0;
 };
 

@@ -1,22 +1,17 @@
 // Convolutions of boxes of a grid, by sums and by Fourier transforms: what the Q-map is made of.
 #pragma once
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <numbers>
 #include <utility>
 #include <vector>
 
+#include "buffer.hpp"
 #include "qmap_kernels.hpp"
 #include "thalweg/qmap.hpp"  // QBox
 
@@ -30,45 +25,6 @@ using Three = std::array<int, 3>;
 
 inline int64_t product_of(const Three& n) { return int64_t{1} * n[0] * n[1] * n[2]; }
 inline int modulo(int a, int n) { return (a % n + n) % n; }
-
-constexpr std::size_t kHugePage = std::size_t{1} << 21;
-
-// Floats on a cache line, zeroed when first had. Grows, never shrinks.
-class Floats {
- public:
-  Floats() = default;
-  Floats(Floats&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
-  Floats& operator=(Floats&& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(size_, other.size_);
-    return *this;
-  }
-  ~Floats() { std::free(data_); }
-  float* need(int64_t size) {
-    if (size > size_) {
-      std::free(data_);
-      size_ = 0;
-      const std::size_t wanted = static_cast<std::size_t>(size) * sizeof(float) + 64;
-      const std::size_t page = wanted > kHugePage / 2 ? kHugePage : 64, bytes = (wanted + page - 1) / page * page;
-      data_ = static_cast<float*>(std::aligned_alloc(page, bytes));
-      if (data_ == nullptr) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-      if (page == kHugePage)
-        madvise(data_, bytes, MADV_HUGEPAGE);  // boxes touch a page per row: small ones would thrash
-#endif
-      std::memset(data_, 0, bytes);
-      size_ = size;
-    }
-    return data_;
-  }
-  float* data() { return data_; }
-  const float* data() const { return data_; }
-  int64_t size() const { return size_; }
-
- private:
-  float* data_ = nullptr;
-  int64_t size_ = 0;
-};
 
 struct Layer {
   int inputs = 0, outputs = 0;
@@ -497,7 +453,7 @@ void convolve_fft(const LayerFft& f, const Layer& layer, const Grid& grid, const
   job.inputs = inputs;
   job.outputs = outputs;
   job.weight_step = w_step;
-  job.weights_ahead = f.spectrum.size() > (int64_t{1} << 18) ? 3 * w_step : 0;  // a smaller one stays in the cache
+  job.weights_ahead = f.spectrum.size() > (std::size_t{1} << 18) ? 3 * w_step : 0;  // a smaller one stays in the cache
   for (int side = 0; side < 2; ++side) {
     job.in[side] = t.column[side];
     job.out[side] = t.column_out[side];

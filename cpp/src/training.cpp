@@ -2,16 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <string>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
+#include "buffer.hpp"
 #include "isa.hpp"
 #include "training_kernels.hpp"
 
@@ -30,44 +25,6 @@ static_assert(QNetworkShape::kHidden == kHidden);
 constexpr int kLayers = 4;
 constexpr int kMostSlots = 8;                    // partial sums that threads fill; fixed, so that sums are
 constexpr std::int64_t kMostPoints = 1LL << 26;  // of a box
-
-/// Floats on cache lines; halves are read in long strides, for which huge pages spare most address look-ups.
-class Floats {
- public:
-  Floats() = default;
-  Floats(const Floats&) = delete;
-  Floats& operator=(const Floats&) = delete;
-  Floats(Floats&& other) noexcept : data_(other.data_), size_(other.size_) {
-    other.data_ = nullptr;
-    other.size_ = 0;
-  }
-  ~Floats() { std::free(data_); }
-
-  /// At least this many, zero when they are new.
-  float* need(std::size_t count) {
-    if (count > size_) {
-      std::free(data_);
-      data_ = nullptr;
-      size_ = 0;
-      constexpr std::size_t kHuge = std::size_t{1} << 21;
-      const std::size_t bytes = count * sizeof(float), unit = bytes >= kHuge ? kHuge : 64;
-      const std::size_t rounded = (bytes + unit - 1) / unit * unit;
-      data_ = static_cast<float*>(std::aligned_alloc(unit, rounded));
-      if (data_ == nullptr) throw std::bad_alloc();
-#ifdef __linux__
-      if (unit == kHuge) madvise(data_, rounded, MADV_HUGEPAGE);
-#endif
-      std::memset(data_, 0, rounded);
-      size_ = count;
-    }
-    return data_;
-  }
-  float* data() const { return data_; }
-
- private:
-  float* data_ = nullptr;
-  std::size_t size_ = 0;
-};
 
 bool is_smooth(int n) {
   for (const int prime : {2, 3, 5, 7, 13})
@@ -837,7 +794,7 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
                 k.multiply_few(pairs.count, w, size_of(weight_cells[layer]), true, few_in, few_out);
                 k.pack(pairs, few_out, out);
               } else {
-                k.multiply(pairs, w, size_of(weight_cells[layer]), n_in, 1, kHidden, n_in, true, in, out);
+                k.multiply(pairs, w, size_of(weight_cells[layer]), n_in, true, in, out);
               }
             });
       std::swap(from, to);
@@ -978,7 +935,7 @@ void QTraining::Impl::group(const Call& call, std::size_t g, Arena& arena, Slot&
             k.correlate(pairs, n_in, kept, static_cast<std::ptrdiff_t>(column), in, on_top, s);
             kept += column;
             if (!go_on) return;
-            k.multiply(pairs, w, size_of(weight_cells[layer]), kHidden, n_in, n_in, 1, false, in, out);
+            k.multiply(pairs, w, size_of(weight_cells[layer]), n_in, false, in, out);
           });
     std::swap(from, to);
   }

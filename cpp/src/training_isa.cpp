@@ -483,11 +483,13 @@ void multiply_all(const Pairs& t, const float* weights, std::size_t cells, int n
   }
 }
 
-void multiply(const Pairs& t, const float* weights, std::size_t cells, int n_in, int step_in, int n_out, int step_out,
-              bool conjugate, const float* in, float* out) {
-  const auto all = conjugate ? (step_out == kHidden ? multiply_all<true, kHidden> : multiply_all<true, 0>)
-                             : (step_out == 1 ? multiply_all<false, 1> : multiply_all<false, 0>);
-  all(t, weights, cells, n_in, step_in, n_out, step_out, in, out);
+void multiply(const Pairs& t, const float* weights, std::size_t cells, int channels, bool forward, const float* in,
+              float* out) {
+  const auto all = !forward              ? multiply_all<false, 1>
+                   : channels == kHidden ? multiply_all<true, kHidden>
+                                         : multiply_all<true, 0>;
+  const int n_in = forward ? channels : kHidden, n_out = forward ? kHidden : channels;
+  all(t, weights, cells, n_in, forward ? 1 : channels, n_out, forward ? channels : 1, in, out);
 }
 
 using Index8 = Lanes<8>::Integer;

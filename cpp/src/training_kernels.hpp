@@ -76,10 +76,10 @@ struct Piece {
 struct TrainingKernels {
   /// scratch: 2 n cells.
   void (*lines)(const Fft&, const Lines&, float* scratch);
-  /// out_o(f) = sum_i w_oi(f) in_i(f), or conj(w_oi(f)); w_oi at [pair][o step_out + i step_in], imaginary parts
-  /// `weight_cells` x 32 floats later.
-  void (*multiply)(const Pairs&, const float* weights, std::size_t weight_cells, int n_in, int step_in, int n_out,
-                   int step_out, bool conjugate, const float* in, float* out);
+  /// out_h(f) = sum_i conj(w_hi(f)) in_i(f), kHidden channels from `channels`, or forward = false: out_i(f) = sum_h
+  /// w_hi(f) in_h(f); w_hi at [pair][h channels + i], imaginary parts `weight_cells` x 32 floats later.
+  void (*multiply)(const Pairs&, const float* weights, std::size_t weight_cells, int channels, bool forward,
+                   const float* in, float* out);
   /// sums[pair][re, im][sum_at(channels, output, channel)] = sum over samples of a_channel(f) conj(d_output(f)), -f
   /// conjugated on top. add: on top of what is there. d: kHidden channels. later: floats to the a of the next call.
   void (*correlate)(const Pairs&, int channels, const float* a, std::ptrdiff_t later, const float* d, bool add,
