@@ -1,4 +1,4 @@
-// What a descriptor says of a setting that makes no sense. Private.
+// What a descriptor says of settings and workspaces that make no sense. Private.
 #pragma once
 
 #include <cstdio>
@@ -14,6 +14,12 @@ inline void expect_setting(bool good, const char* of, const char* name, const ch
   char number[32];
   std::snprintf(number, sizeof number, "%.10g", came);
   throw Error(std::string(of) + ": " + name + " must be " + wanted + ", but it is " + number);
+}
+
+/// Throws Error unless a workspace was made by the descriptor that is asked: another one may look for neighbours less
+/// far.
+inline void expect_own_workspace(const void* maker, const void* asked) {
+  if (maker != asked) throw Error("the workspace was made by another descriptor; take one that this one makes");
 }
 
 }  // namespace thalweg

@@ -108,9 +108,10 @@ const Fchl19Settings& Fchl19::settings() const { return layout_->settings; }
 // of the list, then padding. Planes x, y, z, r, f, df of `room` numbers. slot_of[2 p], [2 p + 1]: where pair p of the
 // list stands as a neighbour of its i, of its j; -1: beyond that cutoff.
 struct Fchl19::Workspace::State {
-  explicit State(double reach) : neighbors(reach) {}
+  explicit State(const Layout& layout) : neighbors(layout.reach()), maker(&layout) {}
 
   NeighborList neighbors;
+  const Layout* maker;
   std::size_t n = 0, room = 0;
   bool ready = false;
   Buffer<std::int32_t> species, atom, slot_of;
@@ -130,7 +131,7 @@ struct Fchl19::Workspace::State {
   }
 };
 
-Fchl19::Workspace::Workspace(const Fchl19& fchl) : state(std::make_unique<State>(fchl.layout_->reach())) {}
+Fchl19::Workspace::Workspace(const Fchl19& fchl) : state(std::make_unique<State>(*fchl.layout_)) {}
 Fchl19::Workspace::~Workspace() = default;
 Fchl19::Workspace::Workspace(Workspace&&) noexcept = default;
 
@@ -219,6 +220,7 @@ void Fchl19::values(const StructureView& structure, double* features, Workspace&
   const Fchl19Basis& basis = layout.basis;
   const Fchl19Kernels& kernels = fchl19_kernels();
   State& state = *workspace.state;
+  expect_own_workspace(state.maker, layout_.get());
   state.ready = false;
   state.n = structure.n;
   find_neighbors(layout, structure, state);

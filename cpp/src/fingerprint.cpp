@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "buffer.hpp"
+#include "expect.hpp"
 #include "fingerprint_kernels.hpp"
 #include "fingerprint_tables.hpp"
 #include "isa.hpp"
@@ -297,9 +298,11 @@ struct HistogramMemory {
 }  // namespace
 
 struct Fingerprint::Workspace::State {
-  State(double reach, bool without_still) : neighbors(reach, 0.5, without_still), skips_still(without_still) {}
+  State(const Layout& layout, bool without_still)
+      : neighbors(layout.reach, 0.5, without_still), maker(&layout), skips_still(without_still) {}
 
   NeighborList neighbors;
+  const Layout* maker;
   HistogramMemory radial, angular;
   Buffer<std::int32_t> species, first, last, partners, near_species, near_atom;
   Buffer<double> near_values, cosine, half_square, pull, rows;
@@ -329,7 +332,7 @@ struct Fingerprint::Workspace::State {
 };
 
 Fingerprint::Workspace::Workspace(const Fingerprint& fingerprint, bool skips_still)
-    : state(std::make_unique<State>(fingerprint.layout_->reach, skips_still)) {}
+    : state(std::make_unique<State>(*fingerprint.layout_, skips_still)) {}
 Fingerprint::Workspace::~Workspace() = default;
 Fingerprint::Workspace::Workspace(Workspace&&) noexcept = default;
 
@@ -466,7 +469,7 @@ double find_species_and_volume(const Fingerprint::Layout& layout, const Structur
 }  // namespace
 
 void Fingerprint::check(const StructureView& structure) const {
-  State state(layout_->reach, false);
+  State state(*layout_, false);
   find_species_and_volume(*layout_, structure, state);
 }
 
@@ -530,7 +533,7 @@ void find_still(const Fingerprint::Layout& l, const StructureView& structure, St
   still.angular.clear();
   const std::size_t n = still.numbers.size();
   if (n == 0) return;
-  auto of_still = std::make_unique<State>(l.reach, false);
+  auto of_still = std::make_unique<State>(l, false);
   std::int32_t* species = of_still->species.need(n);
   for (std::size_t i = 0; i < structure.n; ++i)
     if (still.index[i] >= 0) species[still.index[i]] = state.species.data()[i];
@@ -556,6 +559,7 @@ void find_still(const Fingerprint::Layout& l, const StructureView& structure, St
 void Fingerprint::values(const StructureView& structure, double* features, Workspace& workspace) const {
   const Layout& l = *layout_;
   State& state = *workspace.state;
+  expect_own_workspace(state.maker, layout_.get());
   state.ready = false;
   const double volume = find_species_and_volume(l, structure, state);
   if (state.skips_still) find_still(l, structure, state, volume);

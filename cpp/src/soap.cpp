@@ -171,9 +171,10 @@ const SoapBasis& soap_basis(const Soap& soap) { return soap.layout_->basis; }
 // Neighbours of atom i and species s, the atom itself included: first[i species + s], `count` of them, in x, y, z and
 // atom, then padding. slot_of[2 p], [2 p + 1]: where pair p of the list stands as a neighbour of its i, of its j.
 struct Soap::Workspace::State {
-  explicit State(double reach) : neighbors(reach) {}
+  explicit State(const Soap& soap) : neighbors(soap.reach()), maker(soap.layout_.get()) {}
 
   NeighborList neighbors;
+  const Layout* maker;
   std::size_t n = 0, room = 0;
   bool ready = false;
   Buffer<std::int32_t> species, atom, slot_of;
@@ -187,7 +188,7 @@ struct Soap::Workspace::State {
   }
 };
 
-Soap::Workspace::Workspace(const Soap& soap) : state(std::make_unique<State>(soap.reach())) {}
+Soap::Workspace::Workspace(const Soap& soap) : state(std::make_unique<State>(soap)) {}
 Soap::Workspace::~Workspace() = default;
 Soap::Workspace::Workspace(Workspace&&) noexcept = default;
 
@@ -281,6 +282,7 @@ void Soap::values(const StructureView& structure, double* features, Workspace& w
   const SoapBasis& basis = layout.basis;
   const SoapKernels& kernels = soap_kernels();
   State& state = *workspace.state;
+  expect_own_workspace(state.maker, layout_.get());
   state.ready = false;
   state.n = structure.n;
   find_neighbors(layout, structure, state);
