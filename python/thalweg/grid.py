@@ -157,20 +157,24 @@ class Grid:
             positions[:, 2] = self.heights[rows[:, 0]]
         return positions
 
-    def nearest(self, position: Array) -> int:
-        """The voxel nearest to a position (its projection, where the grid has two dimensions)."""
-        return int(np.ravel_multi_index(tuple(self._index(position)), self.shape))
-
-    def _index(self, position: Array) -> Array:
-        exact = np.linalg.lstsq(self.steps.T, np.asarray(position) - self.corner, rcond=None)[0]
-        index = np.rint(exact).astype(int)
+    def nearest(self, positions: Array) -> Array:
+        """(...) the voxels nearest to positions (..., 3) (their projections, where the grid has two dimensions)."""
+        index = np.rint(self._exact(positions)).astype(int)
         for k, (n, wraps) in enumerate(zip(self.shape, self.periodic, strict=True)):
-            index[k] = index[k] % n if wraps else min(max(index[k], 0), n - 1)
-        return index
+            index[..., k] = index[..., k] % n if wraps else np.clip(index[..., k], 0, n - 1)
+        return np.ravel_multi_index(tuple(np.moveaxis(index, -1, 0)), self.shape)
+
+    def _exact(self, positions: Array) -> Array:
+        """(..., d) where positions (..., 3) lie, in steps from the first point."""
+        return (np.asarray(positions) - self.corner) @ self._per_step
+
+    @cached_property
+    def _per_step(self) -> Array:
+        return np.linalg.pinv(self.steps)
 
     def _on_grid(self, positions: Array) -> Array:
         """(n,) whether an atom is so near to the grid that it belongs on it."""
-        exact = np.linalg.lstsq(self.steps.T, (positions - self.corner).T, rcond=None)[0].T
+        exact = self._exact(positions)
         inside = np.ones(len(positions), bool)
         for k, (n, wraps) in enumerate(zip(self.shape, self.periodic, strict=True)):
             if not wraps:
@@ -287,12 +291,17 @@ class Grid:
         no closer than c1 to those before it, or, if there is none, to the nearest free one (thesis 5.2)."""
         positions, numbers = np.asarray(positions, float), np.asarray(numbers)
         kinds = np.searchsorted(self.species, numbers)
+        turns = np.arange(len(numbers)) if order is None else np.asarray(order, int)
+        voxels = self.nearest(positions)
+        kept = np.stack([kinds, voxels], axis=1).astype(np.int32)[turns]
+        if not self._crowded(kept):
+            return kept
         rows: list[tuple[int, int]] = []
         placed, radii = np.zeros((0, 3)), np.zeros(0)
         ratio, narrowed = self.empty.copy(), 0  # made only as far as an atom finds its voxel taken
-        for atom in range(len(numbers)) if order is None else order:
-            s = int(kinds[atom])
-            voxel, room = self.nearest(positions[atom]), np.broadcast_to(self.room[s], self.voxels)
+        for atom in turns.tolist():
+            s, voxel = int(kinds[atom]), int(voxels[atom])
+            room = np.broadcast_to(self.room[s], self.voxels)
             away = self.distances(placed, self.place(np.array([(s, voxel)]))[0]) / (radii + self.radii[s])
             if min(self.empty[s, voxel], away.min(initial=np.inf)) < self.problem.c1 or not room[voxel]:
                 for k in range(narrowed, len(rows)):
@@ -307,6 +316,17 @@ class Grid:
             placed = np.concatenate([placed, self.place(np.array([rows[-1]]))])
             radii = np.append(radii, self.radii[s])
         return np.array(rows, np.int32).reshape(-1, 2)
+
+    def _crowded(self, rows: Array) -> bool:
+        """Whether an atom of a state lies where it may not be, or closer than c1 to another."""
+        kinds, voxels = rows.T
+        room = np.broadcast_to(self.room, (len(self.species), self.voxels))
+        if not room[kinds, voxels].all() or (self.empty[kinds, voxels] < self.problem.c1).any():
+            return True
+        one, other = np.triu_indices(len(rows), 1)
+        at, radii = self.place(rows), self.radii[kinds]
+        away = self.distances(at[one] - at[other], np.zeros(3)) / (radii[one] + radii[other])
+        return bool((away < self.problem.c1).any())
 
     # ---- rotated and mirrored copies -----------------------------------------------------------------
     @cached_property
