@@ -116,15 +116,18 @@ def build(
         growing = [i for i, state in enumerate(states) if len(state) < atoms and not lost[i]]
         if not growing:
             return [None if gone else state for state, gone in zip(states, lost, strict=True)]
-        if policy.asks:
-            q = q_maps([np.concatenate([grid.template, states[i]]) for i in growing])
+        if policy.asks:  # once for builds that have not parted yet
+            alike = [states[i].tobytes() for i in growing]
+            which = {state: k for k, state in enumerate(dict.fromkeys(alike))}
+            first = [growing[alike.index(state)] for state in which]
+            q = q_maps([np.concatenate([grid.template, states[i]]) for i in first])
         for k, i in enumerate(growing):
             used = np.bincount(states[i][:, 0], minlength=len(grid.species))
             allowed = grid.allowed(ratios[i], used, first=len(states[i]) == 0)
             if not allowed.any():
                 lost[i] = True
                 continue
-            values = q[k].reshape(-1) if policy.asks else np.zeros(0)
+            values = q[which[alike[k]]].reshape(-1) if policy.asks else np.zeros(0)
             species, voxel = divmod(policy.choose(values, allowed.ravel(), atoms, rngs[i]), grid.voxels)
             row = np.array([[species, voxel]], np.int32)
             states[i] = np.concatenate([states[i], row])
