@@ -950,6 +950,38 @@ def _build_maps(table: Table) -> None:
     _milli(table, name, a, None, note=f"{sum(map(len, steps))} maps")
 
 
+def _episode(table: Table) -> None:
+    """A whole ASLA-PA episode of aniline beside its energy (GFN1-xTB): ten builds of 14 atoms, their relaxations on the
+    surrogate and what is learned from one of them. The median of those after 60, when the surrogate relaxes every build."""
+    from thalweg import recipes
+    from thalweg.calculators import make_calculator
+    from thalweg.records import Problem
+
+    name, first, count = "ASLA-PA episode beside the energy, aniline 46 x 46", 60, 40
+    if not table.wants(name):
+        return
+    if importlib.util.find_spec("tblite") is None:
+        print(f"{name}: needs tblite: pip install 'thalweg[xtb]'")
+        return
+    problem = Problem("C6NH7", cell=[11.0, 11.0, 14.0], box=([1, 1, 6.5], [[9.0, 0, 0], [0, 9.0, 0], [0, 0, 1.0]]))
+    calculator = make_calculator("gfn1-xtb")
+    energy, spent = calculator.calculate, [0.0]
+
+    def timed(*arguments: Any, **named: Any) -> None:
+        begin = time.process_time()
+        energy(*arguments, **named)
+        spent.append(spent[-1] + time.process_time() - begin)
+
+    calculator.calculate = timed
+    search = recipes.asla(
+        problem, calculator, grid=0.2, hydrogen_last=True, postprocess="surrogate", acquisition="lcb", threads=1
+    )
+    marks: list[float] = []
+    search.callbacks.append(lambda step, search: marks.append(time.process_time() - spent[-1]))
+    search.run(first + count)
+    _milli(table, name, statistics.median(np.diff(marks[first - 1 :])), None, target=200.0)
+
+
 def _q_maps(table: Table, *, against_torch: bool) -> None:
     """The Q-map after one more atom: in two dimensions everywhere, in three on the shell of 22,000 voxels around nine
     atoms. PyTorch's side: the whole pass over the images, channels last; dilated nets as the phases of their lattice, side
@@ -1147,6 +1179,7 @@ def kernels(
                 _steps(table, against_torch=against == "torch")
                 _q_maps(table, against_torch=against == "torch")
                 _build_maps(table)
+                _episode(table)
             if against is None:
                 _own(table)
     finally:
