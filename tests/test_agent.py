@@ -177,10 +177,16 @@ def test_a_template_is_on_the_grid_and_kept_free():
 
 
 def test_copies_keep_every_distance():
-    for grid in (SETTINGS.of(FLAT), SETTINGS.of(MIXED), GridSettings(0.5).of(Problem("C3", cell=9.0, box=4.0))):
+    first = Atoms("C", [[4.5, 4.5, 4.5]], cell=[9.0] * 3)
+    cubic, solid = Problem("C3", cell=9.0, box=4.0), GridSettings(0.5, dimension=3)
+    around = Problem("C3", template=first, box=([2.5] * 3, np.diag([4.0] * 3)))
+    beside = Problem("C3", template=first, box=([2.5, 2.5, 5.5], np.diag([4.0, 4.0, 2.0])))
+    grids = {SETTINGS.of(FLAT): 4, SETTINGS.of(MIXED): 4, GridSettings(0.5).of(cubic): 8}
+    grids |= {solid.of(cubic): 48, solid.of(around): 48, solid.of(beside): 8}
+    for grid, count in grids.items():
         assert np.array_equal(grid.symmetries[0], np.arange(grid.voxels))
-        assert len(grid.symmetries) == (8 if grid.shape[0] == grid.shape[1] else 4)
-        rows = next(r for r in uniform_builds(grid, 3) if r is not None)
+        assert len(grid.symmetries) == count == len({copy.tobytes() for copy in grid.symmetries})
+        rows = np.concatenate([grid.template, next(r for r in uniform_builds(grid, 3) if r is not None)])
         numbers = grid.species[rows[:, 0]]
         distances = Atoms(numbers, grid.place(rows), cell=grid.problem.cell, pbc=grid.problem.pbc).get_all_distances(
             mic=True

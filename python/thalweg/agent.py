@@ -336,7 +336,7 @@ class Agent:
         minimum soon or hardly ever (universal sequence of Luby, Sinclair, Zuckerman, Inf. Process. Lett. 47, 173 (1993)).
         0: never.
     symmetry : bool or None
-        Random copies rotated and mirrored; None: in two dimensions, unless a template has atoms beyond the grid.
+        Random copies rotated and mirrored; None: unless a template has atoms beyond the grid.
     backend : "auto", "core" or "torch", see `thalweg.networks.Trainer`
     transfer_from : str, optional
         A snapshot (.npz, `FittedAgent.save`) of an agent for the same species: its weights are where learning starts.
@@ -534,7 +534,7 @@ class FittedAgent:
         """One training step on these episodes; the loss before it."""
         turn = self.model.symmetry
         if turn is None:
-            turn = self.grid.dimension == 2 and self.grid.alone
+            turn = self.grid.alone
         copies = self.grid.symmetries if turn else None
         placed, offsets, actions, targets = [], [0], [], []
         scale = self._scale()

@@ -332,25 +332,21 @@ class Grid:
     @cached_property
     def symmetries(self) -> list[Array]:
         """Permutations of the voxels, (V,) each, the identity first: mirrors of the grid and, where two directions are
-        alike, their exchange. Only directions at right angles to all others are mirrored; the copies are of whole states,
-        template included."""
+        alike, their exchange: 8 in a square, 48 in a cube. Only directions at right angles to all others are mirrored, and
+        the third one only if no template atom lies beyond the grid; the copies are of whole states, template included."""
         d, index = self.dimension, np.arange(self.voxels).reshape(self.shape)
         product = self.steps @ self.steps.T
         square = [bool(np.all(np.abs(np.delete(product[k], k)) < 1e-9)) for k in range(d)]
-        axes = [
-            k
-            for k in range(d)
-            if square[k] and not (k == 2 and (self.problem.template is not None or self.room.shape[1] > 1))
-        ]
+        axes = [k for k in range(d) if square[k] and not (k == 2 and (not self.alone or self.room.shape[1] > 1))]
+
+        def alike(a: int, b: int) -> bool:
+            same = self.shape[a] == self.shape[b] and self.periodic[a] == self.periodic[b]
+            return a == b or (a in axes and b in axes and same and abs(product[a, a] - product[b, b]) < 1e-9)
+
         found = []
-        swaps = [list(range(d))]
-        for a, b in itertools.combinations(axes, 2):
-            alike = self.shape[a] == self.shape[b] and self.periodic[a] == self.periodic[b]
-            if alike and abs(product[a, a] - product[b, b]) < 1e-9:
-                swap = list(range(d))
-                swap[a], swap[b] = b, a
-                swaps.append(swap)
-        for swap in swaps:
+        for swap in itertools.permutations(range(d)):
+            if not all(map(alike, range(d), swap)):
+                continue
             for flips in itertools.product(*[(False, True) if k in axes else (False,) for k in range(d)]):
                 moved = index.transpose(swap)
                 for k, flipped in enumerate(flips):

@@ -322,7 +322,7 @@ def asla(
     lifetime : int
         It begins anew after this times 1, 1, 2, 1, 1, 2, 4, ... episodes in any case, see `Agent`; 0: never.
     symmetry : bool, optional
-        Pairs are rotated and mirrored at random; default: in two dimensions.
+        Pairs are rotated and mirrored at random; default: unless a template has atoms beyond the grid.
     transfer_from : str, optional
         A snapshot (.npz) of an agent for the same species, from whose weights learning starts.
     prior : "auto", "fitted", "tight-binding", "bonding", "repulsive", "none" or what `GPR` takes
