@@ -9,10 +9,10 @@ Each finished restart is a line of FOLDER/PROBLEM.jsonl; a run that was cut off 
 there. One episode is one true evaluation, but for the control that relaxes in the true potential, where every point of an
 episode counts. Success is the first evaluated structure with the bond graph of the known minimum: atoms closer than 1.25
 covalent sums are bonded, and the two graphs are isomorphic, species included. In the cell of the toy, where bonds meet
-their own images, and with a number in ENERGIES it is the first at an energy: that of the known minimum laid on the grid as
-well as the grid allows, or that number. Printed: restarts, successes, the median (Kaplan-Meier, restarts that reach the
-cap are censored), successes by a quarter, half and all of the cap, the median of the lowest energies above the lowest of
-all arms, and processor time per episode, energies included.
+their own images, and for Ni4Au4 it is the first at an energy: that of the known minimum laid on the grid as well as the
+grid allows, or that of the minimum itself for arms that evaluate off the grid. Printed: restarts, successes, the median
+(Kaplan-Meier, restarts that reach the cap are censored), successes by a quarter, half and all of the cap, the median of
+the lowest energies above the lowest of all arms, and processor time per episode, energies included.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ SHEETS = {
 # Where the arm "transfer" learned first, and for how many episodes, which its figures leave out.
 SMALLER = {"sheet": ("small sheet", 400)}
 MOLECULES = {"aniline": "C6NH7", "benzene": "C6H6"}
-# Energy and tolerance [eV] of the known minimum, where bonds do not tell it.
-ENERGIES: dict[str, tuple[float, float]] = {"Ni4Au4": (7.9109, 0.02)}
+# Energy [eV] of the known minimum where bonds do not tell it: anywhere, and on the grid (`--supported` finds both).
+ENERGIES: dict[str, tuple[float, float]] = {"Ni4Au4": (7.9109, 8.0427)}
+TOLERANCE = 0.02  # eV
 
 # The training of Papers II and III; everything else has the defaults of the recipe.
 PUBLISHED = {"lr": 1e-3, "warm_up": 0, "train_steps": 1, "patience": 0, "lifetime": 0, "novel": False}
@@ -201,6 +202,62 @@ def cluster(name: str):
     return problem, EMT(), {"grid": 0.4, "dimension": 3, "evaluate_on_grid": False}, ENERGIES[name]
 
 
+def supported_cluster(name: str, starts: int = 2000) -> tuple[float, float]:
+    """What ENERGIES says: the lowest energy, and the lowest on the grid. The minimum is turned at random about any of its
+    atoms of the template's species, which lies where the template does, its atoms go to their nearest points, and then one
+    moves to a neighbouring point or two change places as long as that leads down."""
+    from scipy.spatial.transform import Rotation
+    from thalweg import GridSettings, _core, recipes
+    from thalweg.calculators import landscape_of
+
+    problem, calculator, options, _ = cluster(name)
+    found = recipes.gofee(problem, calculator, seed=3).run(60)
+    minimum = found.best.to_ase()[0]
+    grid, landscape = GridSettings(options["grid"], dimension=3).of(problem), landscape_of(calculator)
+    numbers, there = problem.placed_numbers, problem.template
+    near = np.stack(np.meshgrid(*[(-1, 0, 1)] * 3, indexing="ij"), -1).reshape(-1, 3) @ grid.steps
+
+    def energies(sites: np.ndarray) -> np.ndarray:
+        positions = np.concatenate([np.broadcast_to(there.positions, (len(sites), 1, 3)), grid.points[sites]], axis=1)
+        return _core.evaluate(landscape, problem.batch(positions))[0]
+
+    def neighbours(sites: np.ndarray) -> np.ndarray:
+        around = []
+        for a, site in enumerate(sites):
+            points = grid.nearest(grid.points[site] + near)
+            around.append(np.where(np.arange(len(sites)) == a, points[:, None], sites))
+        pairs = [(a, b) for a, b in itertools.combinations(range(len(sites)), 2) if numbers[a] != numbers[b]]
+        changed = np.repeat(sites[None], len(pairs), axis=0)
+        for row, (a, b) in zip(changed, pairs, strict=True):
+            row[[a, b]] = row[[b, a]]
+        every = np.concatenate([*around, changed])
+        return every[[len(set(row)) == len(row) for row in every.tolist()]]
+
+    rng, lowest = np.random.default_rng(0), np.inf
+    centres = np.flatnonzero(minimum.numbers == there.numbers[0])
+    for k in range(starts):
+        centre = centres[k % len(centres)]
+        rest = np.delete(np.arange(len(minimum)), centre)
+        slots = np.empty(len(rest), int)  # which placed atom each of the others becomes
+        for z in np.unique(numbers):
+            slots[minimum.numbers[rest] == z] = np.flatnonzero(numbers == z)
+        turned = Rotation.random(random_state=rng).apply(minimum.positions[rest] - minimum.positions[centre])
+        sites = np.empty(len(rest), int)
+        sites[slots] = grid.nearest(turned + there.positions[0])
+        if len(set(sites.tolist())) < len(sites):
+            continue
+        energy = energies(sites[None])[0]
+        while True:
+            others = neighbours(sites)
+            values = energies(others)
+            best = int(np.nanargmin(values))
+            if not values[best] < energy - 1e-9:
+                break
+            sites, energy = others[best], values[best]
+        lowest = min(lowest, float(energy))
+    return float(found.energy), lowest
+
+
 def make(name: str):
     """(Problem, calculator, options of the recipe, bond graph or (energy, tolerance) of the minimum) of a problem."""
     kinds = {**dict.fromkeys(SHEETS, sheet), **dict.fromkeys(MOLECULES, molecule), "grain boundary": boundary}
@@ -228,6 +285,9 @@ def one(task: tuple[str, str, int, int]) -> dict:
     name, arm, seed, cap = task
     problem, calculator, own, minimum = make(name)
     options = {**own, **ARMS[arm]}
+    if name in ENERGIES:
+        on_grid = options.get("postprocess", "none") == "none" or options["evaluate_on_grid"]
+        minimum = (minimum[on_grid], TOLERANCE)
     if options.get("epsilon") == "2/N":
         options["epsilon"] = 2 / len(problem.placed_numbers)
     if "transfer_from" in options:
@@ -301,7 +361,13 @@ def main() -> None:
     parser.add_argument("--folder", default="asla-runs")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
+    parser.add_argument(
+        "--supported", choices=list(ENERGIES), help="find the energies of ENERGIES anew, run nothing else"
+    )
     arguments = parser.parse_args()
+    if arguments.supported:
+        print("lowest energy {:.4f} eV, on the grid {:.4f} eV".format(*supported_cluster(arguments.supported)))
+        return
     folder, problems = Path(arguments.folder), arguments.problem or ["toy"]
     folder.mkdir(parents=True, exist_ok=True)
     if not arguments.table:
