@@ -132,8 +132,9 @@ def supported(problem, calculator, spacing: float, positions: np.ndarray) -> flo
         turned = sign * (positions - positions[atom])
         for dx, dy in itertools.product(np.linspace(-0.5, 0.5, 9), repeat=2):
             moved = turned + middle + dx * grid.steps[0] + dy * grid.steps[1]
-            rows = np.array([[0, grid.nearest(p)] for p in np.delete(moved, atom, axis=0)])
-            if len(np.unique(rows[:, 1])) == len(rows):
+            voxels = grid.nearest(np.delete(moved, atom, axis=0))
+            if len(np.unique(voxels)) == len(voxels):
+                rows = np.stack([np.zeros_like(voxels), voxels], axis=1)
                 found.append(np.concatenate([problem.template.positions, grid.place(rows)]))
     structures = problem.batch(np.unique(np.round(np.array(found), 9), axis=0))
     return float(_core.evaluate(landscape_of(calculator), structures)[0].min())
@@ -259,7 +260,8 @@ def supported_cluster(name: str, starts: int = 2000) -> tuple[float, float]:
 
 
 def make(name: str):
-    """(Problem, calculator, options of the recipe, bond graph or (energy, tolerance) of the minimum) of a problem."""
+    """(Problem, calculator, options of the recipe, bond graph of the minimum, or its (energy, tolerance), or its row of
+    ENERGIES) of a problem."""
     kinds = {**dict.fromkeys(SHEETS, sheet), **dict.fromkeys(MOLECULES, molecule), "grain boundary": boundary}
     return kinds.get(name, cluster)(name)
 

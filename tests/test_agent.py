@@ -167,6 +167,52 @@ def test_snapping_crowded_atoms_keeps_them_apart():
         assert _core.closest_contacts(FLAT.batch(grid.place(rows)[None]))[0] >= FLAT.c1
 
 
+@pytest.mark.parametrize("heights", [None, {"C": 6.0, "H": 6.6}])
+def test_snapping_all_at_once_is_snapping_one_by_one(heights, monkeypatch):
+    first = Atoms("C", [[5.0, 5.0, 6.0]], cell=[12.0] * 3)
+    around = Problem("C2H2", template=first, box=MIXED.box)
+    for problem in (MIXED, around) if heights else (FLAT, MIXED, around):
+        grid = GridSettings(0.31, heights=heights).of(problem)
+        rng = np.random.default_rng(2)
+        builds = [rows for rows in uniform_builds(grid, 40) if rows is not None]
+        positions = [
+            grid.place(rows) + rng.normal(scale=k % 4 / 8, size=(len(rows), 3)) for k, rows in enumerate(builds)
+        ]
+        orders = [rng.permutation(len(rows)) for rows in builds]
+        crowded, snapped = [], []
+        for slowly in (False, True):
+            with monkeypatch.context() as patch:
+                if slowly:
+                    patch.setattr(type(grid), "_crowded", lambda self, rows: True)
+                for x, rows, order in zip(positions, builds, orders, strict=True):
+                    numbers = grid.species[rows[:, 0]]
+                    snapped.append((grid.snap(x, numbers), grid.snap(x, numbers, order.tolist())))
+                    crowded.append(grid._crowded(np.stack([rows[:, 0], grid.nearest(x)], axis=1)))
+        half = len(builds)
+        assert 5 < sum(crowded[:half]) < half - 5
+        assert all(np.array_equal(a, b) for a, b in zip(snapped[:half], snapped[half:], strict=True))
+
+
+def test_builds_that_have_not_parted_share_a_map():
+    grid, policy = SETTINGS.of(FLAT), Policy(epsilon=0.2)
+    asked = []
+
+    def q_maps(states):
+        assert len({state.tobytes() for state in states}) == len(states)
+        asked.append(len(states))
+        seeds = [int(np.abs(np.ascontiguousarray(state, np.int64)).sum()) for state in states]
+        return np.array([np.random.default_rng(s).random((len(grid.species), grid.voxels)) for s in seeds])
+
+    starts = [np.zeros((0, 2), np.int32)] * 6 + [np.array([[0, 40]], np.int32)] * 2
+    keys = [Key.of(3).fold(i) for i in range(len(starts))]
+    together = build(grid, q_maps, policy, starts, keys)
+    shared = sum(asked)
+    asked.clear()
+    alone = [build(grid, q_maps, policy, [start], [key])[0] for start, key in zip(starts, keys, strict=True)]
+    assert all(np.array_equal(a, b) for a, b in zip(together, alone, strict=True))
+    assert shared < sum(asked) and len({rows.tobytes() for rows in together}) > 1
+
+
 def test_a_template_is_on_the_grid_and_kept_free():
     first = Atoms("C", [[1.25, 1.0, 5.0]], cell=FLAT.cell, pbc=FLAT.pbc)
     problem = Problem("C3", template=first, box=FLAT.box)
@@ -183,19 +229,28 @@ def test_copies_keep_every_distance():
     beside = Problem("C3", template=first, box=([2.5, 2.5, 5.5], np.diag([4.0, 4.0, 2.0])))
     grids = {SETTINGS.of(FLAT): 4, SETTINGS.of(MIXED): 4, GridSettings(0.5).of(cubic): 8}
     grids |= {solid.of(cubic): 48, solid.of(around): 48, solid.of(beside): 8}
+    # A cube that is closed in a periodic cell: what is left is what keeps the lattice.
+    for cell, count in (([6.0, 6.0, 8.0], 16), ([[6.0, 0, 0], [-3.0, 27**0.5, 0], [0, 0, 6.0]], 8)):
+        grids[solid.of(Problem("C3", cell=cell, pbc=True, box=([0] * 3, np.diag([4.0] * 3))))] = count
+    # z is the first direction, and hydrogen keeps to a layer of it.
+    upright = Problem("C2H", cell=9.0, box=([2.5] * 3, [[0, 0, 4.0], [4.0, 0, 0], [0, 4.0, 0]]))
+    grids[GridSettings(0.5, dimension=3, heights={"H": 3.5}).of(upright)] = 8
     for grid, count in grids.items():
-        assert np.array_equal(grid.symmetries[0], np.arange(grid.voxels))
-        assert len(grid.symmetries) == count == len({copy.tobytes() for copy in grid.symmetries})
+        voxels = np.arange(grid.voxels)
+        copies = [grid.turned(voxels, np.full(len(voxels), way)) for way in range(len(grid.symmetries))]
+        assert np.array_equal(copies[0], voxels)
+        assert len(copies) == count == len({copy.tobytes() for copy in copies})
         rows = np.concatenate([grid.template, next(r for r in uniform_builds(grid, 3) if r is not None)])
         numbers = grid.species[rows[:, 0]]
         distances = Atoms(numbers, grid.place(rows), cell=grid.problem.cell, pbc=grid.problem.pbc).get_all_distances(
             mic=True
         )
-        for copy in grid.symmetries:
+        for copy in copies:
             moved = rows.copy()
             moved[:, 1] = copy[rows[:, 1]]
             atoms = Atoms(numbers, grid.place(moved), cell=grid.problem.cell, pbc=grid.problem.pbc)
             assert np.allclose(atoms.get_all_distances(mic=True), distances, atol=1e-9)
+            assert grid.room.shape[1] == 1 or grid.room[rows[:, 0], moved[:, 1]].all()
 
 
 # ---- policy and targets ------------------------------------------------------------------------------------

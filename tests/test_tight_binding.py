@@ -111,6 +111,34 @@ def test_laws():
     assert alone[0][0] == energy[2] and np.array_equal(alone[1], forces[batch.offsets[2] : batch.offsets[3]])
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_molecule_may_be_flat_or_in_pieces(pieces):
+    """H falls into blocks then: the p orbitals that stand on the plane, and what is out of reach."""
+    batch, prior = structures(), bonds()
+    shape = np.array(batch.positions).reshape(len(batch), -1, 3)
+    shape[:, :, 2] = 0.0
+    shape *= 1.4  # what was above one another
+    if pieces == 2:
+        shape[:, len(shape[0]) // 2 :, 0] += 50.0
+    flat = batch.with_positions(shape.reshape(-1, 3))
+    energy, forces = _core.evaluate(prior, flat)
+    known = np.isfinite(energy)
+    assert known.sum() >= 4 and np.allclose(energy[known], formula(prior, flat)[known], rtol=0, atol=1e-8)
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    turned = _core.evaluate(prior, batch.with_positions(flat.positions @ rotation.T))
+    assert np.allclose(turned[0], energy, atol=1e-8, equal_nan=True)
+    assert np.allclose(turned[1], forces @ rotation.T, rtol=1e-8, atol=1e-6, equal_nan=True)
+    assert not forces[:, 2].any()
+
+
+@pytest.mark.parametrize("symbols", ["C", "H", "N", "H2", "H7", "N2", "CH3", "O2"])
+def test_few_atoms_and_odd_electrons(symbols):
+    problem, prior = Problem(symbols, cell=12.0, box=8.0), bonds()
+    steps = np.array([[1.1, 0, 0], [0.2, 1.3, 0], [0, 0.3, 1.2], [1.2, 1.0, 0.4], [2.1, 0.4, 1.0], [0.9, 2.2, 0.7]])
+    batch = problem.batch(np.concatenate([np.zeros((1, 3)), steps])[None, : len(problem.numbers)] + 4.0)
+    assert np.allclose(_core.evaluate(prior, batch)[0], formula(prior, batch), rtol=0, atol=1e-8)
+
+
 def test_atoms_on_one_point_have_no_energy():
     batch = structures(2)
     positions = batch.positions.copy()

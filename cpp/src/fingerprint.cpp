@@ -599,6 +599,7 @@ void Fingerprint::values(const StructureView& structure, double* features, Works
 void Fingerprint::contract(const double* weights, double scale, double* gradient, Workspace& workspace) const {
   const Layout& l = *layout_;
   State& state = *workspace.state;
+  expect_own_workspace(state.maker, layout_.get());
   if (!state.ready) throw Error("contract() needs values() of this workspace first");
   const FingerprintKernels& kernels = fingerprint_kernels();
   const auto bins = static_cast<std::size_t>(l.radial.view.bins);
@@ -644,6 +645,7 @@ void Fingerprint::contract(const double* weights, double scale, double* gradient
 void Fingerprint::jacobian(double* jacobian, Workspace& workspace) const {
   const Layout& l = *layout_;
   State& state = *workspace.state;
+  expect_own_workspace(state.maker, layout_.get());
   if (!state.ready) throw Error("jacobian() needs values() of this workspace first");
   if (state.skips_still) throw Error("jacobian() needs a workspace that does not skip still atoms");
   const FingerprintKernels& kernels = fingerprint_kernels();

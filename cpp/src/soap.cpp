@@ -311,6 +311,7 @@ void Soap::contract(const double* weights, double scale, double* gradient, Works
   const SoapBasis& basis = layout.basis;
   const SoapKernels& kernels = soap_kernels();
   State& state = *workspace.state;
+  expect_own_workspace(state.maker, layout_.get());
   if (!state.ready) throw Error("contract() needs values() of the same structure and workspace first");
   const std::size_t of_center = basis.harmonics * basis.channels;
   const std::size_t of_matrices = (basis.l_max + 1) * basis.channels * basis.channels;
@@ -357,6 +358,7 @@ void Soap::jacobian(std::size_t center, double* out, Workspace& workspace) const
   const SoapBasis& basis = layout_->basis;
   const SoapKernels& kernels = soap_kernels();
   State& state = *workspace.state;
+  expect_own_workspace(state.maker, layout_.get());
   if (!state.ready) throw Error("jacobian() needs values() of the same structure and workspace first");
   if (center >= state.n)
     throw Error("there are " + std::to_string(state.n) + " centres, but number " + std::to_string(center) +

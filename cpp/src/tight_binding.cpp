@@ -133,7 +133,8 @@ class TightBindingEvaluator : public Evaluator {
   }
 
   // Levels and states of each block of H: pieces of a molecule that are out of reach of one another, and in a flat one
-  // the p orbitals at right angles to it, are nothing to one another. Halves the time of flat molecules.
+  // the p orbitals at right angles to it, are nothing to one another (if it lies as the axes do, so that H is exactly
+  // zero).
   bool diagonalise() {
     const Eigen::Index size = h_.rows();
     blocks_ = 0;

@@ -173,7 +173,9 @@ TEST(bad_input_is_refused) {
   THROWS(fchl.jacobian(0, features.data(), workspace), "values()");
   THROWS(fchl.values(s.view(), features.data(), workspace), "atomic number 22");
   THROWS(fchl.check(s.view()), "atomic number 22");
-  THROWS(Fchl19({}, s.numbers).values(s.view(), features.data(), workspace), "another descriptor");
+  const Fchl19 another({}, s.numbers);
+  THROWS(another.values(s.view(), features.data(), workspace), "another descriptor");
+  THROWS(another.contract(features.data(), 1.0, features.data(), workspace), "another descriptor");
   std::copy_n(&s.positions[0], 3, &s.positions[3]);
   THROWS(values(Fchl19({}, s.numbers), s), "one point");
   s.positions[3] = std::nan("");

@@ -275,7 +275,9 @@ TEST(bad_input_is_refused) {
   THROWS(fingerprint.values(other.view(), features.data(), workspace), "finite");
   fingerprint.values(s.view(), features.data(), workspace);  // a workspace survives errors
   CHECK(features == values(fingerprint, s));
-  THROWS(Fingerprint({}, s.numbers, false).values(s.view(), features.data(), workspace), "another descriptor");
+  const Fingerprint another({}, s.numbers, false);
+  THROWS(another.values(s.view(), features.data(), workspace), "another descriptor");
+  THROWS(another.contract(features.data(), 1.0, features.data(), workspace), "another descriptor");
 }
 
 MINITEST_MAIN

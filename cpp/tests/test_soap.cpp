@@ -167,7 +167,9 @@ TEST(bad_input_is_refused) {
   THROWS(soap.contract(features.data(), 1.0, features.data(), workspace), "values()");
   THROWS(soap.values(s.view(), features.data(), workspace), "atomic number 22");
   THROWS(soap.check(s.view()), "atomic number 22");
-  THROWS(Soap({}, s.numbers).values(s.view(), features.data(), workspace), "another descriptor");
+  const Soap another({}, s.numbers);
+  THROWS(another.values(s.view(), features.data(), workspace), "another descriptor");
+  THROWS(another.contract(features.data(), 1.0, features.data(), workspace), "another descriptor");
 }
 
 MINITEST_MAIN

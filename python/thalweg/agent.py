@@ -535,24 +535,24 @@ class FittedAgent:
         turn = self.model.symmetry
         if turn is None:
             turn = self.grid.alone
-        copies = self.grid.symmetries if turn else None
-        placed, offsets, actions, targets = [], [0], [], []
+        ways = len(self.grid.symmetries) if turn else 0
+        placed, offsets, actions, targets, turns = [], [0], [], [], []
         scale = self._scale()
         for episode in dict.fromkeys(chosen):
             rows = self.builds[episode]
             for step, key in enumerate(_pairs(rows)):
-                state, action = np.concatenate([self.grid.template, rows[:step]]), rows[step].copy()
-                if copies is not None:
-                    moved = copies[int(rng.integers(len(copies)))]
-                    state[:, 1], action[1] = moved[state[:, 1]], moved[action[1]]
+                state = np.concatenate([self.grid.template, rows[:step]])
+                if ways:
+                    turns.append(int(rng.integers(ways)))
                 placed.append(state)
                 offsets.append(offsets[-1] + len(state))
-                actions.append(action)
+                actions.append(rows[step])
                 targets.append(self.reward(self._best[key], scale))
-        loss, _ = self.trainer.step(
-            np.concatenate(placed).astype(np.int32), np.array(offsets, np.int64), np.array(actions, np.int32),
-            np.array(targets, np.float32),
-        )  # fmt: skip
+        states, chosen_rows = np.concatenate(placed).astype(np.int32), np.array(actions, np.int32)
+        if ways:
+            states[:, 1] = self.grid.turned(states[:, 1], np.repeat(turns, np.diff(offsets)))
+            chosen_rows[:, 1] = self.grid.turned(chosen_rows[:, 1], np.array(turns))
+        loss, _ = self.trainer.step(states, np.array(offsets, np.int64), chosen_rows, np.array(targets, np.float32))
         return float(loss)
 
     def reward(self, energy: float, scale: tuple[float, float] | None = None) -> float:

@@ -135,8 +135,7 @@ class Grid:
         self.template = np.zeros((0, 2), np.int32)
         if template is not None and len(on_grid):
             kinds = np.searchsorted(self.species, template.numbers[on_grid])
-            voxels = [self.nearest(position) for position in template.positions[on_grid]]
-            self.template = np.stack([kinds, voxels], axis=1).astype(np.int32)
+            self.template = np.stack([kinds, self.nearest(template.positions[on_grid])], axis=1).astype(np.int32)
 
     # ---- places ------------------------------------------------------------------------------------
     @property
@@ -330,14 +329,15 @@ class Grid:
 
     # ---- rotated and mirrored copies -----------------------------------------------------------------
     @cached_property
-    def symmetries(self) -> list[Array]:
-        """Permutations of the voxels, (V,) each, the identity first: mirrors of the grid and, where two directions are
-        alike, their exchange: 8 in a square, 48 in a cube. Only directions at right angles to all others are mirrored, and
-        the third one only if no template atom lies beyond the grid; the copies are of whole states, template included."""
-        d, index = self.dimension, np.arange(self.voxels).reshape(self.shape)
+    def symmetries(self) -> Array:
+        """(m, 2, d): which direction each direction becomes, and whether it is mirrored before; the identity comes first.
+        Directions at right angles to all others are mirrored and, where they are alike, exchanged: 8 ways in a square, 48
+        in a cube, as far as the periodic lattice and the room of each species stay the same. The third direction is left
+        alone if a template atom lies beyond the grid; the copies are of whole states, template included."""
+        d = self.dimension
         product = self.steps @ self.steps.T
         square = [bool(np.all(np.abs(np.delete(product[k], k)) < 1e-9)) for k in range(d)]
-        axes = [k for k in range(d) if square[k] and not (k == 2 and (not self.alone or self.room.shape[1] > 1))]
+        axes = [k for k in range(d) if square[k] and (k < 2 or self.alone)]
 
         def alike(a: int, b: int) -> bool:
             same = self.shape[a] == self.shape[b] and self.periodic[a] == self.periodic[b]
@@ -345,11 +345,34 @@ class Grid:
 
         found = []
         for swap in itertools.permutations(range(d)):
-            if not all(map(alike, range(d), swap)):
-                continue
-            for flips in itertools.product(*[(False, True) if k in axes else (False,) for k in range(d)]):
-                moved = index.transpose(swap)
-                for k, flipped in enumerate(flips):
-                    moved = np.flip(moved, k) if flipped else moved
-                found.append(np.ascontiguousarray(moved).ravel())
-        return found
+            if all(map(alike, range(d), swap)):
+                for flips in itertools.product(*[(False, True) if k in axes else (False,) for k in range(d)]):
+                    if self._keeps(swap, flips):
+                        found.append((swap, flips))
+        return np.array(found, int)
+
+    def _keeps(self, swap: Sequence[int], flips: Sequence[bool]) -> bool:
+        """Whether the periodic lattice and the room of each species are the same after this."""
+        pbc = self.problem.pbc
+        if pbc.any():
+            signs = np.where(flips, -1.0, 1.0)[:, None]
+            before = np.vstack([self.steps, *([np.cross(*self.steps)] if self.dimension == 2 else [])])
+            after = np.vstack([signs * self.steps[list(swap)], *before[self.dimension :]])
+            images = self.problem.cell[pbc] @ np.linalg.inv(before) @ after @ np.linalg.inv(self.problem.cell)
+            if np.abs(images - np.rint(images) * pbc).max() > 1e-6:
+                return False
+        if self.room.shape[1] == 1:
+            return True
+        moved = self._moved(np.arange(self.voxels), np.array(swap), np.array(flips))
+        return bool(np.array_equal(self.room[:, moved], self.room))
+
+    def turned(self, voxels: Array, which: Array) -> Array:
+        """(n,) where the voxels (n,) go by the ways `which` (n,) of `symmetries`."""
+        return self._moved(voxels, *np.moveaxis(self.symmetries[which], 1, 0))
+
+    def _moved(self, voxels: Array, swap: Array, flips: Array) -> Array:
+        at = np.stack(np.unravel_index(voxels, self.shape), axis=1)
+        at = np.where(flips, np.array(self.shape) - 1 - at, at)
+        out = np.empty_like(at)
+        np.put_along_axis(out, np.broadcast_to(swap, at.shape), at, axis=1)
+        return np.ravel_multi_index(tuple(out.T), self.shape)

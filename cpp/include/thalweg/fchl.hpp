@@ -48,7 +48,7 @@ class Fchl19 {
   std::span<const std::int32_t> species() const;               // rising
   const Fchl19Settings& settings() const;
 
-  /// Neighbour list of the last values() and scratch.
+  /// Neighbour list of the last values() and scratch. Serves the descriptor that made it, as long as it lives.
   class Workspace {
    public:
     explicit Workspace(const Fchl19& fchl);

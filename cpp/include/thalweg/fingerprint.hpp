@@ -56,6 +56,7 @@ class Fingerprint {
   const FingerprintSettings& settings() const;
 
   /// Scratch of one thread for one structure that moves: neighbour list, triplet arrays, tables of the last values().
+  /// Serves the descriptor that made it, as long as it lives.
   class Workspace {
    public:
     /// skips_still: for relaxations in which most atoms are fixed. What atoms with all coordinates fixed make among

@@ -57,7 +57,8 @@ class Soap {
   const SoapSettings& settings() const;
   double reach() const;  // angstrom
 
-  /// Neighbour list, coefficients of the last values() and scratch.
+  /// Neighbour list, coefficients of the last values() and scratch. Serves the descriptor that made it, as long
+  /// as it lives.
   class Workspace {
    public:
     explicit Workspace(const Soap& soap);
