@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import poor_calculators
 import pytest
+from ase import Atoms
 from ase.build import bulk, molecule
 from test_search import PROBLEM
 from thalweg.calculators import EMT
@@ -494,6 +495,31 @@ def test_gfn1_xtb_does_not_remember_the_structure_before():
         return found
 
     assert energies([1, 2, 3]) == energies([3, 2, 1])
+
+
+def test_charges_that_run_away_are_a_failed_calculation():
+    """Self-consistency ends with ten valence electrons on one carbon here, 17 eV below the best isomer."""
+    pytest.importorskip("tblite", reason='tblite is not installed: pip install "thalweg[xtb]"')
+    from ase.calculators.calculator import CalculationFailed as FailedInAse
+    from thalweg.calculators import make_calculator
+
+    heavy = "6.8 6.4  8.0 6.2  8.0 7.6  4.8 4.8  5.0 3.0  3.8 4.2  5.6 5.6"
+    hydrogen = "4.4 3.6  5.0 2.0  5.8 2.8  5.6 4.4  3.8 2.6  2.8 4.0  3.8 5.4"
+    flat = np.array(f"{heavy} {hydrogen}".split(), float).reshape(-1, 2)
+    calculator = make_calculator("gfn1-xtb")
+    atoms = Atoms("C6NH7", np.column_stack([flat, np.zeros(len(flat))]), calculator=calculator)
+    with pytest.raises(FailedInAse, match=r"ran away|not converged"):  # how it ends may hang on the machine
+        atoms.get_potential_energy()
+    atoms.calc = Guarded("gfn1-xtb", retries=0)
+    with pytest.raises(CalculationFailed, match=r"ran away|not converged"):
+        atoms.get_potential_energy()
+    numbers = np.array([1, 6, 9, 16, 79])
+    calculator._check_charges(numbers, np.array([-1.4, -4.4, 7.0, 6.0, 30.0]))
+    for atom, charge, electrons in ((0, 1.6, "-0.6"), (1, -5.98, "10.0"), (3, -2.6, "8.6")):
+        charges = np.zeros(5)
+        charges[atom] = charge
+        with pytest.raises(FailedInAse, match=f"{electrons} valence electrons on atom {atom}"):
+            calculator._check_charges(numbers, charges)
 
 
 def test_gfn1_xtb_without_its_package_says_what_to_install(monkeypatch):

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 from ase.calculators.calculator import (
     BaseCalculator,
+    CalculationFailed,
     Calculator,
     FileIOCalculator,
     all_changes,
     get_calculator_class,
 )
 from ase.calculators.calculator import names as ase_names
-from ase.data import atomic_numbers
+from ase.data import atomic_numbers, chemical_symbols
 
 from thalweg import _core
 from thalweg.errors import ConfigurationError, nearest
@@ -378,11 +379,30 @@ def _tblite(name: str, arguments: dict[str, Any]) -> Any:
 
     class Afresh(TBLite):
         """Starts every calculation from free atoms. TBLite starts from the one before: its energies depend on what was
-        asked earlier, and are eV off where the charges of another structure lead to another solution."""
+        asked earlier, and are eV off where the charges of another structure lead to another solution.
+
+        Fails where charges ran away: between atoms that are much too near, more electrons than their shells hold can gather
+        on one, tens of eV below any true energy."""
 
         def calculate(self, *positional: Any, **named: Any) -> None:
             self._xtb = self._res = None
             super().calculate(*positional, **named)
+            if "charges" in self.results:
+                self._check_charges(np.asarray(self.atoms.numbers), self.results["charges"])  # type: ignore[union-attr]
+
+        @staticmethod
+        def _check_charges(numbers: np.ndarray, charges: np.ndarray) -> None:
+            light = numbers <= 18
+            core = np.select([numbers <= 2, numbers <= 10], [0, 2], 10)
+            most = np.where(numbers <= 2, 2, 8)
+            electrons = numbers - core - charges
+            out = np.flatnonzero(light & ((electrons < -0.5) | (electrons > most + 0.5)))
+            if len(out):
+                k = int(out[0])
+                raise CalculationFailed(
+                    f"the charges ran away: {electrons[k]:.1f} valence electrons on atom {k} "
+                    f"({chemical_symbols[numbers[k]]}), which has room for {most[k]}"
+                )
 
     Afresh.__name__ = TBLite.__name__
     settings = {"verbosity": 0, **arguments}
