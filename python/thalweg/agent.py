@@ -103,35 +103,42 @@ def build(
     grid: Grid, q_maps: QMaps, policy: Policy, starts: Sequence[Array], keys: Sequence[Key]
 ) -> list[Array | None]:
     """Complete builds (k, 2), each from a start of rows already placed (the template's not among them); all in step, so
-    that Q of all of them comes from one call. None where no atom could be placed any more."""
+    that Q of all of them comes from one call, and builds that have not parted yet share it. None where no atom could be
+    placed any more."""
     states = [np.asarray(start, np.int32).reshape(-1, 2) for start in starts]
-    ratios, rngs = [], [key.rng() for key in keys]
+    rngs, lost = [key.rng() for key in keys], [False] * len(states)
+    ratios = {}  # of each distinct state, by its bytes
     for state in states:
-        ratio = grid.empty.copy()
-        for row, position in zip(state, grid.place(state), strict=True):
-            grid.narrow(ratio, position, float(grid.radii[row[0]]))
-        ratios.append(ratio)
-    atoms, lost = int(grid.counts.sum()), [False] * len(states)
+        if state.tobytes() not in ratios:
+            ratio = ratios[state.tobytes()] = grid.empty.copy()
+            for row, position in zip(state, grid.place(state), strict=True):
+                grid.narrow(ratio, position, float(grid.radii[row[0]]))
+    atoms = int(grid.counts.sum())
     while True:
         growing = [i for i, state in enumerate(states) if len(state) < atoms and not lost[i]]
         if not growing:
             return [None if gone else state for state, gone in zip(states, lost, strict=True)]
-        if policy.asks:  # once for builds that have not parted yet
-            alike = [states[i].tobytes() for i in growing]
-            which = {state: k for k, state in enumerate(dict.fromkeys(alike))}
-            first = [growing[alike.index(state)] for state in which]
-            q = q_maps([np.concatenate([grid.template, states[i]]) for i in first])
-        for k, i in enumerate(growing):
-            used = np.bincount(states[i][:, 0], minlength=len(grid.species))
-            allowed = grid.allowed(ratios[i], used, first=len(states[i]) == 0)
-            if not allowed.any():
+        names = [states[i].tobytes() for i in growing]
+        distinct = {name: states[i] for name, i in zip(names, growing, strict=True)}
+        if policy.asks:
+            maps = q_maps([np.concatenate([grid.template, state]) for state in distinct.values()])
+            values = {name: q.reshape(-1) for name, q in zip(distinct, maps, strict=True)}
+        allowed = {}
+        for name, state in distinct.items():
+            used = np.bincount(state[:, 0], minlength=len(grid.species))
+            allowed[name] = grid.allowed(ratios[name], used, first=len(state) == 0)
+        before, ratios = ratios, {}
+        for i, name in zip(growing, names, strict=True):
+            if not allowed[name].any():
                 lost[i] = True
                 continue
-            values = q[which[alike[k]]].reshape(-1) if policy.asks else np.zeros(0)
-            species, voxel = divmod(policy.choose(values, allowed.ravel(), atoms, rngs[i]), grid.voxels)
+            q = values[name] if policy.asks else np.zeros(0)
+            species, voxel = divmod(policy.choose(q, allowed[name].ravel(), atoms, rngs[i]), grid.voxels)
             row = np.array([[species, voxel]], np.int32)
             states[i] = np.concatenate([states[i], row])
-            grid.narrow(ratios[i], grid.place(row)[0], float(grid.radii[species]))
+            if states[i].tobytes() not in ratios:
+                ratio = ratios[states[i].tobytes()] = before[name].copy()
+                grid.narrow(ratio, grid.place(row)[0], float(grid.radii[species]))
 
 
 def _batch(problem: Problem, grid: Grid, builds: Sequence[Array], **columns: Any) -> Batch:
