@@ -72,6 +72,7 @@ ARMS: dict[str, dict] = {
     "replay 8": {"replay": 8},
     "low episodes replayed more": {"favour": 0.5},
     "asla-p": {"postprocess": "surrogate"},
+    "asla-p, uniform policy": {"postprocess": "surrogate", "policy": "uniform"},
     "asla-p, continuous": {"postprocess": "surrogate", "evaluate_on_grid": False},
     "asla-pa": {"postprocess": "surrogate", "acquisition": "lcb"},
     "asla-pa, continuous": {"postprocess": "surrogate", "acquisition": "lcb", "evaluate_on_grid": False},
