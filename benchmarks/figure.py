@@ -3,7 +3,7 @@
 kept=benchmarks/data
 python benchmarks/figure.py $kept/search.json $kept/agox_gofee_au4ni4.json --problem Au4Ni4 -o docs/success.png
 python benchmarks/figure.py $kept/search.json --problem Ni6/Au111 --problem B4N4 --problem aniline -o docs/others.png
-python benchmarks/figure.py $kept/asla/graphene.jsonl $kept/asla/aniline.jsonl -o docs/asla.png
+python benchmarks/figure.py $kept/asla/graphene.jsonl $kept/asla/aniline.jsonl $kept/asla/benzene.jsonl -o docs/asla.png
 """
 
 from __future__ import annotations
