@@ -387,8 +387,8 @@ def _tblite(name: str, arguments: dict[str, Any]) -> Any:
         def calculate(self, *positional: Any, **named: Any) -> None:
             self._xtb = self._res = None
             super().calculate(*positional, **named)
-            if "charges" in self.results:
-                self._check_charges(np.asarray(self.atoms.numbers), self.results["charges"])  # type: ignore[union-attr]
+            if self.atoms is not None and "charges" in self.results:
+                self._check_charges(self.atoms.numbers, self.results["charges"])
 
         @staticmethod
         def _check_charges(numbers: np.ndarray, charges: np.ndarray) -> None:
