@@ -16,10 +16,13 @@ inline void expect_setting(bool good, const char* of, const char* name, const ch
   throw Error(std::string(of) + ": " + name + " must be " + wanted + ", but it is " + number);
 }
 
-/// Throws Error unless a workspace was made by the descriptor that is asked: another one may look for neighbours less
-/// far.
-inline void expect_own_workspace(const void* maker, const void* asked) {
-  if (maker != asked) throw Error("the workspace was made by another descriptor; take one that this one makes");
+/// The state of a workspace. Throws Error unless the descriptor that is asked made it: another one may look for
+/// neighbours less far. layout: the descriptor's.
+template <class Workspace>
+auto& own_state(Workspace& workspace, const void* layout) {
+  if (workspace.state->maker != layout)
+    throw Error("the workspace was made by another descriptor; take one that this one makes");
+  return *workspace.state;
 }
 
 }  // namespace thalweg

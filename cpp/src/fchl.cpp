@@ -219,8 +219,7 @@ void Fchl19::values(const StructureView& structure, double* features, Workspace&
   const Layout& layout = *layout_;
   const Fchl19Basis& basis = layout.basis;
   const Fchl19Kernels& kernels = fchl19_kernels();
-  State& state = *workspace.state;
-  expect_own_workspace(state.maker, layout_.get());
+  State& state = own_state(workspace, layout_.get());
   state.ready = false;
   state.n = structure.n;
   find_neighbors(layout, structure, state);
@@ -252,8 +251,7 @@ void Fchl19::contract(const double* weights, double scale, double* gradient, Wor
   const Layout& layout = *layout_;
   const Fchl19Basis& basis = layout.basis;
   const Fchl19Kernels& kernels = fchl19_kernels();
-  State& state = *workspace.state;
-  expect_own_workspace(state.maker, layout_.get());
+  State& state = own_state(workspace, layout_.get());
   if (!state.ready) throw Error("contract() needs values() of the same structure and workspace first");
   const std::size_t D = basis.size;
   double* gx = state.pulls.need(3 * state.room);
@@ -294,8 +292,7 @@ void Fchl19::jacobian(std::size_t center, double* out, Workspace& workspace) con
   const Layout& layout = *layout_;
   const Fchl19Basis& basis = layout.basis;
   const Fchl19Kernels& kernels = fchl19_kernels();
-  State& state = *workspace.state;
-  expect_own_workspace(state.maker, layout_.get());
+  State& state = own_state(workspace, layout_.get());
   if (!state.ready) throw Error("jacobian() needs values() of the same structure and workspace first");
   if (center >= state.n)
     throw Error("there are " + std::to_string(state.n) + " atoms, but number " + std::to_string(center) +

@@ -558,8 +558,7 @@ void find_still(const Fingerprint::Layout& l, const StructureView& structure, St
 
 void Fingerprint::values(const StructureView& structure, double* features, Workspace& workspace) const {
   const Layout& l = *layout_;
-  State& state = *workspace.state;
-  expect_own_workspace(state.maker, layout_.get());
+  State& state = own_state(workspace, layout_.get());
   state.ready = false;
   const double volume = find_species_and_volume(l, structure, state);
   if (state.skips_still) find_still(l, structure, state, volume);
@@ -598,8 +597,7 @@ void Fingerprint::values(const StructureView& structure, double* features, Works
 
 void Fingerprint::contract(const double* weights, double scale, double* gradient, Workspace& workspace) const {
   const Layout& l = *layout_;
-  State& state = *workspace.state;
-  expect_own_workspace(state.maker, layout_.get());
+  State& state = own_state(workspace, layout_.get());
   if (!state.ready) throw Error("contract() needs values() of this workspace first");
   const FingerprintKernels& kernels = fingerprint_kernels();
   const auto bins = static_cast<std::size_t>(l.radial.view.bins);
@@ -644,8 +642,7 @@ void Fingerprint::contract(const double* weights, double scale, double* gradient
 
 void Fingerprint::jacobian(double* jacobian, Workspace& workspace) const {
   const Layout& l = *layout_;
-  State& state = *workspace.state;
-  expect_own_workspace(state.maker, layout_.get());
+  State& state = own_state(workspace, layout_.get());
   if (!state.ready) throw Error("jacobian() needs values() of this workspace first");
   if (state.skips_still) throw Error("jacobian() needs a workspace that does not skip still atoms");
   const FingerprintKernels& kernels = fingerprint_kernels();

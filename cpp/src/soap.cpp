@@ -171,7 +171,7 @@ const SoapBasis& soap_basis(const Soap& soap) { return soap.layout_->basis; }
 // Neighbours of atom i and species s, the atom itself included: first[i species + s], `count` of them, in x, y, z and
 // atom, then padding. slot_of[2 p], [2 p + 1]: where pair p of the list stands as a neighbour of its i, of its j.
 struct Soap::Workspace::State {
-  explicit State(const Soap& soap) : neighbors(soap.reach()), maker(soap.layout_.get()) {}
+  explicit State(const Layout& layout) : neighbors(layout.basis.reach), maker(&layout) {}
 
   NeighborList neighbors;
   const Layout* maker;
@@ -188,7 +188,7 @@ struct Soap::Workspace::State {
   }
 };
 
-Soap::Workspace::Workspace(const Soap& soap) : state(std::make_unique<State>(soap)) {}
+Soap::Workspace::Workspace(const Soap& soap) : state(std::make_unique<State>(*soap.layout_)) {}
 Soap::Workspace::~Workspace() = default;
 Soap::Workspace::Workspace(Workspace&&) noexcept = default;
 
@@ -281,8 +281,7 @@ void Soap::values(const StructureView& structure, double* features, Workspace& w
   const Layout& layout = *layout_;
   const SoapBasis& basis = layout.basis;
   const SoapKernels& kernels = soap_kernels();
-  State& state = *workspace.state;
-  expect_own_workspace(state.maker, layout_.get());
+  State& state = own_state(workspace, layout_.get());
   state.ready = false;
   state.n = structure.n;
   find_neighbors(layout, structure, state);
@@ -310,8 +309,7 @@ void Soap::contract(const double* weights, double scale, double* gradient, Works
   const Layout& layout = *layout_;
   const SoapBasis& basis = layout.basis;
   const SoapKernels& kernels = soap_kernels();
-  State& state = *workspace.state;
-  expect_own_workspace(state.maker, layout_.get());
+  State& state = own_state(workspace, layout_.get());
   if (!state.ready) throw Error("contract() needs values() of the same structure and workspace first");
   const std::size_t of_center = basis.harmonics * basis.channels;
   const std::size_t of_matrices = (basis.l_max + 1) * basis.channels * basis.channels;
@@ -357,8 +355,7 @@ void Soap::contract(const double* weights, double scale, double* gradient, Works
 void Soap::jacobian(std::size_t center, double* out, Workspace& workspace) const {
   const SoapBasis& basis = layout_->basis;
   const SoapKernels& kernels = soap_kernels();
-  State& state = *workspace.state;
-  expect_own_workspace(state.maker, layout_.get());
+  State& state = own_state(workspace, layout_.get());
   if (!state.ready) throw Error("jacobian() needs values() of the same structure and workspace first");
   if (center >= state.n)
     throw Error("there are " + std::to_string(state.n) + " centres, but number " + std::to_string(center) +

@@ -93,6 +93,11 @@ class TightBindingEvaluator : public Evaluator {
     double u[3], r, g, slope;  // H = g x couplings
   };
 
+  struct Block {
+    std::vector<Eigen::Index> orbitals;
+    Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd> solver;
+  };
+
   double one(std::size_t n, const std::size_t* type, const double* x, double* forces) {
     start_.resize(n + 1);
     start_[0] = 0;
@@ -117,10 +122,10 @@ class TightBindingEvaluator : public Evaluator {
     // P = 2 sum f c c^T, block by block
     density_.setZero(size, size);
     const double* occupied = occupation_.data();
-    for (std::size_t k = 0; k < blocks_; ++k) {
-      const std::vector<Eigen::Index>& of = members_[k];
+    for (std::size_t k = 0; k < used_; ++k) {
+      const auto& [of, solver] = blocks_[k];
       const auto empty = std::find_if(occupied, occupied + of.size(), [](double f) { return f < 1e-15; });
-      const auto vectors = solvers_[k].eigenvectors().leftCols(empty - occupied);
+      const auto vectors = solver.eigenvectors().leftCols(empty - occupied);
       weighted_ = vectors;
       for (Eigen::Index c = 0; c < vectors.cols(); ++c) weighted_.col(c) *= 2.0 * occupied[c];
       occupied += of.size();
@@ -137,16 +142,13 @@ class TightBindingEvaluator : public Evaluator {
   // zero).
   bool diagonalise() {
     const Eigen::Index size = h_.rows();
-    blocks_ = 0;
+    used_ = 0;
     levels_.clear();
     left_.resize(static_cast<std::size_t>(size));
     std::iota(left_.begin(), left_.end(), Eigen::Index{0});
     while (!left_.empty()) {
-      if (blocks_ == members_.size()) {
-        members_.emplace_back();
-        solvers_.emplace_back();
-      }
-      std::vector<Eigen::Index>& block = members_[blocks_];
+      if (used_ == blocks_.size()) blocks_.emplace_back();
+      auto& [block, solver] = blocks_[used_++];
       block.assign(1, left_.front());
       left_.erase(left_.begin());
       for (std::size_t k = 0; k < block.size(); ++k) {
@@ -162,7 +164,6 @@ class TightBindingEvaluator : public Evaluator {
       block_.resize(index(n), index(n));
       for (std::size_t a = 0; a < n; ++a)
         for (std::size_t b = 0; b <= a; ++b) block_(index(a), index(b)) = h_(block[a], block[b]);
-      auto& solver = solvers_[blocks_++];
       solver.compute(block_);
       if (solver.info() != Eigen::Success) return false;
       levels_.insert(levels_.end(), solver.eigenvalues().data(), solver.eigenvalues().data() + n);
@@ -286,11 +287,10 @@ class TightBindingEvaluator : public Evaluator {
   std::vector<std::size_t> start_;  // first orbital of each atom
   std::vector<Bond> bonds_;
   Eigen::MatrixXd h_, block_, weighted_, density_;  // h_: below the diagonal
-  std::size_t blocks_ = 0;
-  std::vector<Eigen::Index> left_;                                       // orbitals in no block yet
-  std::vector<std::vector<Eigen::Index>> members_;                       // orbitals of each block
-  std::vector<Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd>> solvers_;  // of each block
-  std::vector<double> levels_, occupation_, sorted_;                     // block by block, but the last
+  std::vector<Block> blocks_;                       // `used_` of them; the others keep their memory
+  std::size_t used_ = 0;
+  std::vector<Eigen::Index> left_;                    // orbitals in no block yet
+  std::vector<double> levels_, occupation_, sorted_;  // block by block, but the last
 };
 
 }  // namespace

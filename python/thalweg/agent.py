@@ -109,8 +109,8 @@ def build(
     rngs, lost = [key.rng() for key in keys], [False] * len(states)
     ratios = {}  # of each distinct state, by its bytes
     for state in states:
-        if state.tobytes() not in ratios:
-            ratio = ratios[state.tobytes()] = grid.empty.copy()
+        if (name := state.tobytes()) not in ratios:
+            ratio = ratios[name] = grid.empty.copy()
             for row, position in zip(state, grid.place(state), strict=True):
                 grid.narrow(ratio, position, float(grid.radii[row[0]]))
     atoms = int(grid.counts.sum())
@@ -136,8 +136,8 @@ def build(
             species, voxel = divmod(policy.choose(q, allowed[name].ravel(), atoms, rngs[i]), grid.voxels)
             row = np.array([[species, voxel]], np.int32)
             states[i] = np.concatenate([states[i], row])
-            if states[i].tobytes() not in ratios:
-                ratio = ratios[states[i].tobytes()] = before[name].copy()
+            if (grown := states[i].tobytes()) not in ratios:
+                ratio = ratios[grown] = before[name].copy()
                 grid.narrow(ratio, grid.place(row)[0], float(grid.radii[species]))
 
 
