@@ -80,6 +80,7 @@ ARMS: dict[str, dict] = {
     "rebuild, continuous": {**REBUILD, "evaluate_on_grid": False},
     "rebuild, continuous, one life": {**REBUILD, "evaluate_on_grid": False, "lifetime": 0},
     "rebuild, continuous, uniform policy": {**REBUILD, "evaluate_on_grid": False, "policy": "uniform"},
+    "rebuild, continuous, full kernels": {**REBUILD, "evaluate_on_grid": False, "network": "thesis-3d-full"},
     "rebuild, prior of wells": {**REBUILD, "prior": "fitted"},
     "relaxed in the true potential": {"postprocess": "true"},
     "transfer": {"transfer_from": "smaller"},
@@ -271,14 +272,19 @@ def smaller(name: str, seed: int, path: Path) -> str:
     """Where an agent that learned in a smaller cell is kept."""
     from thalweg import recipes
 
-    if name not in SMALLER:
-        raise SystemExit(f"there is no smaller problem to learn on for {name}; there is for {', '.join(SMALLER)}")
     problem, calculator, options, _ = make(SMALLER[name][0])
     search = recipes.asla(problem, calculator, seed=seed, threads=1, **options)
     search.run(SMALLER[name][1])
     search.ask()  # learns the last episode
     search.fitted["agent"].save(str(path))
     return str(path)
+
+
+def fits(name: str, arm: str) -> bool:
+    """Whether an arm can run on a problem: transfer needs a smaller one, full kernels a grid of three dimensions."""
+    if "transfer_from" in ARMS[arm]:
+        return name in SMALLER
+    return ARMS[arm].get("network") != "thesis-3d-full" or name in ENERGIES
 
 
 def one(task: tuple[str, str, int, int]) -> dict:
@@ -326,6 +332,18 @@ def one(task: tuple[str, str, int, int]) -> dict:
     }  # fmt: skip
 
 
+def kept(path: Path) -> list[dict]:
+    """The restarts in a file: of one that was repeated with another cap the last; a line that was cut off is none."""
+    found = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        found[row["arm"], row["seed"]] = row
+    return list(found.values())
+
+
 def table(folder: Path, problems: list[str]) -> None:
     """Everything that is there."""
     from thalweg.statistics import success_curve
@@ -335,7 +353,7 @@ def table(folder: Path, problems: list[str]) -> None:
         f"{'s/episode':>9s}"
     )
     for name in problems:
-        lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        lines = kept(folder / f"{name}.jsonl")
         lowest = min(line["lowest"] for line in lines)
         for arm in ARMS:
             rows = [line for line in lines if line["arm"] == arm]
@@ -377,11 +395,16 @@ def main() -> None:
         tasks = []
         for name in problems:
             path = folder / f"{name}.jsonl"
-            lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            lines = kept(path)
             done = {(line["arm"], line["seed"]) for line in lines if line["success"] or line["cap"] >= arguments.cap}
-            for seed, arm in itertools.product(range(arguments.restarts), arguments.arm or ARMS):
-                if (arm, arguments.seed + seed) not in done:
-                    tasks.append((name, arm, arguments.seed + seed, arguments.cap))
+            if path.exists() and not path.read_text().endswith("\n"):
+                path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            arms = arguments.arm or [arm for arm in ARMS if fits(name, arm)]
+            for seed, arm in itertools.product(range(arguments.seed, arguments.seed + arguments.restarts), arms):
+                if not fits(name, arm):
+                    parser.error(f"the arm '{arm}' cannot run on {name}")
+                if (arm, seed) not in done:
+                    tasks.append((name, arm, seed, arguments.cap))
         with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
             for result in pool.imap_unordered(one, tasks):
                 with open(folder / f"{result['problem']}.jsonl", "a") as file:

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.build import fcc100
 from thalweg import Batch, GridSettings, Policy, Problem, StopAt, _core, recipes
 from thalweg.agent import _canonical, _pairs, build
 from thalweg.calculators import EMT, SmoothCarbon
@@ -167,7 +168,7 @@ def test_snapping_crowded_atoms_keeps_them_apart():
         assert _core.closest_contacts(FLAT.batch(grid.place(rows)[None]))[0] >= FLAT.c1
 
 
-@pytest.mark.parametrize("heights", [None, {"C": 6.0, "H": 6.6}])
+@pytest.mark.parametrize("heights", [None, {"C": 6.0, "H": 6.4}])
 def test_snapping_all_at_once_is_snapping_one_by_one(heights, monkeypatch):
     first = Atoms("C", [[5.0, 5.0, 6.0]], cell=[12.0] * 3)
     around = Problem("C2H2", template=first, box=MIXED.box)
@@ -235,6 +236,13 @@ def test_copies_keep_every_distance():
     # z is the first direction, and hydrogen keeps to a layer of it.
     upright = Problem("C2H", cell=9.0, box=([2.5] * 3, [[0, 0, 4.0], [4.0, 0, 0], [0, 4.0, 0]]))
     grids[GridSettings(0.5, dimension=3, heights={"H": 3.5}).of(upright)] = 8
+    # Skewed planes: half a turn, and two mirrors where the directions are alike.
+    for cell, count in (
+        ([[6.0, 0, 0], [3.0, 27**0.5, 0], [0, 0, 9.0]], 4),
+        ([[6.0, 0, 0], [2.0, 5.0, 0], [0, 0, 9.0]], 2),
+    ):
+        box = ([0, 0, 4.0], [*cell[:2], [0, 0, 1.0]])
+        grids[GridSettings(0.5).of(Problem("C3", cell=cell, pbc=(True, True, False), box=box))] = count
     for grid, count in grids.items():
         voxels = np.arange(grid.voxels)
         copies = [grid.turned(voxels, np.full(len(voxels), way)) for way in range(len(grid.symmetries))]
@@ -290,7 +298,7 @@ torch = pytest.importorskip("torch", reason="the agent learns with PyTorch: pip 
 def toy(**options):
     first = Atoms("C", [[0, 0, 5.0]], cell=[5.0, 4.4, 10.0], pbc=(True, True, False))
     problem = Problem("C3", template=first, box=FLAT.box)
-    return recipes.asla(problem, SmoothCarbon(), grid=0.4, threads=1, **options)
+    return recipes.asla(problem, SmoothCarbon(), **{"grid": 0.4, "threads": 1, **options})
 
 
 def rows_of(search):
@@ -398,6 +406,76 @@ def test_transfer_starts_from_the_other_agents_weights(tmp_path):
         recipes.asla(large, SmoothCarbon(), transfer_from=str(tmp_path / "none.npz")).run(1)
 
 
+def test_transfer_takes_weights_for_the_same_images_only(tmp_path):
+    path = str(tmp_path / "agent.npz")
+    with toy(seed=5) as small:
+        small.run(2)
+        small.models["agent"].fit(small.data).save(path)
+    for options, words in (
+        ({"representation": "one-hot"}, "representation is gaussian, this one's is one-hot"),
+        ({"grid": 0.8}, "whose spacing is 0.4"),
+    ):
+        with pytest.raises(ConfigurationError, match=words):
+            toy(transfer_from=path, **options)
+    with pytest.raises(ConfigurationError, match="whose species is"):
+        recipes.asla(MIXED, SmoothCarbon(), grid=0.4, transfer_from=path)
+    np.savez(tmp_path / "other.npz", losses=np.zeros(3))
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for name in ("other.npz", "array.npy", "nothing.npz"):
+        with pytest.raises(ConfigurationError, match="is no snapshot of an agent"):
+            toy(transfer_from=str(tmp_path / name))
+
+
+def test_every_life_and_every_seed_draws_its_own_representation():
+    agents = [toy(seed=seed, representation="agr").models["agent"] for seed in (0, 1)]
+    drawn = [agent.trainer(life).network.representation.coefficients for agent in agents for life in (0, 1)]
+    assert len({array.detach().numpy().tobytes() for array in drawn}) == 4
+
+
+def test_harmonics_know_the_spacing_of_their_grid():
+    """A ring at 1.4 angstrom is 3.5 voxels away on a grid of 0.4."""
+    agent = toy(grid=0.4, representation="harmonics", representation_options={"radius": 1.4}).models["agent"]
+    ring = agent.trainer().network.representation.kernels()[0, 1].numpy()  # |m| = 0, behind the Gaussian
+    middle = ring.shape[0] // 2
+    spacing = np.linalg.norm(agent.built_on.steps, axis=1).mean()
+    assert abs(int(np.argmax(ring[middle, middle:])) - 1.4 / spacing) <= 0.5
+
+
+def test_deep_layers_of_a_slab_are_no_neighbours_in_the_plane():
+    slab = fcc100("Au", (2, 2, 3), vacuum=6.0)
+    slab.pbc = (True, True, False)
+    z = np.unique(slab.positions[:, 2].round(6))
+    plane = z[-1] + 1.5
+    box = ([0, 0, plane - 0.5], [slab.cell[0], slab.cell[1], [0, 0, 1.0]])
+    grid = GridSettings(0.4).of(Problem("Au2", template=slab, box=box))
+    assert not grid.alone and len(grid.template) == 4  # the uppermost layer
+    assert sorted(grid.template[:, 1]) == sorted(grid.nearest(slab.positions[slab.positions[:, 2] > z[-1] - 0.1]))
+
+
+def test_more_threads_learn_and_build_the_same():
+    one, two = (toy(seed=3, acquisition="lcb", candidates=4, threads=n) for n in (1, 2))
+    with one, two:
+        one.run(6)
+        two.run(6)
+        assert two.models["agent"].threads == 2
+        assert np.array_equal(one.data.positions, two.data.positions)
+        assert np.array_equal(one.fitted["agent"].trainer.parameters, two.fitted["agent"].trainer.parameters)
+
+
+def test_displaced_candidates_go_to_the_grid_as_well():
+    with toy(seed=2, acquisition="lcb", candidates=2, displaced=6, rebuild_after=3) as search:
+        search.run(8)
+        assert "AlongForces" in search.data.columns["origin"].tolist()
+        fractional = search.data.positions[:, :2] / np.diag(search.models["agent"].built_on.steps[:, :2])
+        assert np.allclose(fractional, np.rint(fractional), atol=1e-9)
+
+
+def test_a_plane_that_is_not_xy_is_refused():
+    upright = Problem("C3", cell=9.0, box=([2.0] * 3, [[5.0, 0, 0], [0, 0, 5.0], [0, 1.0, 0]]))
+    with pytest.raises(ConfigurationError, match="lies in the plane of x and y"):
+        GridSettings(0.5).of(upright)
+
+
 def test_three_dimensions_and_several_species():
     problem = Problem("Ni2Au2", cell=12.0, box=4.0)
     with recipes.asla(problem, EMT(), grid=0.8, dimension=3, seed=1, network="light-3d", threads=1) as search:
@@ -433,12 +511,27 @@ def test_an_agent_finds_a_small_minimum_sooner_than_chance():
         ({"lifetime": -1}, "lifetime"),
         ({"train_steps": 0}, "steps"),
         ({"lr": 0.0}, "learning rate"),
-        ({"network": "thesis"}, "preset"),
+        ({"candidates": 0, "acquisition": "lcb"}, "candidates must be a whole number, at least 1"),
+        ({"rebuild": 2.5, "acquisition": "lcb"}, "rebuild must be 0 to 10"),
+        ({"rebuild": 10, "rebuild_after": 0, "acquisition": "lcb"}, "nothing to rebuild"),
+        ({"replay": 2.5}, "replay"),
+        ({"lr": float("inf")}, "learning rate"),
+        ({"heights": {"C": 50.0}}, "must lie in the box"),
+        ({"grid": 30.0}, "no room for"),
+        ({"network": "thesis-3d-full"}, "on a grid of dimension 2"),
+        ({"representation_options": {"widht": 1.0}}, "Did you mean 'width'"),
+        ({"representation_options": {"width": "a"}}, "cannot be made of"),
+        ({"representation_options": {"width": [1.0, 2.0]}}, "one per species"),
+        ({"representation": "displaced", "representation_options": {"width": 0.0}}, "width must be above 0"),
+        ({"representation": "harmonics", "representation_options": {"spacing": 0.0}}, "spacing of circular harmonics"),
+        ({"representation": "harmonics", "representation_options": {"orders": 2}}, "cannot be made of"),
+        ({"representation": "agr", "representation_options": {"l1": -1.0}}, "l1 must be at least 0"),
+        ({"network": "thesis"}, "Did you mean .thesis-2d"),
     ],
 )
 def test_bad_options_of_the_recipe_are_named(options, words):
     with pytest.raises(ConfigurationError, match=words):
-        toy(**options).run(1)
+        toy(**options)  # before anything is evaluated
 
 
 def test_the_recipe_can_be_asked_for_in_a_file(tmp_path):

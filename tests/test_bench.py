@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,3 +147,62 @@ def test_peers_from_pypi(capsys, monkeypatch, peer, row):
     assert bench.kernels(against=peer, filter=row) == 0
     printed = capsys.readouterr().out
     assert row in printed and (peer == "featomic" or f"values agree: {row}" in printed)
+
+
+@pytest.fixture
+def asla_benchmark(monkeypatch):
+    path = SOURCE / "benchmarks/asla.py"
+    if not path.is_file():
+        pytest.skip("the sources are not beside the tests")
+    for name in ("OMP_NUM_THREADS", "THALWEG_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    spec = importlib.util.spec_from_file_location("asla_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_asla_benchmark_goes_on_where_it_was_cut_off(asla_benchmark, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
+
+    class Here:
+        """A pool of this process."""
+
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        imap_unordered = staticmethod(map)
+
+    monkeypatch.setattr(asla_benchmark.multiprocessing, "get_context", lambda _: SimpleNamespace(Pool=Here))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["asla.py", "--problem", "toy", "--folder", str(tmp_path), *arguments])
+        asla_benchmark.main()
+        return capsys.readouterr().out
+
+    assert " 0/2" in run("--arm", "uniform", "--restarts", "2", "--cap", "2")
+    with open(tmp_path / "toy.jsonl", "a") as file:
+        file.write('{"problem": "toy", "ar')  # killed while it wrote
+    assert " 0/2" in run("--table")
+    assert " 0/3" in run(
+        "--arm", "uniform", "--restarts", "3", "--cap", "3"
+    )  # a longer one takes a shorter one's place
+    rows = [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text().splitlines()]
+    assert [(row["seed"], row["cap"]) for row in rows] == [(0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
+    with pytest.raises(SystemExit):
+        run("--arm", "transfer")
+    assert "cannot run on toy" in capsys.readouterr().err
+
+
+def test_every_arm_of_the_asla_benchmark_is_one_of_the_recipes(asla_benchmark):
+    from thalweg.config import recipe_options
+
+    for name, options in asla_benchmark.ARMS.items():
+        plain = {k: v for k, v in options.items() if k != "transfer_from" and v != "2/N"}
+        assert plain.items() <= recipe_options("asla", plain).items(), name

@@ -386,3 +386,24 @@ def test_a_saturated_network_still_learns(backend):
         trainer.step(placed, offsets, actions, np.full(4, -0.5, np.float32))
     assert np.all(before == 1.0)
     assert trainer.q_of(placed, offsets, actions).max() < 0.9
+
+
+@pytest.mark.parametrize("kind", [Gaussian, CircularHarmonics])
+def test_atoms_on_one_voxel_look_the_same_in_maps_and_in_training(kind):
+    """Template atoms above one another share a voxel."""
+    network = QNetwork.preset("thesis-2d", kind(1, 2), seed=1).on((12, 11), (True, False))
+    placed = np.array([[0, 20], [0, 20], [0, 70]])
+    q = network.q_of(placed, np.array([0, 3]), np.array([[0, 60]])).item()
+    assert abs(network.q_map(placed).ravel()[60] - q) < 1e-5
+    once = network.q_of(placed[1:], np.array([0, 2]), np.array([[0, 60]])).item()
+    assert abs(once - q) > 1e-4
+
+
+def test_displaced_gaussians_start_as_they_are_told():
+    first, uniform, falling = (
+        DisplacedGaussians(2, initial=kind, seed=4).coefficients.detach().numpy()
+        for kind in ("first", "uniform", "falling")
+    )
+    assert np.array_equal(first, np.eye(7)[[0, 0]])
+    assert np.abs(uniform).max() <= 1 and np.all(np.ptp(uniform, axis=1) > 0.5)
+    assert np.allclose(falling, uniform * np.linspace(1.0, 0.1, 7))

@@ -231,6 +231,46 @@ def test_what_cannot_be_reported(tmp_path):
         report([tmp_path / "run", tmp_path / "run"], tmp_path / "x.html")
 
 
+ASLA = """
+[problem]
+symbols = "C4"
+cell = [[5.0, 0, 0], [1.5, 4.4, 0], [0, 0, 10.0]]
+pbc = [true, true, false]
+box = { corner = [0, 0, 4.5], vectors = [[5.0, 0, 0], [1.5, 4.4, 0], [0, 0, 1.0]] }
+[calculator]
+name = "smooth-carbon"
+[search]
+method = "asla"
+grid = 0.4
+iterations = 3
+"""
+
+
+def test_an_agents_run_leaves_pictures_and_a_snapshot_to_go_on_from(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    (tmp_path / "first.toml").write_text(ASLA)
+    campaign.prepare(Configuration.load(tmp_path / "first.toml"), tmp_path / "first")
+    assert not campaign.run(tmp_path / "first", workers=1).failed
+    out = report([tmp_path / "first"], tmp_path / "first.html").read_text()
+    assert "Training of the agents" in out and "Q-maps along the best build" in out
+    with np.load(tmp_path / "first/restarts/000/portrait.npz") as portrait:
+        assert len(portrait["losses"]) >= 2 and len(portrait["q"]) == 4
+        lengths, angle = np.linalg.norm(portrait["plane"], axis=1), portrait["plane"][0] @ portrait["plane"][1]
+        assert np.allclose(lengths * portrait["q"].shape[2:], [5.0, np.hypot(1.5, 4.4)])
+        assert np.isclose(angle / lengths.prod(), 1.5 / np.hypot(1.5, 4.4))
+
+    # A relative file is found beside the TOML file, and when the run goes on from elsewhere.
+    (tmp_path / "second.toml").write_text(ASLA + 'transfer_from = "first/restarts/000/agent.npz"\n')
+    campaign.prepare(Configuration.load(tmp_path / "second.toml"), tmp_path / "second")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert not campaign.run("../second", workers=1).failed
+    with np.load(tmp_path / "first/restarts/000/agent.npz") as snapshot:
+        learned = snapshot["parameters"]
+    with Configuration.load(tmp_path / "second.toml").make_search(seed=3, store=None) as search:
+        assert np.array_equal(search.models["agent"].trainer().parameters, learned)
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 def test_the_viewer_starts_in_a_browser(folders, tmp_path):
     base, _ = folders

@@ -14,6 +14,7 @@ the atoms of its state were placed:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -185,7 +186,8 @@ class Build:
     model : str
         Name of the `Agent` in `Search(models={...})`.
     novel : bool
-        A build that equals an evaluated one is begun anew, up to five times (costs no evaluation).
+        A build that equals one that the agent has learned is begun anew, up to five times (costs no evaluation); without
+        an agent (a uniform policy) nothing is known.
     """
 
     count: Schedule[int] = 1
@@ -335,9 +337,9 @@ class Agent:
     favour : float
         How much more often low episodes are replayed: with weights rank^-favour, rank 1 the lowest. 0: all alike.
     patience : int
-        After so many episodes without a new lowest energy the agent begins anew: other initial weights, and rewards and
-        replay know later episodes only. A pattern that was learned early, such as a square lattice, is seldom left
-        otherwise. 0: never.
+        After so many episodes without a new lowest energy the agent begins anew: other initial weights (those of
+        `transfer_from`, if given), and rewards and replay know later episodes only. A pattern that was learned early, such
+        as a square lattice, is seldom left otherwise. 0: never.
     lifetime : int
         It begins anew, too, after `lifetime` times 1, 1, 2, 1, 1, 2, 4, ... episodes, whatever it found: an agent finds the
         minimum soon or hardly ever (universal sequence of Luby, Sinclair, Zuckerman, Inf. Process. Lett. 47, 173 (1993)).
@@ -346,7 +348,10 @@ class Agent:
         Random copies rotated and mirrored; None: unless a template has atoms beyond the grid.
     backend : "auto", "core" or "torch", see `thalweg.networks.Trainer`
     transfer_from : str, optional
-        A snapshot (.npz, `FittedAgent.save`) of an agent for the same species: its weights are where learning starts.
+        A snapshot (.npz) of an agent for the same species, representation and spacing: its weights are where learning
+        starts, in every life. A run leaves one per restart (`restarts/000/agent.npz`); `FittedAgent.save` writes one.
+    threads : int
+        Of training and Q-maps; 0: as many as there are cores. Results do not depend on it.
     snapshot_every : int
         Episodes between the snapshots of weights and optimiser that the store holds; a resumed search repeats the
         training since the last one.
@@ -370,6 +375,7 @@ class Agent:
     symmetry: bool | None = None
     backend: str = "auto"
     transfer_from: str | None = None
+    threads: int = 1
     snapshot_every: int = 50
     seed: int = 0
     name: str = field(default="agent", repr=False)
@@ -381,8 +387,8 @@ class Agent:
                 f"representation must be one of {', '.join(map(repr, REPRESENTATIONS))}, got {self.representation!r}."
                 f"{nearest(str(self.representation), REPRESENTATIONS)}"
             )
-        if self.span is not None and not self.span > 0:
-            raise ConfigurationError(f"the span of the rewards must be above 0 eV, got {self.span!r}")
+        if self.span is not None and not 0 < self.span < np.inf:
+            raise ConfigurationError(f"the span of the rewards must be a number above 0 eV, got {self.span!r}")
         for name, least in (
             ("replay", 0),
             ("favour", 0),
@@ -391,15 +397,21 @@ class Agent:
             ("warm_up", 0),
             ("steps", 1),
             ("snapshot_every", 1),
+            ("threads", 0),
         ):
-            if not getattr(self, name) >= least:
-                raise ConfigurationError(f"{name} of an agent must be at least {least}, got {getattr(self, name)!r}")
-        if not self.lr > 0:
-            raise ConfigurationError(f"the learning rate lr must be above 0, got {self.lr!r}")
+            value, whole = getattr(self, name), name != "favour"
+            if not value >= least or (whole and value != int(value)):
+                raise ConfigurationError(
+                    f"{name} of an agent must be {'a whole number, ' if whole else ''}at least {least}, got {value!r}"
+                )
+        if not 0 < self.lr < np.inf:
+            raise ConfigurationError(f"the learning rate lr must be a number above 0, got {self.lr!r}")
 
     def bound(self, problem: Problem) -> Agent:
-        """The same agent, knowing its problem; a search calls it."""
-        return replace(self, built_on=self.grid.of(problem))
+        """The same agent, knowing its problem; a search calls it. Raises ConfigurationError if no network can be made."""
+        agent = replace(self, built_on=self.grid.of(problem))
+        agent.trainer() if self.transfer_from is not None else agent._network(0)
+        return agent
 
     def fit(self, data: Batch, previous: FittedAgent | None = None, *, key: Any = None) -> FittedAgent:
         """Learns the episodes that `previous` has not seen."""
@@ -417,21 +429,63 @@ class Agent:
         """A new network and its optimiser; `life` counts how often the agent began anew."""
         from thalweg import networks
 
-        grid = self.built_on
-        if grid is None:
+        network, grid = self._network(life), self._grid
+        trainer = networks.Trainer(
+            network, grid.shape, grid.periodic, lr=self.lr, backend=self.backend, threads=self.threads
+        )
+        if self.transfer_from is not None:
+            _start_from(trainer, self.transfer_from, self.signature)
+        return trainer
+
+    @property
+    def _grid(self) -> Grid:
+        if self.built_on is None:
             raise ConfigurationError("an Agent learns in a search: Search(models={'agent': Agent(...)})")
+        return self.built_on
+
+    def _network(self, life: int) -> Any:
+        from thalweg import networks
+
+        grid = self._grid
         kinds = {
             "one-hot": networks.OneHot, "gaussian": networks.Gaussian, "agr": networks.AGR,
             "displaced": networks.DisplacedGaussians, "harmonics": networks.CircularHarmonics,
         }  # fmt: skip
-        image = kinds[self.representation](len(grid.species), grid.dimension, **self.representation_options)
+        kind, seed = kinds[self.representation], self.seed if life == 0 else Key.of(self.seed).fold("life", life).value
+        known = [name for name in inspect.signature(kind).parameters if name not in ("species", "dimension")]
+        if unknown := [name for name in self.representation_options if name not in known]:
+            raise ConfigurationError(
+                f"representation_options: '{self.representation}' takes {', '.join(known) or 'none'}, got "
+                f"{unknown[0]!r}.{nearest(unknown[0], known)}"
+            )
+        own = {"seed": seed, "spacing": grid.spacing}
+        options = {name: value for name, value in own.items() if name in known} | dict(self.representation_options)
+        try:
+            image = kind(len(grid.species), grid.dimension, **options)
+        except ConfigurationError:
+            raise
+        except (TypeError, ValueError) as problem:
+            raise ConfigurationError(
+                f"representation_options: '{self.representation}' cannot be made of {dict(self.representation_options)} "
+                f"({problem})"
+            ) from problem
+        fitting = [name for name, sizes in networks.PRESETS.items() if sizes["dimension"] == grid.dimension]
         name = self.network or ("thesis-2d" if grid.dimension == 2 else "thesis-3d-dilated-2")
-        seed = self.seed if life == 0 else Key.of(self.seed).fold("life", life).value
-        network = networks.QNetwork.preset(name, image, seed=seed)
-        trainer = networks.Trainer(network, grid.shape, grid.periodic, lr=self.lr, backend=self.backend)
-        if self.transfer_from is not None:
-            _start_from(trainer, self.transfer_from)
-        return trainer
+        if name not in fitting:
+            raise ConfigurationError(
+                f"network must be one of {', '.join(map(repr, fitting))} on a grid of dimension {grid.dimension}, got "
+                f"{name!r}.{nearest(name, fitting)}"
+            )
+        return networks.QNetwork.preset(name, image, seed=seed)
+
+    @property
+    def signature(self) -> dict[str, Array]:
+        """What weights of this agent are for, and so what an agent must share that starts from them."""
+        grid = self._grid
+        return {
+            "species": grid.species, "dimension": np.array(grid.dimension), "spacing": np.array(grid.spacing),
+            "representation": np.array(self.representation),
+        }  # fmt: skip
 
 
 class FittedAgent:
@@ -469,7 +523,7 @@ class FittedAgent:
             self._map = self._compiled()
         offsets = np.cumsum([0] + [len(state) for state in states])
         rows = np.concatenate(states)
-        q = self._map.batch(offsets, rows[:, 0], rows[:, 1], threads=1)
+        q = self._map.batch(offsets, rows[:, 0], rows[:, 1], threads=self.model.threads)
         return q.reshape(len(states), kinds, -1)
 
     def _compiled(self) -> _core.QMap:
@@ -598,8 +652,8 @@ class FittedAgent:
     def portrait(self, panels: int = 9) -> dict[str, Array]:
         """What a report draws of it: `losses` (episodes,); of the best build so far, as seen now, `q` (n, S, nx, ny) at n
         of its steps (in three dimensions the largest along the third), `allowed` likewise (bool), `steps` (n,) how many
-        atoms there are; `placed` (k, 3) rows species, x, y in order of placement, `template` likewise; `spacing` (2,) in
-        angstrom; `species` (S,)."""
+        atoms there are; `placed` (k, 3) rows species, x, y in order of placement, `template` likewise; `plane` (2, 2) the
+        steps along x and y in their plane [angstrom]; `species` (S,)."""
         if not self.builds or not np.isfinite(min(self.energies)):
             return {"losses": np.array(self.losses)}
         grid, rows = self.grid, self.builds[int(np.argmin(self.energies))]
@@ -617,27 +671,46 @@ class FittedAgent:
         if grid.dimension == 3:
             maps, masks = maps.max(axis=-1), masks.max(axis=-1)
         flat = [np.column_stack([r[:, 0], *np.unravel_index(r[:, 1], grid.shape)[:2]]) for r in (rows, grid.template)]
+        first, second = grid.steps[:2]
+        along = first / np.linalg.norm(first)
+        across = second - (second @ along) * along
         return {
             "losses": np.array(self.losses), "q": np.where(masks, maps, 0).astype(np.float32), "allowed": masks,
             "steps": steps, "placed": flat[0], "template": flat[1],
-            "spacing": np.linalg.norm(grid.steps[:2], axis=1), "species": grid.species,
+            "plane": np.array([[first @ along, 0], [second @ along, np.linalg.norm(across)]]), "species": grid.species,
         }  # fmt: skip
 
-    def save(self, path: str) -> None:
-        """Weights and optimiser as .npz, for `transfer_from`."""
-        np.savez_compressed(path, **self.trainer.state_dict())
+    def save(self, file: Any) -> None:
+        """Weights, optimiser and what they are for as .npz, for `transfer_from`; file: a path or an open file."""
+        arrays: dict[str, Any] = {f"agent.{name}": value for name, value in self.model.signature.items()}
+        np.savez_compressed(file, **arrays, **self.trainer.state_dict())
 
 
-def _start_from(trainer: Any, path: str) -> None:
+def _start_from(trainer: Any, path: str, signature: Mapping[str, Array]) -> None:
     try:
         with np.load(path, allow_pickle=False) as file:
             state = {name: file[name] for name in file.files}
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, TypeError, AttributeError) as problem:
         raise ConfigurationError(f"transfer_from: {path} is no snapshot of an agent ({problem})") from problem
+    if missing := [name for name in signature if f"agent.{name}" not in state]:
+        raise ConfigurationError(
+            f"transfer_from: {path} is no snapshot of an agent (it does not say its {missing[0]}); a run leaves one in "
+            "restarts/000/agent.npz, FittedAgent.save writes one"
+        )
+    for name, mine in signature.items():
+        other = state.pop(f"agent.{name}")
+        alike = mine.shape == other.shape and (np.isclose(mine, other, 0.1) if name == "spacing" else mine == other)
+        if not np.all(alike):
+            raise ConfigurationError(
+                f"transfer_from: {path} is of an agent whose {name} is {other.tolist()}, this one's is {mine.tolist()}"
+            )
     fresh = trainer.state_dict()
     for name in ("first_moment", "second_moment", "updates"):  # learning starts anew, from other weights
         state[name] = fresh[name]
-    trainer.load_state_dict(state)
+    try:
+        trainer.load_state_dict(state)
+    except ConfigurationError as problem:
+        raise ConfigurationError(f"transfer_from: {path}: {problem}") from None
 
 
 def _episodes(data: Batch, begin: int) -> list[tuple[Batch, float]]:

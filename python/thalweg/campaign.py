@@ -110,6 +110,10 @@ class RunFolder:
 
     def portrait(self, index: int) -> Path:
         """What a report draws of the restart's agent, if it has one."""
+        return self.restart(index) / "portrait.npz"
+
+    def snapshot(self, index: int) -> Path:
+        """The restart's agent as it was at the end, for `transfer_from`."""
         return self.restart(index) / "agent.npz"
 
     def result(self, index: int) -> Path:
@@ -463,9 +467,11 @@ def _search(configuration: Configuration, folder: RunFolder, index: int, link: _
         reason = str(found.reason)
         for fitted in search.fitted.values():
             if hasattr(fitted, "portrait"):
-                content = io.BytesIO()
-                np.savez_compressed(content, **fitted.portrait())
-                write_atomically(folder.portrait(index), content.getvalue())
+                portrait, snapshot = io.BytesIO(), io.BytesIO()
+                np.savez_compressed(portrait, **fitted.portrait())
+                fitted.save(snapshot)
+                write_atomically(folder.portrait(index), portrait.getvalue())
+                write_atomically(folder.snapshot(index), snapshot.getvalue())
     except BaseException:
         with contextlib.suppress(Exception):  # what closing says after a failure would hide the failure
             search.close()

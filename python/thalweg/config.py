@@ -56,6 +56,8 @@ FALLBACK_ITERATIONS = 100
 
 # Arguments of a recipe that are not options of the user's: the [search] keys of the same name or the program set them.
 RESERVED = ("problem", "calculator", "store", "seed", "callbacks")
+# Options that name a file; relative ones are sought beside the TOML file.
+FILES = {"transfer_from"}
 
 
 # No configuration is larger [bytes]; nobody runs more restarts or iterations.
@@ -274,6 +276,9 @@ class Configuration:
             section.setdefault("iterations", DEFAULT_ITERATIONS.get(method, FALLBACK_ITERATIONS))
         parts["search"] = _checked(SearchSection, section, "search", mistakes)
         _raise_if(mistakes, source)
+        for name in FILES & options.keys():
+            if isinstance(options[name], str):  # found again from wherever the run is continued
+                options[name] = str((Path(folder) / options[name]).resolve())
         agree, restarts = parts["search"].stop_when_agree, parts["search"].restarts
         if agree is not None and agree > restarts:
             mistakes.append(f"search.stop_when_agree: {agree} restarts cannot agree, search.restarts is {restarts}")

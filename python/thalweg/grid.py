@@ -39,11 +39,11 @@ class GridSettings:
     spacing : float
         In angstrom, of neighbouring points; the nearest that divides the box is taken.
     dimension : 2 or 3
-        2: one layer of points that the box's first two vectors span.
+        2: one layer of points that the box's first two vectors span, which lie in the plane of x and y.
     heights : mapping of symbol to angstrom or (lowest, highest), optional
         With dimension 2: the z coordinate of each species' atoms (layered pseudo-3D); default: the middle of the box.
         With dimension 3: a species keeps to the layer of points nearest to that z, or to the points between two heights;
-        default: the whole box. Atoms with one height keep it when they are relaxed.
+        default: the whole box. Atoms with one height keep it when they are relaxed; a range says where atoms are placed.
     hydrogen_last : bool
         Hydrogen is placed when all else is.
     """
@@ -89,18 +89,25 @@ class Grid:
     shape : points along each of the `dimension` directions
     periodic : whether each of them is
     species : (S,) atomic numbers on the grid, rising: those of the placed atoms and of a template's atoms on it
-    template : (t, 2) int32, a template's atoms that lie on the grid (with two dimensions: whose projections do), as rows
+    template : (t, 2) int32, a template's atoms that lie on the grid, as rows. With two dimensions: whose projections do
+        and which are no farther above or below it than c2 lets bonds be; deeper layers of a slab do not bond to the grid
     room : (S, V) or (S, 1) bool, the points that each species may take
     flat : (S,) whether a species' atoms keep their height when relaxed
     alone : whether no template atom lies beyond it, so that rotated and mirrored states are as good
 
-    Raises ConfigurationError if the grid would have more than 2e7 points, or heights name no species of the problem.
+    Raises ConfigurationError if the grid would have more than 2e7 points, in two dimensions lies in another plane than
+    that of x and y, or if heights lie outside the box or name no species of the problem.
     """
 
     def __init__(self, problem: Problem, settings: GridSettings):
         self.problem, self.settings = problem, settings
         d = self.dimension = settings.dimension
         corner, vectors, opened = problem.box_arguments
+        if d == 2 and np.abs(vectors[:2, 2]).max() > 1e-9 * np.abs(vectors).max():
+            raise ConfigurationError(
+                "a grid of dimension 2 lies in the plane of x and y, but the first two vectors of the box are "
+                f"{vectors[0].round(3).tolist()} and {vectors[1].round(3).tolist()}; turn the structure, or take dimension 3"
+            )
         lengths = np.linalg.norm(vectors[:d], axis=1)
         self.periodic = tuple(bool(x) for x in opened[:d])
         counts = [
@@ -111,6 +118,11 @@ class Grid:
         if np.prod(self.shape, dtype=float) > 2e7:
             raise ConfigurationError(
                 f"a grid of {' x '.join(map(str, self.shape))} points is too fine; take a wider spacing or a smaller box"
+            )
+        if np.prod(self.shape) < len(problem.placed_numbers):
+            raise ConfigurationError(
+                f"a grid of {' x '.join(map(str, self.shape))} points has no room for {len(problem.placed_numbers)} atoms; "
+                "take a narrower spacing or a larger box"
             )
         steps = [
             v / n if wraps else v / length * settings.spacing
@@ -123,9 +135,12 @@ class Grid:
         spare = sum((v for v, w in zip(vectors[:d], self.periodic, strict=True) if not w), np.zeros(3)) - used
         self.corner = corner + spare / 2 + (vectors[2] / 2 if d == 2 else 0.0)
         template = problem.template
-        on_grid = np.zeros(0, np.int64) if template is None else np.arange(template.atoms)
+        on_grid = np.zeros(0, np.int64)
         if template is not None:
-            on_grid = on_grid[self._on_grid(template.positions)]
+            near = self._on_grid(template.positions)
+            if d == 2:
+                near &= self._bonds(template.positions[:, 2], template.numbers)
+            on_grid = np.flatnonzero(near)
         self.alone = template is None or len(on_grid) == template.atoms
         numbers = [] if template is None else template.numbers[on_grid].tolist()
         self.species = np.unique(np.concatenate([problem.placed_numbers, numbers]).astype(np.int32))
@@ -141,6 +156,11 @@ class Grid:
     @property
     def voxels(self) -> int:
         return int(np.prod(self.shape))
+
+    @property
+    def spacing(self) -> float:
+        """Mean length of its steps [angstrom]."""
+        return float(np.linalg.norm(self.steps, axis=1).mean())
 
     @cached_property
     def points(self) -> Array:
@@ -180,6 +200,15 @@ class Grid:
                 inside &= (exact[:, k] > -0.5) & (exact[:, k] < n - 0.5)
         return inside
 
+    def _bonds(self, z: Array, numbers: Array) -> Array:
+        """(n,) whether atoms at these heights can have a bond to one that is placed on this grid of two dimensions."""
+        given, middle = self.settings.heights or {}, float(self.corner[2])
+        placed = [(_core.covalent_radius(NUMBERS[name]), given.get(name, middle)) for name in self.problem.counts]
+        radii = np.array([_core.covalent_radius(int(number)) for number in numbers])
+        return np.any(
+            [np.abs(z - float(np.atleast_1d(height)[0])) < self.problem.c2 * (radii + own) for own, height in placed], 0
+        )
+
     def _heights(self) -> tuple[Array | None, Array, Array]:
         """(S,) z of each species on a grid of two dimensions with heights, else None; (S, V) or (S, 1) bool, the points a
         species may take; (S,) bool, whether its atoms keep their height."""
@@ -194,6 +223,14 @@ class Grid:
         anywhere = np.ones((len(self.species), 1), bool)
         if not given:
             return None, anywhere, flat
+        corner, vectors, _ = self.problem.box_arguments
+        bottom, top = corner[2] + np.minimum(vectors[:, 2], 0).sum(), corner[2] + np.maximum(vectors[:, 2], 0).sum()
+        for name, asked in given.items():
+            ends = np.atleast_1d(np.asarray(asked, float))
+            if len(ends) == 1 and not bottom - 1e-6 <= ends[0] <= top + 1e-6:
+                raise ConfigurationError(
+                    f"the height of {name} must lie in the box, {bottom:g} to {top:g} angstrom, got {ends[0]:g}"
+                )
         heights = [given.get(names.get(int(z), "")) for z in self.species]
         if self.dimension == 2:
             middle = float(self.corner[2])
@@ -331,24 +368,23 @@ class Grid:
     @cached_property
     def symmetries(self) -> Array:
         """(m, 2, d): which direction each direction becomes, and whether it is mirrored before; the identity comes first.
-        Directions at right angles to all others are mirrored and, where they are alike, exchanged: 8 ways in a square, 48
-        in a cube, as far as the periodic lattice and the room of each species stay the same. The third direction is left
-        alone if a template atom lies beyond the grid; the copies are of whole states, template included."""
+        Of the ways to exchange and mirror the directions those that keep all lengths and angles, the periodic lattice and
+        the room of each species: 8 in a square, 4 in a rectangle or a cell of 60 degrees, 2 in any other plane, 48 in a
+        cube. The third direction is left alone if a template atom lies beyond the grid; the copies are of whole states,
+        template included."""
         d = self.dimension
         product = self.steps @ self.steps.T
-        square = [bool(np.all(np.abs(np.delete(product[k], k)) < 1e-9)) for k in range(d)]
-        axes = [k for k in range(d) if square[k] and (k < 2 or self.alone)]
-
-        def alike(a: int, b: int) -> bool:
-            same = self.shape[a] == self.shape[b] and self.periodic[a] == self.periodic[b]
-            return a == b or (a in axes and b in axes and same and abs(product[a, a] - product[b, b]) < 1e-9)
-
         found = []
         for swap in itertools.permutations(range(d)):
-            if all(map(alike, range(d), swap)):
-                for flips in itertools.product(*[(False, True) if k in axes else (False,) for k in range(d)]):
-                    if self._keeps(swap, flips):
-                        found.append((swap, flips))
+            same = all(
+                self.shape[a] == self.shape[b] and self.periodic[a] == self.periodic[b] for a, b in enumerate(swap)
+            )
+            for flips in itertools.product((False, True), repeat=d):
+                signs = np.where(flips, -1.0, 1.0)
+                turned = signs[:, None] * product[np.ix_(swap, swap)] * signs
+                third = d == 2 or self.alone or (swap[2] == 2 and not flips[2])
+                if same and third and np.abs(turned - product).max() < 1e-9 and self._keeps(swap, flips):
+                    found.append((swap, flips))
         return np.array(found, int)
 
     def _keeps(self, swap: Sequence[int], flips: Sequence[bool]) -> bool:

@@ -178,7 +178,7 @@ class Gaussian(Representation):
 
     Parameters
     ----------
-    width : float or one per species, in grid spacings
+    width : float or one per species (by atomic number), in grid spacings
     bias : float
         -0.1 helped in Paper II, +0.1 hurt.
     """
@@ -187,6 +187,8 @@ class Gaussian(Representation):
         self, species: int = 1, dimension: int = 2, *, width: float | Sequence[float] = 1.25, bias: float = 0.0
     ):
         super().__init__(species, dimension)
+        if np.ndim(width) > 1 or np.size(width) not in (1, species):
+            raise ConfigurationError(f"width must be one number, or one per species ({species}), got {width}")
         widths = np.broadcast_to(np.asarray(width, float), (species,))
         if not np.all(widths > 0):
             raise ConfigurationError(f"width must be above 0 grid spacings, got {width}")
@@ -264,6 +266,8 @@ class AGR(_Trained):
         widths = np.arange(1, 10) / 3
         r = _radius(_window(3.0, dimension), dimension)
         basis = np.stack([np.exp(-(r**2) / (2 * w**2)) for w in widths])
+        if not l1 >= 0:
+            raise ConfigurationError(f"l1 must be at least 0, got {l1}")
         drawn = Key.of(seed).fold("representation").rng().uniform(0, 0.5, (species, len(widths)))
         super().__init__(basis, drawn, species, dimension, normalise=normalise)
         self.l1 = float(l1)
@@ -282,6 +286,8 @@ class DisplacedGaussians(_Trained):
         self, species: int = 1, dimension: int = 2, *, initial: str = "first", width: float = 1.0, seed: int = 0,
         normalise: bool = True,
     ):  # fmt: skip
+        if not width > 0:
+            raise ConfigurationError(f"width must be above 0 grid spacings, got {width}")
         radii = 2.0 * np.arange(7)
         r = _radius(12, dimension)
         basis = np.stack([np.exp(-((r - r_i) ** 2) / (2 * width**2)) for r_i in radii])
@@ -324,6 +330,9 @@ class CircularHarmonics(Representation):
             raise ConfigurationError(
                 f"orders must be whole numbers from 0 (in three dimensions up to 3), at least one, got {tuple(orders)}"
             )
+        for name, value in (("radius", radius), ("spacing", spacing), ("width", width)):
+            if not value > 0:
+                raise ConfigurationError(f"the {name} of circular harmonics must be above 0, got {value}")
         self.orders, self.stacked = tuple(int(m) for m in orders), bool(stacked)
         centre = radius / spacing
         half = max(12 if dimension == 2 else 1, math.ceil(centre + 4 * width))
@@ -506,12 +515,13 @@ class QNetwork(torch.nn.Module):
         return x
 
     def one_hot(self, placed: Array, offsets: Array) -> Tensor:
-        """(n, species, *grid) of n states."""
+        """(n, species, *grid) of n states: how many atoms of a species each voxel holds (in a template several)."""
         shape, _ = self._need_grid()
         placed, offsets = self._states(placed, offsets)
         images = self.weights[0].new_zeros(len(offsets) - 1, self.species, math.prod(shape))
         state = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        images[torch.from_numpy(state), torch.from_numpy(placed[:, 0]), torch.from_numpy(placed[:, 1])] = 1.0
+        where = torch.from_numpy(state), torch.from_numpy(placed[:, 0]), torch.from_numpy(placed[:, 1])
+        images.index_put_(where, images.new_ones(len(placed)), accumulate=True)
         return images.view(len(offsets) - 1, self.species, *shape)
 
     @torch.no_grad()

@@ -258,7 +258,7 @@ def asla(
         Of the grid: one layer of points that the box's first two vectors span, or points all over the box.
     heights : mapping of symbol to angstrom or (lowest, highest), optional
         z of each species in two dimensions (layered pseudo-3D); default: the middle of the box. In three dimensions the
-        layer of points that a species keeps to, or the lowest and highest z it may have on the grid.
+        layer of points that a species keeps to, or the lowest and highest z at which it is placed.
     hydrogen_last : bool
         Hydrogen is placed when all else is.
     postprocess : "none", "surrogate" or "true"
@@ -304,7 +304,7 @@ def asla(
     temperature : float
         Of the softmax policy.
     novel : bool
-        A build that equals an evaluated one is begun anew, up to five times.
+        A build that equals one that the agent has learned is begun anew, up to five times.
     span : float, optional
         Energy above the best [eV] at which the reward is -1; default: from the energies seen.
     lr : float
@@ -324,7 +324,8 @@ def asla(
     symmetry : bool, optional
         Pairs are rotated and mirrored at random; default: unless a template has atoms beyond the grid.
     transfer_from : str, optional
-        A snapshot (.npz) of an agent for the same species, from whose weights learning starts.
+        A snapshot (.npz) of an agent for the same species, representation and spacing, from whose weights learning
+        starts, such as `restarts/000/agent.npz` of a run; in a TOML file relative to it.
     prior : "auto", "fitted", "tight-binding", "bonding", "repulsive", "none" or what `GPR` takes
         Of the surrogate, which learns energies alone; see `gofee`. "auto": tight binding for free molecules with hydrogen
         or carbon, else fitted wells.
@@ -342,20 +343,34 @@ def asla(
     grids = GridSettings(grid, dimension, heights=heights, hydrogen_last=hydrogen_last)
     asking: dict[str, Any] = {"grid": grids, "policy": Policy(policy, epsilon, temperature=temperature), "novel": novel}
     count = candidates if acquisition == "lcb" else 1
-    if not 0 <= rebuild <= count:
-        raise ConfigurationError(f"rebuild must be 0 to {count}, the candidates of an iteration, got {rebuild}")
+    for name, value, least in (
+        ("candidates", candidates, 1), ("rebuild_after", rebuild_after, 0), ("unchosen", unchosen, 0),
+        ("displaced", displaced, 0), ("surrogate_after", surrogate_after, 0), ("surrogate_steps", surrogate_steps, 1),
+        ("true_steps", true_steps, 1), ("sample", sample, 1), ("train_steps", train_steps, 1),
+    ):  # fmt: skip
+        if value != int(value) or value < least:
+            raise ConfigurationError(f"{name} must be a whole number, at least {least}, got {value!r}")
+    if rebuild != int(rebuild) or not 0 <= rebuild <= count:
+        raise ConfigurationError(f"rebuild must be 0 to {count}, the candidates of an iteration, got {rebuild!r}")
+    if rebuild == count and rebuild_after == 0:
+        raise ConfigurationError(
+            f"with rebuild={rebuild} of {count} candidates from the first iteration on (rebuild_after=0) there is nothing "
+            "to rebuild; take a rebuild_after of 1 or more, or fewer rebuilds"
+        )
     if (unchosen or displaced) and acquisition == "none":
         raise ConfigurationError("unchosen and displaced candidates need an acquisition: acquisition='lcb'")
     surrogate = postprocess == "surrogate" or acquisition == "lcb" or rebuild > 0
     lcb: Any = LCB(kappa)
     refine: list[Any] = []
     if postprocess == "surrogate":
-        refine = [Relax("gp", {0: 0, surrogate_after: surrogate_steps}), *([Snap(grids)] if evaluate_on_grid else [])]
+        refine = [Relax("gp", {0: 0, surrogate_after: surrogate_steps})]
+    if evaluate_on_grid and (refine or displaced):
+        refine.append(Snap(grids))
     agent = Agent(
         grids, representation=representation, representation_options=dict(representation_options or {}),
         network=network, span=span, lr=lr, warm_up=warm_up, steps=train_steps,
         replay=replay, favour=favour, patience=patience, lifetime=lifetime, symmetry=symmetry, transfer_from=transfer_from,
-        backend=backend, seed=seed,
+        backend=backend, threads=threads, seed=seed,
     )  # fmt: skip
     models: dict[str, Any] = {} if policy == "uniform" else {"agent": agent}  # who asks for no Q need not learn it
     if surrogate:

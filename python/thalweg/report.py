@@ -333,6 +333,7 @@ def _q_figure(results: Results) -> Figure | None:
     if not portraits:
         return None
     from ase.data import chemical_symbols
+    from matplotlib.transforms import Affine2D
 
     arrays = portraits[min(portraits, key=lambda i: energies[i])]
     q, allowed, placed, template = (arrays[name] for name in ("q", "allowed", "placed", "template"))
@@ -340,22 +341,30 @@ def _q_figure(results: Results) -> Figure | None:
     value = np.where(allowed.any(axis=1), value, np.nan)
     columns = min(3, len(q))
     rows = -(-len(q) // columns)
-    width, height = value.shape[1] * arrays["spacing"][0], value.shape[2] * arrays["spacing"][1]
-    figure = _figure(2.2 * columns + 0.6, (2.0 * height / width + 0.35) * rows)
+    plane, counts = arrays["plane"], np.array(value.shape[1:])
+    corners = np.array([[0, 0], [1, 0], [0, 1], [1, 1]]) * counts @ plane
+    (left, bottom), (right, top) = corners.min(axis=0), corners.max(axis=0)
+    figure = _figure(2.2 * columns + 0.6, (2.0 * (top - bottom) / (right - left) + 0.35) * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
+    lattice = Affine2D(np.vstack([np.column_stack([plane.T, [0, 0]]), [0, 0, 1]]))  # of grid steps that may be skewed
     for panel, axes in enumerate(grid.flat):
         axes.set_axis_off()
         if panel >= len(q):
             continue
-        extent = (0, width, 0, height)
-        image = axes.imshow(value[panel].T, origin="lower", extent=extent, vmin=-1, vmax=1, cmap="viridis")
+        extent = (0, counts[0], 0, counts[1])
+        image = axes.imshow(
+            value[panel].T, origin="lower", extent=extent, vmin=-1, vmax=1, cmap="viridis", aspect="equal",
+            transform=lattice + axes.transData,
+        )  # fmt: skip
+        axes.set(xlim=(left, right), ylim=(bottom, top))
         there = np.concatenate([template, placed[: arrays["steps"][panel]]])
         for s, x, y in there:
-            at = (x + 0.5) * arrays["spacing"][0], (y + 0.5) * arrays["spacing"][1]
-            axes.plot(*at, "o", ms=6, mec="black", mfc=COLOURS[int(s) % len(COLOURS)], mew=0.6)
+            axes.plot(
+                *((x + 0.5, y + 0.5) @ plane), "o", ms=6, mec="black", mfc=COLOURS[int(s) % len(COLOURS)], mew=0.6,
+                clip_on=False,
+            )  # fmt: skip
         s, x, y = placed[arrays["steps"][panel]]
-        at = (x + 0.5) * arrays["spacing"][0], (y + 0.5) * arrays["spacing"][1]
-        axes.plot(*at, "o", ms=9, mec="#D55E00", mfc="none", mew=1.6)
+        axes.plot(*((x + 0.5, y + 0.5) @ plane), "o", ms=9, mec="#D55E00", mfc="none", mew=1.6, clip_on=False)
         symbol = chemical_symbols[int(arrays["species"][int(s)])]
         axes.set_title(f"{symbol}, atom {int(arrays['steps'][panel]) + 1}", fontsize=8.5)
     figure.colorbar(image, ax=grid, shrink=0.6, label="Q of the next atom")
