@@ -22,7 +22,7 @@ MIXED = Problem("C2H2", cell=12.0, box=([3, 3, 5.5], [[5.0, 0, 0], [0, 4.0, 0], 
 SETTINGS = GridSettings(0.31)
 
 
-def no_q(states):
+def no_q(states, allowed):
     raise AssertionError("a uniform policy asks for no Q")
 
 
@@ -198,7 +198,7 @@ def test_builds_that_have_not_parted_share_a_map():
     grid, policy = SETTINGS.of(FLAT), Policy(epsilon=0.2)
     asked = []
 
-    def q_maps(states):
+    def q_maps(states, allowed):
         assert len({state.tobytes() for state in states}) == len(states)
         asked.append(len(states))
         seeds = [int(np.abs(np.ascontiguousarray(state, np.int64)).sum()) for state in states]
@@ -355,6 +355,37 @@ def test_compiled_maps_are_those_of_pytorch(representation):
     states = [np.concatenate([agent.grid.template, rows[:k]]) for k, rows in enumerate(agent.builds)]
     expected = np.stack([agent.trainer.q_map(state).reshape(1, -1) for state in states])
     assert np.abs(agent.q_maps(states) - expected).max() < 3e-6
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_maps_in_space_are_those_of_pytorch_atom_by_atom_or_whole(wide, monkeypatch):
+    """Two species around an atom that is there; the wider grid is one where each atom's change is worked out alone."""
+    first = Atoms("Au", [[8.0] * 3], cell=[16.0] * 3)
+    problem = Problem(
+        "Ni2Au", template=first, box=([4.0] * 3 if wide else [6.0] * 3, np.eye(3) * (8.0 if wide else 4.0))
+    )
+
+    def search_of(seed):
+        return recipes.asla(
+            problem, EMT(), grid=0.2 if wide else 0.5, dimension=3, seed=seed, threads=1, network="thesis-3d-dilated-2",
+            train_steps=1, acquisition="lcb", candidates=3, epsilon=0.3,
+        )  # fmt: skip
+
+    with search_of(4) as search:
+        search.run(3)
+        agent, builds = search.fitted["agent"], search.data.positions.copy()
+        assert agent.one_by_one == wide
+    rows = agent.builds[-1]
+    states = [np.concatenate([agent.grid.template, rows[:k]]) for k in (0, 1, 2, 1, 0, 2)]
+    masks = [np.random.default_rng(k).random((2, agent.grid.voxels)) < 0.02 for k in range(len(states))]
+    maps = agent.q_maps(states, masks)
+    for state, mask, q in list(zip(states, masks, maps, strict=True))[2:5]:
+        expected = agent.trainer.q_map(state).reshape(2, -1)
+        assert np.abs((q - expected)[mask]).max() < 3e-6 and np.ptp(expected) > 1e-3
+    monkeypatch.setattr(type(agent), "one_by_one", not wide)
+    with search_of(4) as search:
+        search.run(3)
+        assert np.array_equal(search.data.positions, builds)
 
 
 @pytest.mark.parametrize("patience", [0, 2])

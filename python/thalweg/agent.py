@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["Agent", "Build", "Policy", "Rebuild", "Snap"]
 
 Array = np.ndarray
-# Q (n, species, voxels) of n states.
-QMaps = Callable[[Sequence[Array]], Array]
+# Q (species, voxels) of each of n states, wanted where an action is allowed (n, species, voxels).
+QMaps = Callable[[Sequence[Array], Sequence[Array]], Sequence[Array]]
 
 REPRESENTATIONS = ("one-hot", "gaussian", "agr", "displaced", "harmonics")
 
@@ -121,13 +122,15 @@ def build(
             return [None if gone else state for state, gone in zip(states, lost, strict=True)]
         names = [states[i].tobytes() for i in growing]
         distinct = {name: states[i] for name, i in zip(names, growing, strict=True)}
-        if policy.asks:
-            maps = q_maps([np.concatenate([grid.template, state]) for state in distinct.values()])
-            values = {name: q.reshape(-1) for name, q in zip(distinct, maps, strict=True)}
         allowed = {}
         for name, state in distinct.items():
             used = np.bincount(state[:, 0], minlength=len(grid.species))
             allowed[name] = grid.allowed(ratios[name], used, first=len(state) == 0)
+        values = {}
+        if policy.asks and (alive := [name for name in distinct if allowed[name].any()]):
+            asked = [np.concatenate([grid.template, distinct[name]]) for name in alive]
+            maps = q_maps(asked, [allowed[name] for name in alive])
+            values = {name: q.reshape(-1) for name, q in zip(alive, maps, strict=True)}
         before, ratios = ratios, {}
         for i, name in zip(growing, names, strict=True):
             if not allowed[name].any():
@@ -270,15 +273,23 @@ def _built(grid: Grid, ctx: Context, model: str, policy: Policy, starts: Sequenc
             f"a policy that asks for Q needs the agent '{model}' among the models of the search: models={{'{model}': "
             f"Agent(...)}}.{nearest(model, ctx.models)}"
         )
-    q_maps: QMaps = agent.q_maps if agent is not None else lambda states: np.zeros(0)
+    q_maps: QMaps = agent.q_maps if agent is not None else lambda states, allowed: []
     keys = [ctx.key.fold("build", i) for i in range(len(starts))]
-    builds = build(grid, q_maps, policy, starts, keys)
+
+    one_by_one = policy.asks and agent is not None and agent.one_by_one
+
+    def built(starts: Sequence[Array], keys: Sequence[Key]) -> list[Array | None]:
+        if not one_by_one:
+            return build(grid, q_maps, policy, starts, keys)
+        return [build(grid, q_maps, policy, [start], [key])[0] for start, key in zip(starts, keys, strict=True)]
+
+    builds = built(starts, keys)
     if novel and agent is not None:
         for attempt in range(5):
             again = [i for i, rows in enumerate(builds) if rows is not None and agent.knows(rows)]
             if not again:
                 break
-            fresh = build(grid, q_maps, policy, [starts[i] for i in again], [keys[i].fold(attempt) for i in again])
+            fresh = built([starts[i] for i in again], [keys[i].fold(attempt) for i in again])
             for i, rows in zip(again, fresh, strict=True):
                 builds[i] = rows
     return builds
@@ -503,7 +514,8 @@ class FittedAgent:
         self._best: dict[bytes, float] = {}
         self._known: set[bytes] = set()
         self._rows_seen = 0
-        self._map: Any = None
+        self._map: Any = None  # the network of now, compiled, and a state on it
+        self._state: Any = None
 
     def __repr__(self) -> str:
         return f"FittedAgent({len(self.builds)} episodes, {self.trainer.network.convolution_weights} weights)"
@@ -514,17 +526,44 @@ class FittedAgent:
         return len(self.builds)
 
     # ---- what builders ask ------------------------------------------------------------------------------
-    def q_maps(self, states: Sequence[Array]) -> Array:
-        """Q (n, S, V) float32 of n states (k, 2), template's atoms included."""
+    def q_maps(self, states: Sequence[Array], allowed: Sequence[Array] | None = None) -> Sequence[Array]:
+        """Q (S, V) float32 of each of n states (k, 2), template's atoms included; where `allowed` (S, V) is given and
+        false, it may be missing (0)."""
         kinds = len(self.grid.species)
         if not self.trainer.network.representation.linear:  # its images are no sums over atoms: PyTorch has them
-            return np.stack([self.trainer.q_map(state).reshape(kinds, -1) for state in states])
+            return [self.trainer.q_map(state).reshape(kinds, -1) for state in states]
         if self._map is None:
             self._map = self._compiled()
+        if allowed is not None and self.one_by_one:
+            return [self._q_of(state, mask) for state, mask in zip(states, allowed, strict=True)]
         offsets = np.cumsum([0] + [len(state) for state in states])
         rows = np.concatenate(states)
         q = self._map.batch(offsets, rows[:, 0], rows[:, 1], threads=self.model.threads)
-        return q.reshape(len(states), kinds, -1)
+        return list(q.reshape(len(states), kinds, -1))
+
+    @cached_property
+    def one_by_one(self) -> bool:
+        """Whether what an atom changes is had sooner than a whole map, as on large grids: builds then follow on one another
+        atom by atom, instead of growing side by side. The template's atoms are placed first, so they must not be many."""
+        if not self.trainer.network.representation.linear or len(self.grid.template) > self.grid.counts.sum():
+            return False
+        return bool(_core.QState(self._compiled()).method != "grid_fft")
+
+    def _q_of(self, state: Array, allowed: Array) -> Array:
+        """Q (S, V) of a state where it is allowed, from the state asked for before: atoms that differ are taken back."""
+        if self._state is None:
+            self._state = _core.QState(self._map)
+        there = np.stack([self._state.species, self._state.voxels], axis=1)
+        shorter = min(len(there), len(state))
+        differs = np.any(there[:shorter] != state[:shorter], axis=1)
+        same = int(np.argmax(differs)) if differs.any() else shorter
+        for _ in range(len(there) - same):
+            self._state.undo()
+        for species, voxel in state[same:].tolist():
+            self._state.place(species, voxel)
+        q, voxels = np.zeros(allowed.shape, np.float32), np.flatnonzero(allowed.any(axis=0))
+        q[:, voxels] = self._state.q(voxels)
+        return q
 
     def _compiled(self) -> _core.QMap:
         """The network of now, in the compiled core."""
@@ -573,7 +612,7 @@ class FittedAgent:
         return self._begin + int(np.argmin(self.energies[self._begin :]))
 
     def _train(self) -> None:
-        self._map = None
+        self._map = self._state = None
         newest, model = len(self.builds) - 1, self.model
         rng = Key.of(model.seed).fold("replay", newest).rng()
         energies = np.array(self.energies)
@@ -658,7 +697,7 @@ class FittedAgent:
             return {"losses": np.array(self.losses)}
         grid, rows = self.grid, self.builds[int(np.argmin(self.energies))]
         steps = np.unique(np.linspace(0, len(rows) - 1, panels).astype(int))
-        q = self.q_maps([np.concatenate([grid.template, rows[:k]]) for k in steps])
+        q = np.array(self.q_maps([np.concatenate([grid.template, rows[:k]]) for k in steps]))
         allowed, ratio, used = [], grid.empty.copy(), np.zeros(len(grid.species), int)
         for k, row in enumerate(rows):
             if k in steps:
