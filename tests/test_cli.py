@@ -125,6 +125,28 @@ def summary(folder):
     return json.loads((Path(folder) / "summary.json").read_text())
 
 
+def test_a_run_in_which_nothing_fits_says_so(case, capsys):
+    """Eight gold atoms in a box that holds their volume, but not all of them."""
+    (case / "narrow.toml").write_text(
+        """
+[problem]
+symbols = "Au8"
+cell = [12.0, 12.0, 16.0]
+box = { corner = [4, 4, 3], vectors = [[4.0, 0, 0], [0, 4.0, 0], [0, 0, 10.0]] }
+[calculator]
+name = "emt"
+[search]
+method = "asla"
+grid = 0.5
+iterations = 2
+restarts = 1
+"""
+    )
+    pytest.importorskip("torch")
+    code, _, err = call(capsys, "run", "narrow.toml", "--out", "narrow")
+    assert code == 1 and "nothing was evaluated" in err and "spacing of the grid" in err
+
+
 def test_run_folder_and_its_continuation(case, capsys):
     code, out, err = call(capsys, "run", "case.toml", "--set", "search.steps=10", "--out", "a", "--workers", "2")
     assert code == 0, err

@@ -407,3 +407,32 @@ def test_displaced_gaussians_start_as_they_are_told():
     assert np.array_equal(first, np.eye(7)[[0, 0]])
     assert np.abs(uniform).max() <= 1 and np.all(np.ptp(uniform, axis=1) > 0.5)
     assert np.allclose(falling, uniform * np.linspace(1.0, 0.1, 7))
+
+
+def test_stacked_harmonics_are_normalised_by_whole_grids():
+    """Paper II, Fig. 11; building and training see the same images."""
+    network = QNetwork.preset("thesis-2d", CircularHarmonics(2, 2, radius=0.6), seed=1)
+    trainer = Trainer(network, (14, 12), (True, False), lr=5e-4)
+    assert trainer.backend == "torch"
+    placed = np.array([[0, 5], [1, 40], [0, 90], [1, 100], [0, 33]], np.int32)
+    offsets, actions, targets = (
+        np.array([0, 2, 5]),
+        np.array([[0, 60], [1, 61]], np.int32),
+        np.array([0.5, -0.5], np.float32),
+    )
+    before = trainer.parameters.copy()
+    losses = [trainer.step(placed, offsets, actions, targets)[0] for _ in range(30)]
+    assert losses[-1] < 0.2 * losses[0] and not np.array_equal(before, trainer.parameters)
+    representation = network.representation
+    images = representation.images(network.fields(placed, offsets)).detach().numpy()
+    assert np.allclose(representation.running_mean, images.mean(axis=(0, 2, 3)), rtol=1e-4)
+    assert np.allclose(representation.running_variance, images.var(axis=(0, 2, 3)), rtol=1e-3)
+    q = [
+        trainer.q_map(placed[a:b]).reshape(2, -1)[tuple(action)]
+        for a, b, action in zip([0, 2], [2, 5], actions, strict=True)
+    ]
+    assert np.allclose(q, trainer.q_of(placed, offsets, actions), atol=1e-5)
+    # ... and a snapshot holds the statistics
+    other = Trainer(QNetwork.preset("thesis-2d", CircularHarmonics(2, 2, radius=0.6), seed=7), (14, 12), (True, False))
+    other.load_state_dict(trainer.state_dict())
+    assert np.array_equal(other.q_of(placed, offsets, actions), trainer.q_of(placed, offsets, actions))

@@ -472,6 +472,12 @@ def _finish(outcome: Outcome, results: Results, stopped_exit_code: int = 0) -> N
     if reasons and best is None and outcome.stopped is None:
         _complain("not one evaluation has succeeded")
         raise typer.Exit(1)
+    if not summary["evaluations"] and outcome.stopped is None:
+        _complain(
+            "nothing was evaluated: no candidate was a structure that the problem allows; look at its box, c1 and c2"
+            f"{', and the spacing of the grid' if results.configuration.search.method == 'asla' else ''}"
+        )
+        raise typer.Exit(1)
     if outcome.stopped is not None and not all(entry.get("finished") for entry in outcome.results.values()):
         raise typer.Exit(stopped_exit_code)
 

@@ -205,37 +205,31 @@ class Gaussian(Representation):
         return one, self.bias * one
 
 
-class _Trained(Representation):
-    """K(r) = sum_i c_i basis_i(r), one set of trained coefficients per species, batch normalised if asked.
+class _Normalised(Representation):
+    """Batch normalised if asked.
 
     Normalisation uses running statistics *in training, too*: they are those of images of whole grids, updated once
     before each step (`see`), so that patches in training and maps in building go through the very same network. The
     statistics of the patches themselves would differ: patches lie where atoms are.
     """
 
-    def __init__(self, basis: Array, coefficients: Array, species: int, dimension: int, *, normalise: bool):
-        super().__init__(species, dimension)
-        self.register_buffer("basis", torch.from_numpy(basis).float(), persistent=False)
-        self.coefficients = torch.nn.Parameter(torch.from_numpy(coefficients).float())
-        self.normalise, self.momentum, self.epsilon = normalise, 0.1, 1e-5
-        if normalise:
-            self.gain = torch.nn.Parameter(torch.ones(species))
-            self.shift = torch.nn.Parameter(torch.zeros(species))
-            self.register_buffer("running_mean", torch.zeros(species))
-            self.register_buffer("running_variance", torch.ones(species))
-            self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+    momentum, epsilon = 0.1, 1e-5
 
-    def kernels(self) -> Tensor:
-        return torch.einsum("si,i...->s...", self.coefficients, self.get_buffer("basis")).unsqueeze(1)
+    def __init__(self, species: int, dimension: int, *, channels: int, normalise: bool):
+        super().__init__(species, dimension)
+        self.normalise = normalise
+        if normalise:
+            self.gain = torch.nn.Parameter(torch.ones(channels))
+            self.shift = torch.nn.Parameter(torch.zeros(channels))
+            self.register_buffer("running_mean", torch.zeros(channels))
+            self.register_buffer("running_variance", torch.ones(channels))
+            self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         if not self.normalise:
             return super().scale_and_shift()
         scale = self.gain / torch.sqrt(self.get_buffer("running_variance") + self.epsilon)
         return scale, self.shift - scale * self.get_buffer("running_mean")
-
-    def size_of_coefficients(self) -> Tensor:
-        return self.coefficients.abs().sum()
 
     @property
     def needs_statistics(self) -> bool:
@@ -249,6 +243,21 @@ class _Trained(Representation):
         for name, values in (("running_mean", mean), ("running_variance", variance)):
             buffer = self.get_buffer(name)
             buffer.lerp_(torch.from_numpy(values).to(buffer), part)
+
+
+class _Trained(_Normalised):
+    """K(r) = sum_i c_i basis_i(r), one set of trained coefficients per species."""
+
+    def __init__(self, basis: Array, coefficients: Array, species: int, dimension: int, *, normalise: bool):
+        super().__init__(species, dimension, channels=species, normalise=normalise)
+        self.register_buffer("basis", torch.from_numpy(basis).float(), persistent=False)
+        self.coefficients = torch.nn.Parameter(torch.from_numpy(coefficients).float())
+
+    def kernels(self) -> Tensor:
+        return torch.einsum("si,i...->s...", self.coefficients, self.get_buffer("basis")).unsqueeze(1)
+
+    def size_of_coefficients(self) -> Tensor:
+        return self.coefficients.abs().sum()
 
 
 class AGR(_Trained):
@@ -305,7 +314,7 @@ class DisplacedGaussians(_Trained):
         super().__init__(basis, drawn, species, dimension, normalise=normalise)
 
 
-class CircularHarmonics(Representation):
+class CircularHarmonics(_Normalised):
     """|K_m * image|^2 with K_m = exp(-(r - r_s)^2 / 2 width^2) exp(i m theta) (Paper II (5)-(8)); in space the power
     spectrum over the real spherical harmonics of degree m. Not linear: several atoms at the distance r_s interfere.
 
@@ -317,15 +326,17 @@ class CircularHarmonics(Representation):
     width : float, in grid spacings
     stacked : bool
         With the image of a Gaussian of 1.5 spacings in front (Paper II, Fig. 11), (1 + orders) images per species.
+    normalise : bool
+        Every image is batch normalised, as there.
     """
 
     linear = False
 
     def __init__(
         self, species: int = 1, dimension: int = 2, *, orders: Sequence[int] = (0, 1, 2, 3), radius: float = 1.4,
-        spacing: float = 0.2, width: float = 1.0, stacked: bool = True,
+        spacing: float = 0.2, width: float = 1.0, stacked: bool = True, normalise: bool = True,
     ):  # fmt: skip
-        super().__init__(species, dimension)
+        super().__init__(species, dimension, channels=species * (len(orders) + stacked), normalise=normalise)
         if not orders or min(orders) < 0 or (dimension == 3 and max(orders) > 3):
             raise ConfigurationError(
                 f"orders must be whole numbers from 0 (in three dimensions up to 3), at least one, got {tuple(orders)}"
@@ -358,6 +369,14 @@ class CircularHarmonics(Representation):
         return self.get_buffer("kernel")
 
     def finish(self, fields: Tensor) -> Tensor:
+        images = self.images(fields)
+        if not self.normalise:
+            return images
+        scale, shift = (part.to(images).view(-1, *(1,) * (images.dim() - 2)) for part in self.scale_and_shift())
+        return images * scale + shift
+
+    def images(self, fields: Tensor) -> Tensor:
+        """(n, species, fields, ...) -> (n, channels, ...), not normalised."""
         power = [fields[:, :, group].square().sum(2) for group in self._groups]
         images = torch.stack([fields[:, :, 0], *power] if self.stacked else power, 2)
         return images.flatten(1, 2)
@@ -599,11 +618,15 @@ class QNetwork(torch.nn.Module):
         if not len(chosen):
             return
         rows = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
-        sizes = np.diff(offsets)[chosen]
-        kernels = self.representation.kernels()[:, 0].detach().float().numpy()
-        start = np.concatenate([[0], np.cumsum(sizes)])
-        shape, periodic = self._need_grid()
-        self.representation.see(
+        start = np.concatenate([[0], np.cumsum(np.diff(offsets)[chosen])])
+        representation, (shape, periodic) = self.representation, self._need_grid()
+        if isinstance(representation, CircularHarmonics):
+            with torch.no_grad():
+                images = representation.images(self.fields(placed[rows], start)).transpose(0, 1).flatten(1).double()
+            representation.see(images.mean(1).numpy(), images.var(1, correction=0).numpy())
+            return
+        kernels = representation.kernels()[:, 0].detach().float().numpy()
+        representation.see(
             *_core.image_statistics(list(shape), list(periodic), kernels, placed[rows].astype(np.int32), start)
         )
 
