@@ -472,6 +472,21 @@ def test_harmonics_know_the_spacing_of_their_grid():
     assert abs(int(np.argmax(ring[middle, middle:])) - 1.4 / spacing) <= 0.5
 
 
+@pytest.mark.parametrize("representation", ["gaussian", "agr", "displaced", "harmonics"])
+def test_images_are_round_in_skewed_cells(representation):
+    cell = [[6.0, 0, 0], [3.0, 27**0.5, 0], [0, 0, 9.0]]
+    box = ([0, 0, 4.0], [*cell[:2], [0, 0, 1.0]])
+    problem = Problem("C3", cell=cell, pbc=(True, True, False), box=box)
+    agent = recipes.asla(problem, SmoothCarbon(), grid=0.3, representation=representation).models["agent"]
+    kernel = agent.trainer().network.representation.kernels()[0, 0].detach().numpy()
+    steps, middle = agent.built_on.steps[:, :2], len(kernel) // 2
+    offsets = np.stack(np.meshgrid(*[np.arange(-middle, middle + 1)] * 2, indexing="ij"), -1) @ steps
+    r, values = np.linalg.norm(offsets, axis=-1).round(6).ravel(), kernel.ravel()
+    for one in np.unique(r)[:12]:
+        assert np.ptp(values[r == one]) < 1e-6
+    assert np.ptp(kernel) > 0.1
+
+
 def test_deep_layers_of_a_slab_are_no_neighbours_in_the_plane():
     slab = fcc100("Au", (2, 2, 3), vacuum=6.0)
     slab.pbc = (True, True, False)

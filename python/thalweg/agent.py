@@ -469,7 +469,7 @@ class Agent:
                 f"representation_options: '{self.representation}' takes {', '.join(known) or 'none'}, got "
                 f"{unknown[0]!r}.{nearest(unknown[0], known)}"
             )
-        own = {"seed": seed, "spacing": grid.spacing}
+        own = {"seed": seed, "spacing": grid.spacing, "lattice": grid.lattice}
         options = {name: value for name, value in own.items() if name in known} | dict(self.representation_options)
         try:
             image = kind(len(grid.species), grid.dimension, **options)
@@ -710,13 +710,11 @@ class FittedAgent:
         if grid.dimension == 3:
             maps, masks = maps.max(axis=-1), masks.max(axis=-1)
         flat = [np.column_stack([r[:, 0], *np.unravel_index(r[:, 1], grid.shape)[:2]]) for r in (rows, grid.template)]
-        first, second = grid.steps[:2]
-        along = first / np.linalg.norm(first)
-        across = second - (second @ along) * along
+        plane = np.diag(np.linalg.norm(grid.steps, axis=1)) if grid.lattice is None else grid.lattice * grid.spacing
         return {
             "losses": np.array(self.losses), "q": np.where(masks, maps, 0).astype(np.float32), "allowed": masks,
             "steps": steps, "placed": flat[0], "template": flat[1],
-            "plane": np.array([[first @ along, 0], [second @ along, np.linalg.norm(across)]]), "species": grid.species,
+            "plane": plane[:2, :2], "species": grid.species,
         }  # fmt: skip
 
     def save(self, file: Any) -> None:

@@ -531,7 +531,8 @@ def described(annotation: Any) -> str:
     if isinstance(origin, type) and issubclass(origin, Mapping):
         if arguments and arguments[0] is int:
             return "a table from iteration to value such as {0 = ..., 5 = ...}"
-        return "a table"
+        inner = [one for one in arguments[1:] if one is not Any]
+        return f"a table that gives each name {described(inner[0])}" if inner else "a table"
     return getattr(annotation, "__name__", str(annotation))
 
 

@@ -163,6 +163,15 @@ class Grid:
         return float(np.linalg.norm(self.steps, axis=1).mean())
 
     @cached_property
+    def lattice(self) -> Array | None:
+        """(d, d) the steps in spacings, in axes of their own: the first along x, the second in the plane of x and y. None
+        where all directions are at right angles."""
+        product = self.steps @ self.steps.T
+        if np.abs(product - np.diag(np.diag(product))).max() < 1e-9:
+            return None
+        return np.linalg.cholesky(product) / self.spacing
+
+    @cached_property
     def points(self) -> Array:
         """(V, 3) where the points are [angstrom]; with heights, z is that of a species, see `place`."""
         index = np.indices(self.shape).reshape(self.dimension, -1).T

@@ -68,13 +68,15 @@ def _window(width: float, dimension: int) -> int:
     return max(12, math.ceil(4 * width)) if dimension == 2 else max(1, math.ceil(4 * width))
 
 
-def _offsets(half: int, dimension: int) -> Array:
-    """(dimension, 2 half + 1, ...) voxel offsets of a kernel."""
-    return np.stack(np.meshgrid(*[np.arange(-half, half + 1)] * dimension, indexing="ij"))
+def _offsets(half: int, dimension: int, lattice: Array | None = None) -> Array:
+    """(dimension, 2 half + 1, ...) where the voxels of a kernel lie from its middle, in grid spacings; lattice (dimension,
+    dimension): the steps along the directions of a skewed grid, in spacings."""
+    offsets = np.stack(np.meshgrid(*[np.arange(-half, half + 1)] * dimension, indexing="ij"))
+    return offsets if lattice is None else np.einsum("i...,ij->j...", offsets, np.asarray(lattice, float))
 
 
-def _radius(half: int, dimension: int) -> Array:
-    return np.sqrt((_offsets(half, dimension) ** 2).sum(0))
+def _radius(half: int, dimension: int, lattice: Array | None = None) -> Array:
+    return np.sqrt((_offsets(half, dimension, lattice) ** 2).sum(0))
 
 
 def _tensor(values: Array, like: Tensor) -> Tensor:
@@ -89,7 +91,8 @@ class Representation(torch.nn.Module):
 
     What all of them share: each species' image is convolved with one or more kernels (`kernels`), and the fields are
     combined point by point (`finish`). A subclass with linear = True has one kernel per species and
-    finish(fields) = scale * fields + shift.
+    finish(fields) = scale * fields + shift. `lattice` (dimension, dimension) of those with a width: the steps along the
+    directions of a skewed grid, in spacings, so that what is round stays round; None: at right angles.
 
     Parameters
     ----------
@@ -184,15 +187,16 @@ class Gaussian(Representation):
     """
 
     def __init__(
-        self, species: int = 1, dimension: int = 2, *, width: float | Sequence[float] = 1.25, bias: float = 0.0
-    ):
+        self, species: int = 1, dimension: int = 2, *, width: float | Sequence[float] = 1.25, bias: float = 0.0,
+        lattice: Array | None = None,
+    ):  # fmt: skip
         super().__init__(species, dimension)
         if np.ndim(width) > 1 or np.size(width) not in (1, species):
             raise ConfigurationError(f"width must be one number, or one per species ({species}), got {width}")
         widths = np.broadcast_to(np.asarray(width, float), (species,))
         if not np.all(widths > 0):
             raise ConfigurationError(f"width must be above 0 grid spacings, got {width}")
-        r = _radius(_window(float(widths.max()), dimension), dimension)
+        r = _radius(_window(float(widths.max()), dimension), dimension, lattice)
         kernel = np.stack([np.exp(-(r**2) / (2 * w**2))[None] for w in widths])
         self.register_buffer("kernel", torch.from_numpy(kernel).float(), persistent=False)
         self.bias = float(bias)
@@ -271,9 +275,12 @@ class AGR(_Trained):
     seed : int
     """
 
-    def __init__(self, species: int = 1, dimension: int = 2, *, l1: float = 0.0, seed: int = 0, normalise: bool = True):
+    def __init__(
+        self, species: int = 1, dimension: int = 2, *, l1: float = 0.0, seed: int = 0, normalise: bool = True,
+        lattice: Array | None = None,
+    ):  # fmt: skip
         widths = np.arange(1, 10) / 3
-        r = _radius(_window(3.0, dimension), dimension)
+        r = _radius(_window(3.0, dimension), dimension, lattice)
         basis = np.stack([np.exp(-(r**2) / (2 * w**2)) for w in widths])
         if not l1 >= 0:
             raise ConfigurationError(f"l1 must be at least 0, got {l1}")
@@ -293,12 +300,12 @@ class DisplacedGaussians(_Trained):
 
     def __init__(
         self, species: int = 1, dimension: int = 2, *, initial: str = "first", width: float = 1.0, seed: int = 0,
-        normalise: bool = True,
+        normalise: bool = True, lattice: Array | None = None,
     ):  # fmt: skip
         if not width > 0:
             raise ConfigurationError(f"width must be above 0 grid spacings, got {width}")
         radii = 2.0 * np.arange(7)
-        r = _radius(12, dimension)
+        r = _radius(12, dimension, lattice)
         basis = np.stack([np.exp(-((r - r_i) ** 2) / (2 * width**2)) for r_i in radii])
         drawn = Key.of(seed).fold("representation").rng().uniform(-1, 1, (species, len(radii)))
         if initial == "falling":
@@ -335,6 +342,7 @@ class CircularHarmonics(_Normalised):
     def __init__(
         self, species: int = 1, dimension: int = 2, *, orders: Sequence[int] = (0, 1, 2, 3), radius: float = 1.4,
         spacing: float = 0.2, width: float = 1.0, stacked: bool = True, normalise: bool = True,
+        lattice: Array | None = None,
     ):  # fmt: skip
         super().__init__(species, dimension, channels=species * (len(orders) + stacked), normalise=normalise)
         if not orders or min(orders) < 0 or (dimension == 3 and max(orders) > 3):
@@ -347,7 +355,7 @@ class CircularHarmonics(_Normalised):
         self.orders, self.stacked = tuple(int(m) for m in orders), bool(stacked)
         centre = radius / spacing
         half = max(12 if dimension == 2 else 1, math.ceil(centre + 4 * width))
-        offsets, r = _offsets(half, dimension), _radius(half, dimension)
+        offsets, r = _offsets(half, dimension, lattice), _radius(half, dimension, lattice)
         ring = np.exp(-((r - centre) ** 2) / (2 * width**2))
         kernels, order = [], []
         if stacked:
