@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -55,12 +56,19 @@ class GridSettings:
     hydrogen_last: bool = False
 
     def __post_init__(self) -> None:
-        if not (self.spacing > 0 and np.isfinite(self.spacing)):
+        if not isinstance(self.spacing, Real) or not 0 < self.spacing < np.inf:
             raise ConfigurationError(f"the spacing of a grid must be above 0 angstrom, got {self.spacing!r}")
-        if self.dimension not in (2, 3):
+        if not isinstance(self.dimension, Integral) or self.dimension not in (2, 3):
             raise ConfigurationError(f"the dimension of a grid must be 2 or 3, got {self.dimension!r}")
+        if not isinstance(self.heights or {}, Mapping):
+            raise ConfigurationError(
+                f'heights must say which species, such as {{"C": 5.0}} or {{"O": (4.0, 6.0)}}, got {self.heights!r}'
+            )
         for name, height in (self.heights or {}).items():
-            ends = np.atleast_1d(np.asarray(height, float))
+            try:
+                ends = np.atleast_1d(np.asarray(height, float))
+            except (TypeError, ValueError):
+                ends = np.zeros(0)
             if ends.shape not in ((1,), (2,)) or not np.all(np.isfinite(ends)) or ends[0] > ends[-1]:
                 raise ConfigurationError(
                     f"the height of {name} must be a number of angstrom, or the lowest and the highest, got {height!r}"
