@@ -10,9 +10,10 @@ there. One episode is one true evaluation, but for the control that relaxes in t
 counted, as if the surrogate were perfect. Success is the first evaluated structure with the bond graph of the known
 minimum: atoms closer than 1.25 covalent sums are bonded, and the two graphs are isomorphic, species included. In the cell
 of the toy, where bonds meet their own images, and for Ni4Au4 it is the first at an energy: that of the known minimum laid
-on the grid as well as the grid allows, or that of the minimum itself for arms that evaluate off the grid. Printed: restarts, successes, the median
-(Kaplan-Meier, restarts that reach the cap are censored), successes by a quarter, half and all of the cap, the median of
-the lowest energies above the lowest of all arms, and processor time per episode, energies included.
+on the grid as well as the grid allows, or that of the minimum itself for arms that evaluate off the grid. Printed:
+restarts, successes, the median (Kaplan-Meier, restarts that reach the cap are censored), successes by a quarter, half and
+all of the cap, the median of the lowest energies above the lowest of all arms, and processor time per episode, energies
+included.
 """
 
 from __future__ import annotations
@@ -334,14 +335,16 @@ def one(task: tuple[str, str, int, int]) -> dict:
 
 
 def kept(path: Path) -> list[dict]:
-    """The restarts in a file: of one that was repeated with another cap the last; a line that was cut off is none."""
+    """The restarts in a file: of one that was repeated that with the largest cap; a line that was cut off is none."""
     found = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        found[row["arm"], row["seed"]] = row
+        before = found.setdefault((row["arm"], row["seed"]), row)
+        if row["success"] or row["cap"] >= before["cap"]:
+            found[row["arm"], row["seed"]] = row
     return list(found.values())
 
 
@@ -398,8 +401,6 @@ def main() -> None:
             path = folder / f"{name}.jsonl"
             lines = kept(path)
             done = {(line["arm"], line["seed"]) for line in lines if line["success"] or line["cap"] >= arguments.cap}
-            if path.exists() and not path.read_text().endswith("\n"):
-                path.write_text("".join(json.dumps(line) + "\n" for line in lines))
             arms = arguments.arm or [arm for arm in ARMS if fits(name, arm)]
             for seed, arm in itertools.product(range(arguments.seed, arguments.seed + arguments.restarts), arms):
                 if not fits(name, arm):
@@ -408,9 +409,11 @@ def main() -> None:
                     tasks.append((name, arm, seed, arguments.cap))
         with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
             for result in pool.imap_unordered(one, tasks):
-                with open(folder / f"{result['problem']}.jsonl", "a") as file:
-                    file.write(json.dumps(result) + "\n")
-    table(folder, [name for name in problems if (folder / f"{name}.jsonl").exists()])
+                path = folder / f"{result['problem']}.jsonl"
+                torn = path.exists() and not path.read_text().endswith("\n")  # a line that was cut off
+                with open(path, "a") as file:
+                    file.write("\n" * torn + json.dumps(result) + "\n")
+    table(folder, [name for name in problems if kept(folder / f"{name}.jsonl")])
 
 
 if __name__ == "__main__":

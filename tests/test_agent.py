@@ -10,7 +10,7 @@ import pytest
 from ase import Atoms
 from ase.build import fcc100
 from thalweg import Batch, GridSettings, Policy, Problem, StopAt, _core, recipes
-from thalweg.agent import _canonical, _pairs, build
+from thalweg.agent import FittedAgent, _canonical, _pairs, build
 from thalweg.calculators import EMT, SmoothCarbon
 from thalweg.errors import ConfigurationError
 from thalweg.randomness import Key
@@ -357,35 +357,41 @@ def test_compiled_maps_are_those_of_pytorch(representation):
     assert np.abs(agent.q_maps(states) - expected).max() < 3e-6
 
 
-@pytest.mark.parametrize("wide", [False, True])
-def test_maps_in_space_are_those_of_pytorch_atom_by_atom_or_whole(wide, monkeypatch):
-    """Two species around an atom that is there; the wider grid is one where each atom's change is worked out alone."""
+def test_maps_in_space_are_those_of_pytorch_atom_by_atom_and_whole(monkeypatch):
+    """Two species around an atom that is there."""
     first = Atoms("Au", [[8.0] * 3], cell=[16.0] * 3)
-    problem = Problem(
-        "Ni2Au", template=first, box=([4.0] * 3 if wide else [6.0] * 3, np.eye(3) * (8.0 if wide else 4.0))
-    )
+    problem = Problem("Ni2Au", template=first, box=([4.0] * 3, np.eye(3) * 8.0))
+    builds = []
+    for one_by_one in (True, False):
+        monkeypatch.setattr(FittedAgent, "one_by_one", one_by_one)
+        with recipes.asla(
+            problem, EMT(), grid=0.2, dimension=3, seed=4, threads=1, train_steps=1, acquisition="lcb", candidates=3,
+            epsilon=0.3,
+        ) as search:  # fmt: skip
+            search.run(3)
+            agent = search.fitted["agent"]
+            builds.append(search.data.positions.copy())
+        rows = agent.builds[-1]
+        states = [np.concatenate([agent.grid.template, rows[:k]]) for k in (0, 1, 2, 1, 0, 2)]
+        masks = [np.random.default_rng(k).random((2, agent.grid.voxels)) < 0.02 for k in range(len(states))]
+        maps = agent.q_maps(states, masks)
+        for state, mask, q in list(zip(states, masks, maps, strict=True))[2:4]:
+            expected = agent.trainer.q_map(state).reshape(2, -1)
+            assert np.abs((q - expected)[mask]).max() < 3e-6 and np.ptp(expected) > 1e-3
+    assert np.array_equal(*builds)
 
-    def search_of(seed):
-        return recipes.asla(
-            problem, EMT(), grid=0.2 if wide else 0.5, dimension=3, seed=seed, threads=1, network="thesis-3d-dilated-2",
-            train_steps=1, acquisition="lcb", candidates=3, epsilon=0.3,
-        )  # fmt: skip
 
-    with search_of(4) as search:
-        search.run(3)
-        agent, builds = search.fitted["agent"], search.data.positions.copy()
-        assert agent.one_by_one == wide
-    rows = agent.builds[-1]
-    states = [np.concatenate([agent.grid.template, rows[:k]]) for k in (0, 1, 2, 1, 0, 2)]
-    masks = [np.random.default_rng(k).random((2, agent.grid.voxels)) < 0.02 for k in range(len(states))]
-    maps = agent.q_maps(states, masks)
-    for state, mask, q in list(zip(states, masks, maps, strict=True))[2:5]:
-        expected = agent.trainer.q_map(state).reshape(2, -1)
-        assert np.abs((q - expected)[mask]).max() < 3e-6 and np.ptp(expected) > 1e-3
-    monkeypatch.setattr(type(agent), "one_by_one", not wide)
-    with search_of(4) as search:
-        search.run(3)
-        assert np.array_equal(search.data.positions, builds)
+def test_only_large_grids_in_space_with_few_atoms_there_are_built_one_by_one():
+    def chosen(**options):
+        with recipes.asla(threads=1, calculator=EMT(), **options) as search:
+            return search.models["agent"].fit(Batch.empty()).one_by_one
+
+    cluster = Problem("Ni2Au2", cell=30.0, box=12.0)
+    assert chosen(problem=cluster, dimension=3, grid=0.2)  # 61^3
+    assert not chosen(problem=cluster, dimension=3, grid=1.2)
+    assert not chosen(problem=cluster, grid=0.1)  # in the plane
+    crowd = Atoms("Au5", [[10.0 + 2.5 * k, 15, 15] for k in range(5)], cell=[30.0] * 3)
+    assert not chosen(problem=Problem("Ni2Au2", template=crowd, box=([9.0] * 3, np.eye(3) * 12)), dimension=3, grid=0.2)
 
 
 @pytest.mark.parametrize("patience", [0, 2])
@@ -444,6 +450,7 @@ def test_transfer_takes_weights_for_the_same_images_only(tmp_path):
         small.models["agent"].fit(small.data).save(path)
     for options, words in (
         ({"representation": "one-hot"}, "representation is gaussian, this one's is one-hot"),
+        ({"representation_options": {"width": 4.0}}, "whose options is"),
         ({"grid": 0.8}, "whose spacing is 0.4"),
     ):
         with pytest.raises(ConfigurationError, match=words):
@@ -452,7 +459,10 @@ def test_transfer_takes_weights_for_the_same_images_only(tmp_path):
         recipes.asla(MIXED, SmoothCarbon(), grid=0.4, transfer_from=path)
     np.savez(tmp_path / "other.npz", losses=np.zeros(3))
     np.save(tmp_path / "array.npy", np.zeros(3))
-    for name in ("other.npz", "array.npy", "nothing.npz"):
+    whole = (tmp_path / "agent.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.npz").write_bytes(b"")
+    for name in ("other.npz", "array.npy", "nothing.npz", "cut.npz", "empty.npz"):
         with pytest.raises(ConfigurationError, match="is no snapshot of an agent"):
             toy(transfer_from=str(tmp_path / name))
 
@@ -487,6 +497,17 @@ def test_images_are_round_in_skewed_cells(representation):
     assert np.ptp(kernel) > 0.1
 
 
+@pytest.mark.parametrize("degrees", [60, 30])
+@pytest.mark.parametrize("kind", ["Gaussian", "CircularHarmonics"])
+def test_windows_of_skewed_cells_hold_the_image(kind, degrees):
+    networks = pytest.importorskip("thalweg.networks")
+    angle = np.deg2rad(degrees)
+    lattice = np.array([[1.0, 0], [np.cos(angle), np.sin(angle)]])
+    kernels = getattr(networks, kind)(1, 2, lattice=lattice).kernels()[0].abs().numpy()
+    faces = np.concatenate([kernels[:, 0], kernels[:, -1], kernels[:, :, 0], kernels[:, :, -1]], axis=1)
+    assert faces.max() < 1e-3 < kernels.max()
+
+
 def test_deep_layers_of_a_slab_are_no_neighbours_in_the_plane():
     slab = fcc100("Au", (2, 2, 3), vacuum=6.0)
     slab.pbc = (True, True, False)
@@ -503,23 +524,51 @@ def test_more_threads_learn_and_build_the_same():
     with one, two:
         one.run(6)
         two.run(6)
-        assert two.models["agent"].threads == 2
+        assert two.models["agent"].threads == two.fitted["agent"].trainer.threads == 2
         assert np.array_equal(one.data.positions, two.data.positions)
         assert np.array_equal(one.fitted["agent"].trainer.parameters, two.fitted["agent"].trainer.parameters)
 
 
 def test_displaced_candidates_go_to_the_grid_as_well():
-    with toy(seed=2, acquisition="lcb", candidates=2, displaced=6, rebuild_after=3) as search:
-        search.run(8)
+    with toy(seed=2, grid=0.2, acquisition="lcb", candidates=2, displaced=8, rebuild_after=3) as search:
+        search.run(14)
         assert "AlongForces" in search.data.columns["origin"].tolist()
         fractional = search.data.positions[:, :2] / np.diag(search.models["agent"].built_on.steps[:, :2])
         assert np.allclose(fractional, np.rint(fractional), atol=1e-9)
+        # none of them back where its parent was
+        where = np.rint(fractional.reshape(14, 4, 2)).astype(int)
+        assert len({np.sort(one, axis=0).tobytes() for one in where}) == 14
 
 
 def test_a_plane_that_is_not_xy_is_refused():
     upright = Problem("C3", cell=9.0, box=([2.0] * 3, [[5.0, 0, 0], [0, 0, 5.0], [0, 1.0, 0]]))
     with pytest.raises(ConfigurationError, match="lies in the plane of x and y"):
         GridSettings(0.5).of(upright)
+
+
+def test_a_store_goes_on_with_another_number_of_threads(tmp_path):
+    with toy(seed=3, store=tmp_path / "run.journal", threads=1) as search:
+        search.run(2)
+    with toy(seed=3, store=tmp_path / "run.journal", threads=2) as search:
+        search.run(2)
+        assert search.evaluations == 4
+
+
+def test_later_lives_draw_their_own_weights_and_need_no_file(tmp_path):
+    path = tmp_path / "agent.npz"
+    with toy(seed=5) as small:
+        small.run(2)
+        small.models["agent"].fit(small.data).save(path)
+    options = {"seed": 6, "lifetime": 2, "transfer_from": str(path)}
+    with toy(**options) as straight:
+        straight.run(5)
+    with toy(store=tmp_path / "run.journal", **options) as search:
+        search.run(1)
+        agent = search.models["agent"]
+        assert not np.array_equal(agent.trainer(0).parameters, agent.trainer(1).parameters)
+        path.unlink()
+        search.run(4)
+        assert np.array_equal(search.data.positions, straight.data.positions)
 
 
 def test_three_dimensions_and_several_species():
@@ -557,10 +606,13 @@ def test_an_agent_finds_a_small_minimum_sooner_than_chance():
         ({"lifetime": -1}, "lifetime"),
         ({"train_steps": 0}, "steps"),
         ({"lr": 0.0}, "learning rate"),
-        ({"candidates": 0, "acquisition": "lcb"}, "candidates must be a whole number, at least 1"),
-        ({"rebuild": 2.5, "acquisition": "lcb"}, "rebuild must be 0 to 10"),
+        ({"candidates": 0, "acquisition": "lcb"}, "candidates must be a whole number of at least 1"),
+        ({"rebuild": 2.5, "acquisition": "lcb"}, "rebuild must be a whole number"),
         ({"rebuild": 10, "rebuild_after": 0, "acquisition": "lcb"}, "nothing to rebuild"),
         ({"replay": 2.5}, "replay"),
+        ({"patience": float("inf")}, "patience of an agent must be a whole number"),
+        ({"backend": "foo"}, "backend must be"),
+        ({"policy": "uniform", "heights": {"C": 50.0}}, "must lie in the box"),
         ({"lr": float("inf")}, "learning rate"),
         ({"heights": {"C": 50.0}}, "must lie in the box"),
         ({"heights": [5.0]}, "which species"),

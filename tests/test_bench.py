@@ -193,8 +193,9 @@ def test_the_asla_benchmark_goes_on_where_it_was_cut_off(asla_benchmark, tmp_pat
     assert " 0/3" in run(
         "--arm", "uniform", "--restarts", "3", "--cap", "3"
     )  # a longer one takes a shorter one's place
-    rows = [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text().splitlines()]
-    assert [(row["seed"], row["cap"]) for row in rows] == [(0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
+    assert len((tmp_path / "toy.jsonl").read_text().splitlines()) == 2 + 1 + 3
+    rows = asla_benchmark.kept(tmp_path / "toy.jsonl")
+    assert [(row["seed"], row["cap"]) for row in rows] == [(0, 3), (1, 3), (2, 3)]
     with pytest.raises(SystemExit):
         run("--arm", "transfer")
     assert "cannot run on toy" in capsys.readouterr().err

@@ -259,14 +259,16 @@ def test_an_agents_run_leaves_pictures_and_a_snapshot_to_go_on_from(tmp_path, mo
         assert np.allclose(lengths * portrait["q"].shape[2:], [5.0, np.hypot(1.5, 4.4)])
         assert np.isclose(angle / lengths.prod(), 1.5 / np.hypot(1.5, 4.4))
 
-    # A relative file is found beside the TOML file, and when the run goes on from elsewhere.
+    # A relative file is found beside the TOML file, and the run folder keeps a copy.
     (tmp_path / "second.toml").write_text(ASLA + 'transfer_from = "first/restarts/000/agent.npz"\n')
     campaign.prepare(Configuration.load(tmp_path / "second.toml"), tmp_path / "second")
+    with np.load(tmp_path / "first/restarts/000/agent.npz") as snapshot:
+        learned = snapshot["parameters"]
+    (tmp_path / "first").rename(tmp_path / "moved")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert not campaign.run("../second", workers=1).failed
-    with np.load(tmp_path / "first/restarts/000/agent.npz") as snapshot:
-        learned = snapshot["parameters"]
+    (tmp_path / "second.toml").write_text((tmp_path / "second.toml").read_text().replace("first/", "moved/"))
     with Configuration.load(tmp_path / "second.toml").make_search(seed=3, store=None) as search:
         assert np.array_equal(search.models["agent"].trainer().parameters, learned)
 

@@ -15,6 +15,7 @@ the atoms of its state were placed:
 from __future__ import annotations
 
 import inspect
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from thalweg import _core
-from thalweg.errors import ConfigurationError, nearest
+from thalweg.errors import ConfigurationError, check_whole, nearest
 from thalweg.grid import Grid, GridSettings
 from thalweg.randomness import Key
 from thalweg.records import Batch, Context
@@ -104,8 +105,8 @@ class Policy:
 def build(
     grid: Grid, q_maps: QMaps, policy: Policy, starts: Sequence[Array], keys: Sequence[Key]
 ) -> list[Array | None]:
-    """Complete builds (k, 2), each from a start of rows already placed (the template's not among them); all in step, so
-    that Q of all of them comes from one call, and builds that have not parted yet share it. None where no atom could be
+    """Complete builds (k, 2), each from a start of rows already placed (the template's not among them); in step, so that Q
+    of all of them comes from one call, and builds that have not parted yet share it. None where no atom could be
     placed any more."""
     states = [np.asarray(start, np.int32).reshape(-1, 2) for start in starts]
     rngs, lost = [key.rng() for key in keys], [False] * len(states)
@@ -183,7 +184,7 @@ class Build:
     Parameters
     ----------
     count : int or {iteration: int}
-        How many, all built in step.
+        How many.
     grid : GridSettings
     policy : Policy
     model : str
@@ -275,13 +276,23 @@ def _built(grid: Grid, ctx: Context, model: str, policy: Policy, starts: Sequenc
         )
     q_maps: QMaps = agent.q_maps if agent is not None else lambda states, allowed: []
     keys = [ctx.key.fold("build", i) for i in range(len(starts))]
-
     one_by_one = policy.asks and agent is not None and agent.one_by_one
+    seen: dict[bytes, Array] = {}  # Q where it is allowed, of states that builds share before they part
+
+    def remembered(states: Sequence[Array], allowed: Sequence[Array]) -> list[Array]:
+        maps = []
+        for state, mask in zip(states, allowed, strict=True):
+            if (name := state.tobytes()) not in seen:
+                seen[name] = q_maps([state], [mask])[0][mask]
+            q = np.zeros(mask.shape, np.float32)
+            q[mask] = seen[name]
+            maps.append(q)
+        return maps
 
     def built(starts: Sequence[Array], keys: Sequence[Key]) -> list[Array | None]:
         if not one_by_one:
             return build(grid, q_maps, policy, starts, keys)
-        return [build(grid, q_maps, policy, [start], [key])[0] for start, key in zip(starts, keys, strict=True)]
+        return [build(grid, remembered, policy, [start], [key])[0] for start, key in zip(starts, keys, strict=True)]
 
     builds = built(starts, keys)
     if novel and agent is not None:
@@ -348,9 +359,9 @@ class Agent:
     favour : float
         How much more often low episodes are replayed: with weights rank^-favour, rank 1 the lowest. 0: all alike.
     patience : int
-        After so many episodes without a new lowest energy the agent begins anew: other initial weights (those of
-        `transfer_from`, if given), and rewards and replay know later episodes only. A pattern that was learned early, such
-        as a square lattice, is seldom left otherwise. 0: never.
+        After so many episodes without a new lowest energy the agent begins anew: other initial weights, and rewards and
+        replay know later episodes only. A pattern that was learned early, such as a square lattice, is seldom left
+        otherwise. 0: never.
     lifetime : int
         It begins anew, too, after `lifetime` times 1, 1, 2, 1, 1, 2, 4, ... episodes, whatever it found: an agent finds the
         minimum soon or hardly ever (universal sequence of Luby, Sinclair, Zuckerman, Inf. Process. Lett. 47, 173 (1993)).
@@ -359,10 +370,11 @@ class Agent:
         Random copies rotated and mirrored; None: unless a template has atoms beyond the grid.
     backend : "auto", "core" or "torch", see `thalweg.networks.Trainer`
     transfer_from : str, optional
-        A snapshot (.npz) of an agent for the same species, representation and spacing: its weights are where learning
-        starts, in every life. A run leaves one per restart (`restarts/000/agent.npz`); `FittedAgent.save` writes one.
+        A snapshot (.npz) of an agent for the same species, representation and spacing (to a tenth): its weights are
+        where the first life starts. A run leaves one per restart (`restarts/000/agent.npz`, of the life it ended in:
+        train with patience=0, lifetime=0 for one that has learned all along); `FittedAgent.save` writes one.
     threads : int
-        Of training and Q-maps; 0: as many as there are cores. Results do not depend on it.
+        Of training and Q-maps in the compiled core; 0: as many as there are cores. Results do not depend on it.
     snapshot_every : int
         Episodes between the snapshots of weights and optimiser that the store holds; a resumed search repeats the
         training since the last one.
@@ -386,7 +398,7 @@ class Agent:
     symmetry: bool | None = None
     backend: str = "auto"
     transfer_from: str | None = None
-    threads: int = 1
+    threads: int = field(default=1, repr=False)
     snapshot_every: int = 50
     seed: int = 0
     name: str = field(default="agent", repr=False)
@@ -400,28 +412,20 @@ class Agent:
             )
         if self.span is not None and not 0 < self.span < np.inf:
             raise ConfigurationError(f"the span of the rewards must be a number above 0 eV, got {self.span!r}")
+        if not self.favour >= 0:
+            raise ConfigurationError(f"favour of an agent must be at least 0, got {self.favour!r}")
         for name, least in (
-            ("replay", 0),
-            ("favour", 0),
-            ("patience", 0),
-            ("lifetime", 0),
-            ("warm_up", 0),
-            ("steps", 1),
-            ("snapshot_every", 1),
+            ("replay", 0), ("patience", 0), ("lifetime", 0), ("warm_up", 0), ("steps", 1), ("snapshot_every", 1),
             ("threads", 0),
-        ):
-            value, whole = getattr(self, name), name != "favour"
-            if not value >= least or (whole and value != int(value)):
-                raise ConfigurationError(
-                    f"{name} of an agent must be {'a whole number, ' if whole else ''}at least {least}, got {value!r}"
-                )
+        ):  # fmt: skip
+            check_whole(getattr(self, name), f"{name} of an agent", least)
         if not 0 < self.lr < np.inf:
             raise ConfigurationError(f"the learning rate lr must be a number above 0, got {self.lr!r}")
 
     def bound(self, problem: Problem) -> Agent:
         """The same agent, knowing its problem; a search calls it. Raises ConfigurationError if no network can be made."""
         agent = replace(self, built_on=self.grid.of(problem))
-        agent.trainer() if self.transfer_from is not None else agent._network(0)
+        agent.trainer()
         return agent
 
     def fit(self, data: Batch, previous: FittedAgent | None = None, *, key: Any = None) -> FittedAgent:
@@ -444,7 +448,7 @@ class Agent:
         trainer = networks.Trainer(
             network, grid.shape, grid.periodic, lr=self.lr, backend=self.backend, threads=self.threads
         )
-        if self.transfer_from is not None:
+        if self.transfer_from is not None and life == 0:
             _start_from(trainer, self.transfer_from, self.signature)
         return trainer
 
@@ -496,6 +500,8 @@ class Agent:
         return {
             "species": grid.species, "dimension": np.array(grid.dimension), "spacing": np.array(grid.spacing),
             "representation": np.array(self.representation),
+            "options": np.array(repr(sorted(self.representation_options.items()))),
+            "lattice": np.eye(grid.dimension) if grid.lattice is None else grid.lattice,
         }  # fmt: skip
 
 
@@ -543,9 +549,13 @@ class FittedAgent:
 
     @cached_property
     def one_by_one(self) -> bool:
-        """Whether what an atom changes is had sooner than a whole map, as on large grids: builds then follow on one another
-        atom by atom, instead of growing side by side. The template's atoms are placed first, so they must not be many."""
-        if not self.trainer.network.representation.linear or len(self.grid.template) > self.grid.counts.sum():
+        """Whether what an atom changes is had sooner than a whole map, as on large grids in space (in the plane the maps of
+        builds side by side are sooner): builds then follow on one another atom by atom. The template's atoms are placed
+        first, so they must not be many."""
+        grid = self.grid
+        if grid.dimension == 2 or not self.trainer.network.representation.linear:
+            return False
+        if len(grid.template) > grid.counts.sum():
             return False
         return bool(_core.QState(self._compiled()).method != "grid_fft")
 
@@ -578,7 +588,7 @@ class FittedAgent:
         return _core.QMap(network, list(self.grid.shape), list(self.grid.periodic))
 
     def knows(self, rows: Array) -> bool:
-        """Whether this complete build was evaluated."""
+        """Whether this complete build was learned."""
         return _canonical(rows) in self._known
 
     # ---- learning -----------------------------------------------------------------------------------------
@@ -682,6 +692,7 @@ class FittedAgent:
 
     def load(self, data: Batch, state: Mapping[str, Array]) -> None:
         """See `Agent.restore`. `state`: a snapshot, and how many episodes there were when it was to be continued."""
+        self._map = self._state = None
         if "snapshot" in state:
             inner = {name[8:]: values for name, values in state.items() if name.startswith("trainer.")}
             self.trainer.load_state_dict(inner)
@@ -727,7 +738,7 @@ def _start_from(trainer: Any, path: str, signature: Mapping[str, Array]) -> None
     try:
         with np.load(path, allow_pickle=False) as file:
             state = {name: file[name] for name in file.files}
-    except (OSError, ValueError, TypeError, AttributeError) as problem:
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as problem:
         raise ConfigurationError(f"transfer_from: {path} is no snapshot of an agent ({problem})") from problem
     if missing := [name for name in signature if f"agent.{name}" not in state]:
         raise ConfigurationError(
@@ -736,8 +747,10 @@ def _start_from(trainer: Any, path: str, signature: Mapping[str, Array]) -> None
         )
     for name, mine in signature.items():
         other = state.pop(f"agent.{name}")
-        alike = mine.shape == other.shape and (np.isclose(mine, other, 0.1) if name == "spacing" else mine == other)
-        if not np.all(alike):
+        alike = mine.shape == other.shape and mine.dtype.kind == other.dtype.kind and (
+            np.allclose(mine, other, 0.1, 0.1) if name in ("spacing", "lattice") else np.array_equal(mine, other)
+        )  # fmt: skip
+        if not alike:
             raise ConfigurationError(
                 f"transfer_from: {path} is of an agent whose {name} is {other.tolist()}, this one's is {mine.tolist()}"
             )

@@ -4,6 +4,8 @@
     OUT/template.extxyz        if the problem has one         OUT/best.extxyz    best of each restart, lowest first
     OUT/restarts/000/store.journal  the log of restart 0       OUT/report.html    written by the command line
     OUT/restarts/000/result.json  its line of the summary     OUT/restarts/000/error.txt  traceback, if it failed
+    OUT/restarts/000/agent.npz    its agent, to transfer from  OUT/restarts/000/portrait.npz  what the report draws of it
+    OUT/transfer_from.npz         if it started from one
 
 Restart i searches with seed + i, alone in a worker process, so that results do not depend on the number of workers.
 Several processes (job arrays) may share one folder as long as each runs restarts of its own.
@@ -113,7 +115,7 @@ class RunFolder:
         return self.restart(index) / "portrait.npz"
 
     def snapshot(self, index: int) -> Path:
-        """The restart's agent as it was at the end, for `transfer_from`."""
+        """The restart's agent as it built last, for `transfer_from`."""
         return self.restart(index) / "agent.npz"
 
     def result(self, index: int) -> Path:
@@ -180,23 +182,23 @@ def prepare(configuration: Configuration, folder: str | Path) -> Configuration:
         seed=configuration.search.seed, store=None
     ) as trial:  # finds mistakes before workers do
         problem = trial.problem
-    resolved = configuration
+    copies = {}
+    section, options = configuration.problem, dict(configuration.options)
     if problem.template is not None:
-        template = _extxyz(problem.template.to_ase())
-        resolved = Configuration(
-            configuration.problem.model_copy(update={"template": run_folder.template.name}),
-            configuration.calculator,
-            configuration.search,
-            configuration.options,
-            run_folder.path,
-        )
-        if run_folder.template.is_file():
-            if run_folder.config.is_file() and run_folder.template.read_bytes() != template:
+        copies["template"] = run_folder.template, _extxyz(problem.template.to_ase())
+        section = section.model_copy(update={"template": run_folder.template.name})
+    for name, path in configuration.files().items():
+        copies[name] = run_folder.path / f"{name}{path.suffix}", path.read_bytes()
+        options[name] = copies[name][0].name
+    for name, (path, content) in copies.items():
+        if path.is_file():
+            if run_folder.config.is_file() and path.read_bytes() != content:
                 raise FolderTaken(
-                    f"'{folder}' belongs to another configuration: its template differs; choose another --out"
+                    f"'{folder}' belongs to another configuration: its {name} differs; choose another --out"
                 )
         else:
-            write_atomically(run_folder.template, template)
+            write_atomically(path, content)
+    resolved = Configuration(section, configuration.calculator, configuration.search, options, run_folder.path)
     created = create(run_folder.config, resolved.to_toml())
     found = run_folder.configuration()
     if not created:

@@ -56,8 +56,8 @@ FALLBACK_ITERATIONS = 100
 
 # Arguments of a recipe that are not options of the user's: the [search] keys of the same name or the program set them.
 RESERVED = ("problem", "calculator", "store", "seed", "callbacks")
-# Options that name a file; relative ones are sought beside the TOML file.
-FILES = {"transfer_from"}
+# Options that name a file, relative ones beside the TOML file; a run folder gets a copy.
+FILES = ("transfer_from",)
 
 
 # No configuration is larger [bytes]; nobody runs more restarts or iterations.
@@ -276,9 +276,6 @@ class Configuration:
             section.setdefault("iterations", DEFAULT_ITERATIONS.get(method, FALLBACK_ITERATIONS))
         parts["search"] = _checked(SearchSection, section, "search", mistakes)
         _raise_if(mistakes, source)
-        for name in FILES & options.keys():
-            if isinstance(options[name], str):  # found again from wherever the run is continued
-                options[name] = str((Path(folder) / options[name]).resolve())
         agree, restarts = parts["search"].stop_when_agree, parts["search"].restarts
         if agree is not None and agree > restarts:
             mistakes.append(f"search.stop_when_agree: {agree} restarts cannot agree, search.restarts is {restarts}")
@@ -321,6 +318,11 @@ class Configuration:
         """The template's file, or None."""
         return None if self.problem.template is None else self.folder / self.problem.template
 
+    def files(self) -> dict[str, Path]:
+        """The files that options name, by option."""
+        named = {name: self.options.get(name) for name in FILES}
+        return {name: self.folder / Path(value).expanduser() for name, value in named.items() if value is not None}
+
     def make_problem(self) -> Problem:
         """The Problem; reads the template. Raises ConfigurationError."""
         from thalweg.records import Problem
@@ -354,7 +356,7 @@ class Configuration:
         from thalweg.recipes import RECIPES
 
         recipe = RECIPES[self.search.method]
-        options = typed_options(self.search.method, self.options)
+        options = typed_options(self.search.method, self.options) | {k: str(path) for k, path in self.files().items()}
         if isinstance(prior := options.get("prior"), dict):
             _find_factories_here(str(prior.get("calculator")))
         return recipe(self.make_problem(), self.make_calculator(), store=store, seed=seed, **options)

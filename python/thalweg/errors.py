@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
 
 __all__ = [
     "BackendUnavailable",
@@ -12,6 +14,7 @@ __all__ = [
     "Stop",
     "StoreError",
     "ThalwegError",
+    "check_whole",
     "nearest",
 ]
 
@@ -38,6 +41,12 @@ class CalculationFailed(ThalwegError):
 
 class Stop(Exception):
     """Raised by an observer (or by the search itself) to end a run cleanly; the argument says why."""
+
+
+def check_whole(value: Any, what: str, least: int) -> None:
+    """Raises ConfigurationError unless the value is a whole number, at least so much."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ConfigurationError(f"{what} must be a whole number of at least {least}, got {value!r}")
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

@@ -101,7 +101,8 @@ class Grid:
         and which are no farther above or below it than c2 lets bonds be; deeper layers of a slab do not bond to the grid
     room : (S, V) or (S, 1) bool, the points that each species may take
     flat : (S,) whether a species' atoms keep their height when relaxed
-    alone : whether no template atom lies beyond it, so that rotated and mirrored states are as good
+    alone : whether no template atom lies beyond it (in two dimensions: too far above or below, either), so that rotated and
+        mirrored states are as good
 
     Raises ConfigurationError if the grid would have more than 2e7 points, in two dimensions lies in another plane than
     that of x and y, or if heights lie outside the box or name no species of the problem.
@@ -175,7 +176,7 @@ class Grid:
         """(d, d) the steps in spacings, in axes of their own: the first along x, the second in the plane of x and y. None
         where all directions are at right angles."""
         product = self.steps @ self.steps.T
-        if np.abs(product - np.diag(np.diag(product))).max() < 1e-9:
+        if np.abs(product - np.diag(np.diag(product))).max() < 1e-6 * product.max():
             return None
         return np.linalg.cholesky(product) / self.spacing
 
@@ -220,11 +221,14 @@ class Grid:
     def _bonds(self, z: Array, numbers: Array) -> Array:
         """(n,) whether atoms at these heights can have a bond to one that is placed on this grid of two dimensions."""
         given, middle = self.settings.heights or {}, float(self.corner[2])
-        placed = [(_core.covalent_radius(NUMBERS[name]), given.get(name, middle)) for name in self.problem.counts]
         radii = np.array([_core.covalent_radius(int(number)) for number in numbers])
-        return np.any(
-            [np.abs(z - float(np.atleast_1d(height)[0])) < self.problem.c2 * (radii + own) for own, height in placed], 0
-        )
+        near, period = np.zeros(len(z), bool), abs(float(self.problem.cell[2, 2]))
+        for name in self.problem.counts:
+            away = np.abs(z - float(np.atleast_1d(np.asarray(given.get(name, middle), float))[0]))
+            if self.problem.pbc[2] and period > 0:
+                away = np.abs(away - np.rint(away / period) * period)
+            near |= away < self.problem.c2 * (radii + _core.covalent_radius(NUMBERS[name]))
+        return near
 
     def _heights(self) -> tuple[Array | None, Array, Array]:
         """(S,) z of each species on a grid of two dimensions with heights, else None; (S, V) or (S, 1) bool, the points a
@@ -386,7 +390,7 @@ class Grid:
     def symmetries(self) -> Array:
         """(m, 2, d): which direction each direction becomes, and whether it is mirrored before; the identity comes first.
         Of the ways to exchange and mirror the directions those that keep all lengths and angles, the periodic lattice and
-        the room of each species: 8 in a square, 4 in a rectangle or a cell of 60 degrees, 2 in any other plane, 48 in a
+        the room of each species: 8 in a square, 4 in a rectangle or a rhombus, 2 in any other plane, 48 in a
         cube. The third direction is left alone if a template atom lies beyond the grid; the copies are of whole states,
         template included."""
         d = self.dimension
@@ -400,7 +404,12 @@ class Grid:
                 signs = np.where(flips, -1.0, 1.0)
                 turned = signs[:, None] * product[np.ix_(swap, swap)] * signs
                 third = d == 2 or self.alone or (swap[2] == 2 and not flips[2])
-                if same and third and np.abs(turned - product).max() < 1e-9 and self._keeps(swap, flips):
+                if (
+                    same
+                    and third
+                    and np.abs(turned - product).max() < 1e-6 * product.max()
+                    and self._keeps(swap, flips)
+                ):
                     found.append((swap, flips))
         return np.array(found, int)
 

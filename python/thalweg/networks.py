@@ -63,9 +63,11 @@ LEAST_SLOPE = 1e-3
 STATISTICS_STATES = 16
 
 
-def _window(width: float, dimension: int) -> int:
-    """Half extent of a kernel: 25 x 25 in the plane (Paper II); in space what holds 4 widths."""
-    return max(12, math.ceil(4 * width)) if dimension == 2 else max(1, math.ceil(4 * width))
+def _window(reach: float, dimension: int, lattice: Array | None) -> int:
+    """Half extent of a kernel that is to hold so many spacings: at least 25 x 25 in the plane (Paper II). Skewed windows
+    are narrower across than along."""
+    narrow = 1.0 if lattice is None else float(np.linalg.norm(np.linalg.inv(lattice), axis=0).max())
+    return math.ceil(narrow * max(12.0 if dimension == 2 else 1.0, reach) - 1e-9)
 
 
 def _offsets(half: int, dimension: int, lattice: Array | None = None) -> Array:
@@ -119,15 +121,19 @@ class Representation(torch.nn.Module):
         raise NotImplementedError
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """(species,) each; of linear representations."""
-        one = self.kernels().new_ones(self.species)
+        """(channels,) each."""
+        one = self.kernels().new_ones(self.channels)
         return one, torch.zeros_like(one)
+
+    def images(self, fields: Tensor) -> Tensor:
+        """(n, species, fields, ...) -> (n, channels, ...), before scale and shift."""
+        return fields[:, :, 0]
 
     def finish(self, fields: Tensor) -> Tensor:
         """(n, species, fields, ...) -> (n, channels, ...), point by point."""
-        scale, shift = self.scale_and_shift()
-        shape = (1, -1) + (1,) * (fields.dim() - 3)
-        return fields[:, :, 0] * scale.view(shape) + shift.view(shape)
+        images = self.images(fields)
+        scale, shift = (part.to(images).view(-1, *(1,) * (images.dim() - 2)) for part in self.scale_and_shift())
+        return images * scale + shift
 
     def effective(self) -> tuple[Tensor, Tensor]:
         """A linear representation as kernels (species, *window) and a constant (species,)."""
@@ -140,7 +146,8 @@ class Representation(torch.nn.Module):
         return None
 
     def see(self, mean: Array, variance: Array) -> None:
-        """Takes note of the mean and variance (species,) of fields of whole grids; for normalised representations."""
+        """Takes note of the mean and variance (channels,) of images of whole grids, before they are normalised; for
+        normalised representations."""
 
     @property
     def needs_statistics(self) -> bool:
@@ -196,7 +203,9 @@ class Gaussian(Representation):
         widths = np.broadcast_to(np.asarray(width, float), (species,))
         if not np.all(widths > 0):
             raise ConfigurationError(f"width must be above 0 grid spacings, got {width}")
-        r = _radius(_window(float(widths.max()), dimension), dimension, lattice)
+        if not math.isfinite(bias):
+            raise ConfigurationError(f"bias must be a number, got {bias}")
+        r = _radius(_window(4 * float(widths.max()), dimension, lattice), dimension, lattice)
         kernel = np.stack([np.exp(-(r**2) / (2 * w**2))[None] for w in widths])
         self.register_buffer("kernel", torch.from_numpy(kernel).float(), persistent=False)
         self.bias = float(bias)
@@ -280,7 +289,7 @@ class AGR(_Trained):
         lattice: Array | None = None,
     ):  # fmt: skip
         widths = np.arange(1, 10) / 3
-        r = _radius(_window(3.0, dimension), dimension, lattice)
+        r = _radius(_window(12.0, dimension, lattice), dimension, lattice)
         basis = np.stack([np.exp(-(r**2) / (2 * w**2)) for w in widths])
         if not l1 >= 0:
             raise ConfigurationError(f"l1 must be at least 0, got {l1}")
@@ -305,7 +314,7 @@ class DisplacedGaussians(_Trained):
         if not width > 0:
             raise ConfigurationError(f"width must be above 0 grid spacings, got {width}")
         radii = 2.0 * np.arange(7)
-        r = _radius(12, dimension, lattice)
+        r = _radius(_window(12.0, dimension, lattice), dimension, lattice)
         basis = np.stack([np.exp(-((r - r_i) ** 2) / (2 * width**2)) for r_i in radii])
         drawn = Key.of(seed).fold("representation").rng().uniform(-1, 1, (species, len(radii)))
         if initial == "falling":
@@ -354,7 +363,7 @@ class CircularHarmonics(_Normalised):
                 raise ConfigurationError(f"the {name} of circular harmonics must be above 0, got {value}")
         self.orders, self.stacked = tuple(int(m) for m in orders), bool(stacked)
         centre = radius / spacing
-        half = max(12 if dimension == 2 else 1, math.ceil(centre + 4 * width))
+        half = _window(centre + 4 * width, dimension, lattice)
         offsets, r = _offsets(half, dimension, lattice), _radius(half, dimension, lattice)
         ring = np.exp(-((r - centre) ** 2) / (2 * width**2))
         kernels, order = [], []
@@ -376,15 +385,7 @@ class CircularHarmonics(_Normalised):
     def kernels(self) -> Tensor:
         return self.get_buffer("kernel")
 
-    def finish(self, fields: Tensor) -> Tensor:
-        images = self.images(fields)
-        if not self.normalise:
-            return images
-        scale, shift = (part.to(images).view(-1, *(1,) * (images.dim() - 2)) for part in self.scale_and_shift())
-        return images * scale + shift
-
     def images(self, fields: Tensor) -> Tensor:
-        """(n, species, fields, ...) -> (n, channels, ...), not normalised."""
         power = [fields[:, :, group].square().sum(2) for group in self._groups]
         images = torch.stack([fields[:, :, 0], *power] if self.stacked else power, 2)
         return images.flatten(1, 2)
@@ -628,7 +629,7 @@ class QNetwork(torch.nn.Module):
         rows = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
         start = np.concatenate([[0], np.cumsum(np.diff(offsets)[chosen])])
         representation, (shape, periodic) = self.representation, self._need_grid()
-        if isinstance(representation, CircularHarmonics):
+        if not representation.linear:
             with torch.no_grad():
                 images = representation.images(self.fields(placed[rows], start)).transpose(0, 1).flatten(1).double()
             representation.see(images.mean(1).numpy(), images.var(1, correction=0).numpy())

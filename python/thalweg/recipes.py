@@ -11,7 +11,7 @@ import numpy as np
 
 from thalweg import _core
 from thalweg.agent import Agent, Build, Policy, Rebuild, Snap
-from thalweg.errors import ConfigurationError, nearest
+from thalweg.errors import ConfigurationError, check_whole, nearest
 from thalweg.evaluate import AcceptLower, Duplicate, Evaluate, Metropolis
 from thalweg.generators import AlongForces, ComplementaryEnergy, FirstOf, OneOf, Permute, Random, Rattle, Unchosen
 from thalweg.grid import GridSettings
@@ -348,9 +348,9 @@ def asla(
         ("displaced", displaced, 0), ("surrogate_after", surrogate_after, 0), ("surrogate_steps", surrogate_steps, 1),
         ("true_steps", true_steps, 1), ("sample", sample, 1), ("train_steps", train_steps, 1),
     ):  # fmt: skip
-        if value != int(value) or value < least:
-            raise ConfigurationError(f"{name} must be a whole number, at least {least}, got {value!r}")
-    if rebuild != int(rebuild) or not 0 <= rebuild <= count:
+        check_whole(value, name, least)
+    check_whole(rebuild, "rebuild", 0)
+    if rebuild > count:
         raise ConfigurationError(f"rebuild must be 0 to {count}, the candidates of an iteration, got {rebuild!r}")
     if rebuild == count and rebuild_after == 0:
         raise ConfigurationError(
@@ -366,6 +366,7 @@ def asla(
         refine = [Relax("gp", {0: 0, surrogate_after: surrogate_steps})]
     if evaluate_on_grid and (refine or displaced):
         refine.append(Snap(grids))
+    grids.of(problem)
     agent = Agent(
         grids, representation=representation, representation_options=dict(representation_options or {}),
         network=network, span=span, lr=lr, warm_up=warm_up, steps=train_steps,
@@ -388,7 +389,11 @@ def asla(
         ],
         refine=refine,
         acquire=None if acquisition == "none" else Remembering(lcb, unchosen) if unchosen else lcb,
-        evaluate=Evaluate(calculator, true_steps if postprocess == "true" else 0),
+        # What goes back to the grid, or a short way along its forces, may end where its parent was.
+        evaluate=[
+            *([Duplicate()] if displaced else []),
+            Evaluate(calculator, true_steps if postprocess == "true" else 0),
+        ],
         models=models,
         store=store,
         seed=seed,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from thalweg.descriptors import Fingerprint, clusters
-from thalweg.errors import ConfigurationError
+from thalweg.errors import ConfigurationError, check_whole
 from thalweg.records import Batch, Context
 from thalweg.schedule import Schedule, check_schedule, scheduled
 
@@ -44,11 +44,6 @@ def _by_energy(ctx: Context) -> tuple[np.ndarray, np.ndarray]:
 def _check_fraction(value: float, what: str) -> None:
     if not 0 <= value <= 1:
         raise ConfigurationError(f"{what} must lie between 0 and 1, got {value!r}")
-
-
-def _check_count(value: int, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{what} must be a whole number of at least 1, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ class KernelSimilarity:
     name: str = "KernelSimilarity"
 
     def __post_init__(self) -> None:
-        _check_count(self.count, f"the count of {self.name}")
+        check_whole(self.count, f"the count of {self.name}", 1)
         _check_fraction(self.threshold, f"the threshold of {self.name}")
 
     def __call__(self, ctx: Context) -> Batch:
@@ -172,7 +167,7 @@ class Novelty:
     name: str = "Novelty"
 
     def __post_init__(self) -> None:
-        _check_count(self.count, f"the count of {self.name}")
+        check_whole(self.count, f"the count of {self.name}", 1)
         if not (self.energy_window >= 0 and self.distance >= 0):
             raise ConfigurationError(
                 f"energy_window and distance of {self.name} must not be negative, got {self.energy_window!r} and "
