@@ -12,8 +12,8 @@ minimum: atoms closer than 1.25 covalent sums are bonded, and the two graphs are
 of the toy, where bonds meet their own images, and for Ni4Au4 it is the first at an energy: that of the known minimum laid
 on the grid as well as the grid allows, or that of the minimum itself for arms that evaluate off the grid. Printed:
 restarts, successes, the median (Kaplan-Meier, restarts that reach the cap are censored), successes by a quarter, half and
-all of the cap, the median of the lowest energies above the lowest of all arms, and processor time per episode, energies
-included.
+all of the cap, the median of the lowest energies above the lowest of all arms, processor time per episode, energies
+included, and the p-value of a log-rank test against the problem's first arm, or the one that --against names.
 """
 
 from __future__ import annotations
@@ -348,31 +348,37 @@ def kept(path: Path) -> list[dict]:
     return list(found.values())
 
 
-def table(folder: Path, problems: list[str]) -> None:
+def table(folder: Path, problems: list[str], against: str | None = None) -> None:
     """Everything that is there."""
+    from scipy.stats import CensoredData, logrank
     from thalweg.statistics import success_curve
 
     print(
         f"{'problem':9s} {'arm':30s} {'ok/n':>7s} {'median':>7s} {'by 1/4, 1/2, all of the cap':>28s} {'above':>7s} "
-        f"{'s/episode':>9s}"
+        f"{'s/episode':>9s} {'p':>7s}"
     )
     for name in problems:
         lines = kept(folder / f"{name}.jsonl")
         lowest = min(line["lowest"] for line in lines)
-        for arm in ARMS:
-            rows = [line for line in lines if line["arm"] == arm]
-            if not rows:
-                continue
-            times, success = np.array([r["evaluations"] for r in rows]), np.array([r["success"] for r in rows])
+        arms = {arm: [line for line in lines if line["arm"] == arm] for arm in ARMS}
+        arms = {arm: rows for arm, rows in arms.items() if rows}
+        times = {arm: np.array([r["evaluations"] for r in rows]) for arm, rows in arms.items()}
+        found = {arm: np.array([r["success"] for r in rows]) for arm, rows in arms.items()}
+        first = against if against in arms else next(iter(arms))
+        data = {arm: CensoredData(uncensored=t[found[arm]], right=t[~found[arm]]) for arm, t in times.items()}
+        for arm, rows in arms.items():
+            success = found[arm]
             cap = max(r["cap"] for r in rows)
-            median = success_curve(times, success).quantile(0.5)
+            median = success_curve(times[arm], success).quantile(0.5)
             shown = "-" if median is None or not np.isfinite(median) else f"{median:.0f}"
-            by = "  ".join(str(int(np.sum(success & (times <= part * cap)))) for part in (0.25, 0.5, 1))
+            by = "  ".join(str(int(np.sum(success & (times[arm] <= part * cap)))) for part in (0.25, 0.5, 1))
             speed = sum(r["seconds"] for r in rows) / sum(r["episodes"] for r in rows)
             above = np.median([r["lowest"] for r in rows]) - lowest
+            with np.errstate(invalid="ignore"):  # none has succeeded on either side
+                p = np.nan if arm == first else logrank(data[first], data[arm]).pvalue
             print(
                 f"{name:9s} {arm:30s} {success.sum():3d}/{len(rows):<3d} {shown:>7s} {f'{by} of {cap}':>28s} {above:7.2f} "
-                f"{speed:9.3f}"
+                f"{speed:9.3f} {'' if np.isnan(p) else f'{p:7.2g}'}"
             )
 
 
@@ -386,6 +392,7 @@ def main() -> None:
     parser.add_argument("--folder", default="asla-runs")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
+    parser.add_argument("--against", choices=list(ARMS), help="the arm that log-rank tests compare the others with")
     parser.add_argument(
         "--supported", choices=list(ENERGIES), help="find the energies of ENERGIES anew, run nothing else"
     )
@@ -413,7 +420,7 @@ def main() -> None:
                 torn = path.exists() and not path.read_text().endswith("\n")  # a line that was cut off
                 with open(path, "a") as file:
                     file.write("\n" * torn + json.dumps(result) + "\n")
-    table(folder, [name for name in problems if kept(folder / f"{name}.jsonl")])
+    table(folder, [name for name in problems if kept(folder / f"{name}.jsonl")], arguments.against)
 
 
 if __name__ == "__main__":
