@@ -519,6 +519,15 @@ def test_deep_layers_of_a_slab_are_no_neighbours_in_the_plane():
     assert sorted(grid.template[:, 1]) == sorted(grid.nearest(slab.positions[slab.positions[:, 2] > z[-1] - 0.1]))
 
 
+def test_a_neighbour_through_the_cells_top_is_one():
+    below = Atoms("Au", [[2.0, 2.0, 5.0]], cell=[6.0] * 3, pbc=True)
+    problem = Problem("Au", template=below, box=([0, 0, 0.0], [[6.0, 0, 0], [0, 6.0, 0], [0, 0, 1.0]]))
+    assert len(GridSettings(0.4).of(problem).template) == 1  # 1.5 angstrom away
+    open_top = Atoms("Au", [[2.0, 2.0, 5.0]], cell=[6.0] * 3, pbc=(True, True, False))
+    problem = Problem("Au", template=open_top, box=([0, 0, 0.0], [[6.0, 0, 0], [0, 6.0, 0], [0, 0, 1.0]]))
+    assert len(GridSettings(0.4).of(problem).template) == 0
+
+
 def test_more_threads_learn_and_build_the_same():
     one, two = (toy(seed=3, acquisition="lcb", candidates=4, threads=n) for n in (1, 2))
     with one, two:

@@ -14,7 +14,7 @@ import pytest
 from thalweg import campaign
 from thalweg.config import Configuration
 from thalweg.errors import ThalwegError
-from thalweg.report import chosen_structures, report, success_curves
+from thalweg.report import _q_figure, chosen_structures, report, success_curves
 from thalweg.store import Store
 
 TARGET = 7.8049
@@ -258,6 +258,15 @@ def test_an_agents_run_leaves_pictures_and_a_snapshot_to_go_on_from(tmp_path, mo
         lengths, angle = np.linalg.norm(portrait["plane"], axis=1), portrait["plane"][0] @ portrait["plane"][1]
         assert np.allclose(lengths * portrait["q"].shape[2:], [5.0, np.hypot(1.5, 4.4)])
         assert np.isclose(angle / lengths.prod(), 1.5 / np.hypot(1.5, 4.4))
+
+        plane, placed = portrait["plane"], portrait["placed"]
+        counts = portrait["q"].shape[2:]
+    # The picture is as skewed as the cell, and its atoms lie where they do.
+    axes = _q_figure(campaign.load_results(tmp_path / "first")).axes[0]
+    image = axes.images[0].get_transform() - axes.transData
+    assert np.allclose(image.transform([counts, (counts[0], 0)]), [np.add([5.0, 0], [1.5, 4.4]), [5.0, 0]])
+    ring = np.ravel([line.get_xydata() for line in axes.lines if line.get_markerfacecolor() == "none"])
+    assert np.allclose(ring, (placed[0, 1:] + 0.5) @ plane)
 
     # A relative file is found beside the TOML file, and the run folder keeps a copy.
     (tmp_path / "second.toml").write_text(ASLA + 'transfer_from = "first/restarts/000/agent.npz"\n')
