@@ -354,7 +354,7 @@ def table(folder: Path, problems: list[str], against: str | None = None) -> None
     from thalweg.statistics import success_curve
 
     print(
-        f"{'problem':9s} {'arm':30s} {'ok/n':>7s} {'median':>7s} {'by 1/4, 1/2, all of the cap':>28s} {'above':>7s} "
+        f"{'problem':14s} {'arm':36s} {'ok/n':>7s} {'median':>7s} {'by 1/4, 1/2, all of the cap':>28s} {'above':>7s} "
         f"{'s/episode':>9s} {'p':>7s}"
     )
     for name in problems:
@@ -377,7 +377,7 @@ def table(folder: Path, problems: list[str], against: str | None = None) -> None
             with np.errstate(invalid="ignore"):  # none has succeeded on either side
                 p = np.nan if arm == first else logrank(data[first], data[arm]).pvalue
             print(
-                f"{name:9s} {arm:30s} {success.sum():3d}/{len(rows):<3d} {shown:>7s} {f'{by} of {cap}':>28s} {above:7.2f} "
+                f"{name:14s} {arm:36s} {success.sum():3d}/{len(rows):<3d} {shown:>7s} {f'{by} of {cap}':>28s} {above:7.2f} "
                 f"{speed:9.3f} {'' if np.isnan(p) else f'{p:7.2g}'}"
             )
 

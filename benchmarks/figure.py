@@ -3,7 +3,8 @@
 kept=benchmarks/data
 python benchmarks/figure.py $kept/search.json $kept/agox_gofee_au4ni4.json --problem Au4Ni4 -o docs/success.png
 python benchmarks/figure.py $kept/search.json --problem Ni6/Au111 --problem B4N4 --problem aniline -o docs/others.png
-python benchmarks/figure.py $kept/asla/graphene.jsonl $kept/asla/aniline.jsonl $kept/asla/benzene.jsonl -o docs/asla.png
+python benchmarks/figure.py $kept/asla/{graphene,aniline,benzene,Ni4Au4}.jsonl --without "lr 1e-3" \
+    --without "relaxed in the true potential" -o docs/asla.png      # the latter counts episodes, not evaluations
 """
 
 from __future__ import annotations
@@ -98,11 +99,13 @@ def main() -> None:
     parser.add_argument("results", nargs="+")
     parser.add_argument("-o", "--out", required=True, help=".png or .svg")
     parser.add_argument("--problem", action="append", help="only these")
+    parser.add_argument("--without", action="append", default=[], metavar="ARM", help="not these")
     arguments = parser.parse_args()
     problems: dict[str, list[dict[str, Any]]] = {}
     for path in arguments.results:
         for row in rows_of(path):
-            if not arguments.problem or row["problem"] in arguments.problem:
+            wanted = not arguments.problem or row["problem"] in arguments.problem
+            if wanted and row["arm"] not in arguments.without:
                 problems.setdefault(row["problem"], []).append(row)
     if not problems:
         parser.error(f"no restarts of {arguments.problem} in {arguments.results}")
