@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from asla import kept
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -27,8 +29,7 @@ COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 def rows_of(path: str) -> list[dict[str, Any]]:
     """The rows of a file of benchmarks/search.py, of one of benchmarks/asla.py (.jsonl), or AGOX's kept restarts as one."""
     if path.endswith(".jsonl"):
-        with open(path) as file:
-            return rows_of_arms([json.loads(line) for line in file])
+        return rows_of_arms(kept(Path(path)))
     with open(path) as file:
         found = json.load(file)
     if isinstance(found, list):

@@ -721,11 +721,10 @@ class FittedAgent:
         if grid.dimension == 3:
             maps, masks = maps.max(axis=-1), masks.max(axis=-1)
         flat = [np.column_stack([r[:, 0], *np.unravel_index(r[:, 1], grid.shape)[:2]]) for r in (rows, grid.template)]
-        plane = np.diag(np.linalg.norm(grid.steps, axis=1)) if grid.lattice is None else grid.lattice * grid.spacing
         return {
             "losses": np.array(self.losses), "q": np.where(masks, maps, 0).astype(np.float32), "allowed": masks,
             "steps": steps, "placed": flat[0], "template": flat[1],
-            "plane": plane[:2, :2], "species": grid.species,
+            "plane": np.linalg.cholesky(grid.steps @ grid.steps.T)[:2, :2], "species": grid.species,
         }  # fmt: skip
 
     def save(self, file: Any) -> None:

@@ -218,13 +218,17 @@ class Grid:
                 inside &= (exact[:, k] > -0.5) & (exact[:, k] < n - 0.5)
         return inside
 
+    def _level(self, name: str) -> float:
+        """z of a species on a grid of two dimensions."""
+        height = (self.settings.heights or {}).get(name, float(self.corner[2]))
+        return float(np.atleast_1d(np.asarray(height, float))[0])
+
     def _bonds(self, z: Array, numbers: Array) -> Array:
         """(n,) whether atoms at these heights can have a bond to one that is placed on this grid of two dimensions."""
-        given, middle = self.settings.heights or {}, float(self.corner[2])
         radii = np.array([_core.covalent_radius(int(number)) for number in numbers])
         near, period = np.zeros(len(z), bool), abs(float(self.problem.cell[2, 2]))
         for name in self.problem.counts:
-            away = np.abs(z - float(np.atleast_1d(np.asarray(given.get(name, middle), float))[0]))
+            away = np.abs(z - self._level(name))
             if self.problem.pbc[2] and period > 0:
                 away = np.abs(away - np.rint(away / period) * period)
             near |= away < self.problem.c2 * (radii + _core.covalent_radius(NUMBERS[name]))
@@ -252,11 +256,9 @@ class Grid:
                 raise ConfigurationError(
                     f"the height of {name} must lie in the box, {bottom:g} to {top:g} angstrom, got {ends[0]:g}"
                 )
-        heights = [given.get(names.get(int(z), "")) for z in self.species]
         if self.dimension == 2:
-            middle = float(self.corner[2])
-            one = [middle if height is None else float(np.atleast_1d(height)[0]) for height in heights]
-            return np.array(one), anywhere, flat
+            return np.array([self._level(names.get(int(z), "")) for z in self.species]), anywhere, flat
+        heights = [given.get(names.get(int(z), "")) for z in self.species]
         z, room = self.points[:, 2], np.ones((len(self.species), self.voxels), bool)
         for s, height in enumerate(heights):
             if height is None:
@@ -400,16 +402,14 @@ class Grid:
             same = all(
                 self.shape[a] == self.shape[b] and self.periodic[a] == self.periodic[b] for a, b in enumerate(swap)
             )
+            if not same:
+                continue
             for flips in itertools.product((False, True), repeat=d):
                 signs = np.where(flips, -1.0, 1.0)
                 turned = signs[:, None] * product[np.ix_(swap, swap)] * signs
                 third = d == 2 or self.alone or (swap[2] == 2 and not flips[2])
-                if (
-                    same
-                    and third
-                    and np.abs(turned - product).max() < 1e-6 * product.max()
-                    and self._keeps(swap, flips)
-                ):
+                alike = np.abs(turned - product).max() < 1e-6 * product.max()
+                if third and alike and self._keeps(swap, flips):
                     found.append((swap, flips))
         return np.array(found, int)
 

@@ -346,10 +346,9 @@ def asla(
     for name, value, least in (
         ("candidates", candidates, 1), ("rebuild_after", rebuild_after, 0), ("unchosen", unchosen, 0),
         ("displaced", displaced, 0), ("surrogate_after", surrogate_after, 0), ("surrogate_steps", surrogate_steps, 1),
-        ("true_steps", true_steps, 1), ("sample", sample, 1), ("train_steps", train_steps, 1),
+        ("true_steps", true_steps, 1), ("sample", sample, 1), ("train_steps", train_steps, 1), ("rebuild", rebuild, 0),
     ):  # fmt: skip
         check_whole(value, name, least)
-    check_whole(rebuild, "rebuild", 0)
     if rebuild > count:
         raise ConfigurationError(f"rebuild must be 0 to {count}, the candidates of an iteration, got {rebuild!r}")
     if rebuild == count and rebuild_after == 0:
